@@ -1,0 +1,63 @@
+"""The dual-branch compressor: a clean block to a few tokens (paper, section 3.3, Figure 2d).
+
+High branch: strided convolutions over the latent. Low branch: pooled pixels through the
+autoencoder's encoder and the transformer's own patch embedding. Their sum, formed inside the
+transformer, is the compressed block; without weights for the high branch the low branch alone
+serves, training-free.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packforcing.autoencoder import TinyAutoencoder
+from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.transformer import patchify
+
+# The paper's strides; kernel = stride, which alone gives 182 tokens at 480x832.
+STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
+
+
+class Compressor(nn.Module):
+    """Latents and pixels of a block to `tokens` and `extra`, the denoiser's inputs."""
+
+    def __init__(self, config: Config, autoencoder: TinyAutoencoder) -> None:
+        super().__init__()
+        self.config = config
+        self.encode = autoencoder.encode  # bound, not registered: its weights are its owner's
+        channels = (config.latent_channels, *config.compressor_widths)
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in zip(channels, channels[1:], STRIDES):
+            layers += [nn.Conv3d(inputs, outputs, stride, stride), nn.SiLU()]
+        if layers:
+            layers.append(nn.Conv3d(channels[-1], config.dim, 1))
+        self.high = nn.Sequential(*layers)
+
+    def forward(self, latents: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """latents [B, B_f, C, h, w]; pixels [B, 4 B_f, 3, H, W] in 0..1, the same block decoded.
+
+        Returns tokens [B, N_c, P] and extra [B, N_c, D]. An odd B_f repeats its last frame.
+        """
+        if self.config.block_frames % 2:
+            latents = _repeat_last(latents, 1)
+            pixels = _repeat_last(pixels, TEMPORAL_FACTOR)
+        return self.low_branch(pixels), self.high_branch(latents)
+
+    def low_branch(self, pixels: Tensor) -> Tensor:
+        _, rows, columns = self.config.compressed_grid
+        small = F.avg_pool3d(pixels.transpose(1, 2), (2, 4, 4)).transpose(1, 2)
+        patch = self.config.patch
+        latents = self.encode(small)[..., : rows * patch, : columns * patch]
+        return patchify(latents, patch)
+
+    def high_branch(self, latents: Tensor) -> Tensor:
+        if not self.high:
+            size = (latents.shape[0], self.config.compressed_tokens, self.config.dim)
+            return latents.new_zeros(size)
+        return self.high(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
+
+
+def _repeat_last(x: Tensor, times: int) -> Tensor:
+    return torch.cat((x, x[:, -1:].expand(-1, times, -1, -1, -1)), 1)

@@ -1,0 +1,231 @@
+"""One checked description of a model and of how it is rolled out.
+
+Every size in the project derives from `Config`; nothing else holds a shape as a literal.
+Free of torch, so that the runtime can read it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from packforcing.errors import ConfigError
+
+TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV alike
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which blocks of the history are read, in blocks (PackForcing, sections 3.2 to 3.5).
+
+    `mid_span` is how many latent frames a compressed block takes up in packed positions
+    (fractions allowed); None means as many as it stands for.
+    """
+
+    sink: int
+    mid: int
+    recent: int
+    selection: Literal["affinity", "recency", "random"] = "affinity"
+    positions: Literal["packed", "absolute"] = "packed"
+    mid_span: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sink", "mid", "recent"):
+            _require(getattr(self, name) >= 0, f"policy.{name} must not be negative")
+        _require(self.mid_span is None or self.mid_span > 0, "policy.mid_span must be positive")
+
+    @property
+    def capacity(self) -> int:
+        """Blocks in context, beside the current one, once every partition is full."""
+        return self.sink + self.mid + self.recent
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A causal Wan video transformer, its autoencoder, compressor, sampler and policy."""
+
+    name: str
+    # video, in pixels
+    height: int
+    width: int
+    fps: int
+    # causal transformer
+    dim: int
+    heads: int
+    layers: int
+    ffn_dim: int
+    block_frames: int  # latent frames generated together, B_f
+    latent_channels: int = 16
+    patch: int = 2  # latent cells per token, along height and width
+    freq_dim: int = 256
+    eps: float = 1e-6
+    # text
+    text_encoder: Literal["words", "umt5-xxl"]
+    text_len: int
+    text_dim: int
+    # compressor: channels after each strided convolution; empty for the low branch alone
+    compressor_widths: tuple[int, ...] = ()
+    # tiny autoencoder, in TAEHV's layout
+    vae_patch: int = 1  # pixels folded into channels before the first convolution
+    vae_encoder_width: int = 64
+    vae_decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    # few-step sampler: timesteps before the shift; "renoise" for distilled models, or "euler"
+    sampler: Literal["renoise", "euler"] = "renoise"
+    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    policy: Policy
+
+    def __post_init__(self) -> None:
+        positive = ("height", "width", "fps", "dim", "heads", "layers", "ffn_dim", "block_frames",
+                    "latent_channels", "patch", "freq_dim", "eps", "text_len", "text_dim",
+                    "vae_patch", "vae_encoder_width", "shift")  # fmt: skip
+        for name in positive:
+            _require(getattr(self, name) > 0, f"{name} must be positive")
+        cell = self.spatial_factor * self.patch
+        _require(
+            self.height % cell == 0 and self.width % cell == 0,
+            f"{self.width}x{self.height} is not a whole number of {cell}x{cell} pixel tokens",
+        )
+        _require(self.dim % self.heads == 0, "dim must be a multiple of heads")
+        _require(self.head_dim % 2 == 0 and self.head_dim >= 6, "head size must be even, 6 or more")
+        _require(self.freq_dim % 2 == 0, "freq_dim must be even")
+        _require(len(self.compressor_widths) in (0, 4), "compressor_widths takes four numbers")
+        _require(
+            self.policy.mid == 0 or min(self.grid) >= 4,
+            f"a {self.grid[0]}x{self.grid[1]} token grid is too small to compress: 4x4 at least",
+        )
+        steps = self.timesteps
+        _require(
+            len(steps) > 0
+            and steps[0] <= 1000
+            and steps[-1] > 0
+            and all(a > b for a, b in zip(steps, steps[1:])),
+            "timesteps must fall from 1000 or less and stay above 0",
+        )
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell along one axis."""
+        return 8 * self.vae_patch
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Latent height and width."""
+        return self.height // self.spatial_factor, self.width // self.spatial_factor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Token rows and columns of one latent frame, (h, w)."""
+        return self.latent_size[0] // self.patch, self.latent_size[1] // self.patch
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a full-resolution block, N."""
+        return self.block_frames * self.grid[0] * self.grid[1]
+
+    @property
+    def compressed_grid(self) -> tuple[int, int, int]:
+        """Time steps, rows and columns of a compressed block (paper, section 3.3)."""
+        return (self.block_frames + 1) // 2, self.grid[0] // 4, self.grid[1] // 4
+
+    @property
+    def compressed_tokens(self) -> int:
+        """Tokens of a compressed block, N_c."""
+        t, h, w = self.compressed_grid
+        return t * h * w
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of context once every partition is full, C."""
+        full = self.policy.sink + self.policy.recent
+        return full * self.block_tokens + self.policy.mid * self.compressed_tokens
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of one patchified token, P."""
+        return self.latent_channels * self.patch**2
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def block_pixel_frames(self) -> int:
+        """Frames the decoder yields per block, before the first block is trimmed."""
+        return self.block_frames * TEMPORAL_FACTOR
+
+    @property
+    def trimmed_frames(self) -> int:
+        """Frames at the very start that stand for time before the video: Wan's first latent
+        is one frame long, the tiny decoder makes four of it."""
+        return TEMPORAL_FACTOR - 1
+
+    @property
+    def mid_span(self) -> float:
+        """Latent frames a compressed block takes up in packed positions."""
+        span = self.policy.mid_span
+        return float(self.block_frames) if span is None else span
+
+    def frames(self, seconds: float) -> int:
+        """Pixel frames of a video of this length."""
+        return round(seconds * self.fps)
+
+    def blocks(self, frames: int) -> int:
+        """Blocks to generate for this many pixel frames."""
+        return -(-(frames + self.trimmed_frames) // self.block_pixel_frames)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+MODELS: dict[str, Config] = {
+    config.name: config
+    for config in (
+        Config(
+            name="demo",
+            height=128,
+            width=128,
+            fps=16,
+            dim=192,
+            heads=6,
+            layers=6,
+            ffn_dim=768,
+            block_frames=2,
+            text_encoder="words",
+            text_len=8,
+            text_dim=22,
+            compressor_widths=(32, 64, 128, 256),
+            vae_patch=2,
+            vae_encoder_width=32,
+            vae_decoder_widths=(64, 48, 32, 32),
+            sampler="euler",
+            timesteps=(1000, 875, 750, 625, 500, 375, 250, 125),
+            shift=3.0,
+            policy=Policy(sink=1, mid=6, recent=2),
+        ),
+        Config(
+            name="wan-1.3b",
+            height=480,
+            width=832,
+            fps=16,
+            dim=1536,
+            heads=12,
+            layers=30,
+            ffn_dim=8960,
+            block_frames=4,
+            text_encoder="umt5-xxl",
+            text_len=512,
+            text_dim=4096,
+            compressor_widths=(32, 128, 512, 2048),
+            policy=Policy(sink=2, mid=16, recent=1),
+        ),
+    )
+}
+
+
+def model_config(name: str) -> Config:
+    """The preset of this name; raises `ConfigError` naming the known ones."""
+    if name not in MODELS:
+        raise ConfigError(f"unknown model '{name}'; known models: {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,33 @@
+"""The errors users meet. Each message says what was wrong, where, and what to do."""
+
+
+class PackForcingError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(PackForcingError, ValueError):
+    """A model or policy setting that cannot work."""
+
+
+class PromptError(PackForcingError, ValueError):
+    """A prompt the model's text encoder cannot read."""
+
+
+class CheckpointError(PackForcingError):
+    """A weights file that is missing, damaged or of another model."""
+
+
+class ExportError(PackForcingError):
+    """A graph that breaks the contract between export and runtime."""
+
+
+class BundleError(PackForcingError):
+    """A bundle that is missing, damaged or of another schema version."""
+
+
+class BackendError(PackForcingError):
+    """The inference library is missing or refuses a graph."""
+
+
+class OutputError(PackForcingError):
+    """A result that cannot be written where it was asked for."""

@@ -1,0 +1,183 @@
+"""The reference rollout: PackForcing in plain torch, the oracle of the runtime.
+
+Written for reading, not for speed: the history is a list of blocks, and the context of every
+block is gathered anew from it. One block is `steps` denoising calls that read the history, a
+commit (the call at t = 0 that yields the block's clean keys and values) and, beyond the sink,
+a mid pass (the same context, the block's compressed tokens), after which the blocks to read
+next are selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packforcing.config import Config
+from packforcing.model import Model
+from packforcing.rope import block_positions, compressed_positions, rope_table
+from packforcing.sampler import advance, sigmas
+from packforcing.selection import affinity, select
+from packforcing.transformer import KV, Rope, patchify, unpatchify
+
+Noise = Callable[[int, int], np.ndarray]  # (block, step) to float32 [N, P]
+
+
+@dataclass
+class Past:
+    """A finished block: its keys and values at full resolution and compressed."""
+
+    index: int
+    full: list[KV]
+    compressed: list[KV]
+    pooled_key: np.ndarray | None = None  # [L, H, d], of the compressed tokens
+
+
+@dataclass
+class Rolled:
+    """What one block of a rollout gave."""
+
+    index: int
+    latents: Tensor  # [B_f, C, h, w]
+    frames: Tensor  # [4 B_f, 3, H, W] in 0..1; the first block still carries the trimmed ones
+    read: list[int]  # the archived blocks in context
+    first_flow: Tensor | None  # [N, P], of the first step
+    query: np.ndarray  # [L, H, d], mean clean query
+
+
+@torch.inference_mode()
+def rollout(
+    model: Model,
+    text: Tensor,
+    blocks: int,
+    noise: Noise,
+    *,
+    seed: int = 0,
+    clip: Tensor | None = None,
+    replay: list[list[int]] | None = None,
+) -> Iterator[Rolled]:
+    """Yields `blocks` blocks for the prompt embedding `text` [1, rows, text_dim].
+
+    clip: clean latents [blocks B_f, C, h, w] that begin the video and are committed, not
+    generated. replay: the archived blocks each block reads, instead of selecting them.
+    """
+    config, policy = model.config, model.config.policy
+    cross = model.transformer.cross_kv(text)
+    state = model.autoencoder.decoder_state()
+    history: list[Past] = []
+    chosen: list[int] = []
+
+    for index in range(blocks):
+        if replay is not None:
+            chosen = replay[index]
+        context, context_rope, start = gather(config, history, chosen)
+
+        def call(
+            tokens: Tensor, timestep: float, positions: np.ndarray, extra: Tensor | None = None
+        ) -> tuple[Tensor, list[KV], Tensor, Tensor]:
+            if extra is None:
+                extra = tokens.new_zeros(1, tokens.shape[1], config.dim)
+            return model.transformer(
+                tokens, extra, torch.tensor([timestep], dtype=torch.float32),
+                cross, rope(config, positions), context, context_rope,
+            )  # fmt: skip
+
+        positions = block_positions(config, start)
+        first_flow = None
+        if clip is not None and (index + 1) * config.block_frames <= len(clip):
+            given = clip[index * config.block_frames : (index + 1) * config.block_frames]
+            x = patchify(given[None], config.patch)
+        else:
+            levels = sigmas(config)
+            x = torch.from_numpy(noise(index, 0))[None]
+            for step, (now, then) in enumerate(zip(levels, levels[1:])):
+                flow = call(x, 1000 * now, positions)[0]
+                first_flow = flow[0] if step == 0 else first_flow
+                fresh = None
+                if config.sampler == "renoise" and then > 0:
+                    fresh = torch.from_numpy(noise(index, step + 1))[None]
+                x = advance(config, x, flow, fresh, now, then)
+
+        _, full, query, _ = call(x, 0.0, positions)
+        latents = unpatchify(x, config.grid, config.patch)
+        frames = []
+        for latent in latents[0]:
+            decoded, state = model.autoencoder.decode_frame(latent[None], state)
+            frames.append(decoded)
+
+        block = Past(index, full, [])
+        if policy.mid and index >= policy.sink:
+            tokens, extra = model.compressor(latents, torch.cat(frames)[None])
+            centres = compressed_positions(config, start, config.block_frames)
+            _, block.compressed, _, key = call(tokens, 0.0, centres, extra)
+            block.pooled_key = key[0].numpy()
+        yield Rolled(index, latents[0], torch.cat(frames), chosen, first_flow, query[0].numpy())
+
+        history.append(block)
+        chosen = choose(config, history, query[0].numpy(), seed)
+        forget(config, history)
+
+
+def choose(config: Config, history: list[Past], query: np.ndarray, seed: int) -> list[int]:
+    """The archived blocks to read next, oldest first."""
+    outside = past_recent(config, history)
+    if not config.policy.mid or not outside:
+        return []
+    keys = np.stack([block.pooled_key for block in outside if block.pooled_key is not None])
+    indices = np.array([block.index for block in outside])
+    scores = affinity(query, keys)
+    return select(config.policy, indices, scores, seed, history[-1].index).tolist()
+
+
+def gather(
+    config: Config, history: list[Past], chosen: list[int]
+) -> tuple[list[KV], Rope, float]:
+    """The context in time order (sink, mid, recent), its tables and where the new block starts."""
+    policy, frames = config.policy, config.block_frames
+    sink = history[: policy.sink]
+    recent = history[policy.sink + len(past_recent(config, history)) :]
+    packed = policy.positions == "packed"
+    span = config.mid_span if packed else float(frames)
+    parts: list[list[KV]] = []
+    positions = [np.zeros((0, 3))]
+    start = 0.0
+    for block in (*sink, *(history[index] for index in chosen), *recent):
+        start = start if packed else float(block.index * frames)
+        whole = block.index not in chosen
+        parts.append(block.full if whole else block.compressed)
+        positions.append(
+            block_positions(config, start)
+            if whole
+            else compressed_positions(config, start, span)
+        )
+        start += frames if whole else span
+    start = start if packed else float(len(history) * frames)
+    empty = torch.zeros(1, config.heads, 0, config.head_dim)
+    context = [
+        (
+            torch.cat([empty, *(part[layer][0] for part in parts)], 2),
+            torch.cat([empty, *(part[layer][1] for part in parts)], 2),
+        )
+        for layer in range(config.layers)
+    ]
+    return context, rope(config, np.concatenate(positions)), start
+
+
+def forget(config: Config, history: list[Past]) -> None:
+    """Drops full-resolution keys and values that no later block reads."""
+    for block in past_recent(config, history):
+        block.full = []
+
+
+def past_recent(config: Config, history: list[Past]) -> list[Past]:
+    """The blocks that are neither sink nor recent: readable in compressed form alone."""
+    sink, recent = config.policy.sink, config.policy.recent
+    return history[sink : max(sink, len(history) - recent)]
+
+
+def rope(config: Config, positions: np.ndarray) -> Rope:
+    cos, sin = rope_table(positions, config.head_dim)
+    return torch.from_numpy(cos), torch.from_numpy(sin)

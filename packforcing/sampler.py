@@ -1,0 +1,44 @@
+"""The few-step sampler and its noise. Plain arithmetic on numpy arrays or torch tensors.
+
+Flow matching: x_s = (1 - s) x0 + s noise, and the model predicts flow = noise - x0. Few-step
+models are distilled without classifier-free guidance, so a step is one forward.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+
+from packforcing.config import Config
+
+Array = TypeVar("Array")
+
+
+def sigmas(config: Config) -> list[float]:
+    """Noise level before each step, falling, then 0: shift s / (1 + (shift - 1) s)."""
+    levels = [t / 1000 for t in config.timesteps]
+    return [config.shift * s / (1 + (config.shift - 1) * s) for s in levels] + [0.0]
+
+
+def advance(config: Config, x: Array, flow: Array, noise: Array | None, now: float, then: float) -> Array:
+    """The sample at noise level `then` from the one at `now` and the flow predicted there.
+
+    "renoise" (distilled models: Self-Forcing's few-step loop) goes to the predicted x0 and adds
+    fresh `noise`; "euler" follows the flow and needs none.
+    """
+    if config.sampler == "euler":
+        return x + (then - now) * flow  # type: ignore[operator]
+    x0 = x - now * flow  # type: ignore[operator]
+    return x0 if then == 0 else (1 - then) * x0 + then * noise  # type: ignore[operator]
+
+
+def draw_noise(config: Config, seed: int, block: int, step: int) -> np.ndarray:
+    """Gaussian noise of one step of one block, float32 [N, P].
+
+    Counter-based: it depends on (seed, block, step) alone, so a resumed or reordered rollout
+    draws the same.
+    """
+    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, step, block])
+    size = (config.block_tokens, config.token_dim)
+    return np.random.Generator(bits).standard_normal(size, dtype=np.float32)

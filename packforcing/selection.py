@@ -1,0 +1,40 @@
+"""Which archived blocks are read next (paper, section 3.4 and appendix G). Numpy only.
+
+The paper scores a block by the sum over sampled queries i and its keys j of q_i . k_j / sqrt(d),
+raw, without softmax. That sum is linear in both, so up to the two counts it equals the mean
+query times the mean key: one pooled key per block and head ranks blocks exactly as the full
+keys do, and the archive never has to be on the card.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from packforcing.config import Policy
+
+
+def affinity(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Mean over layers and heads of mean query . mean key / sqrt(d).
+
+    queries [L, H, d]; keys [blocks, L, H, d]. Returns one score per block.
+    """
+    layers, heads, d = queries.shape
+    return keys.reshape(len(keys), -1) @ queries.ravel() / (layers * heads * d**0.5)
+
+
+def select(
+    policy: Policy, candidates: np.ndarray, scores: np.ndarray | None, seed: int, block: int
+) -> np.ndarray:
+    """The block indices to read after `block` was committed, oldest first.
+
+    candidates: indices of selectable blocks, ascending; scores: one per candidate, needed by
+    "affinity" alone (ties go to the newer block).
+    """
+    count = min(policy.mid, len(candidates))
+    if count == len(candidates) or policy.selection == "recency":
+        return candidates[len(candidates) - count :]
+    if policy.selection == "random":
+        rng = np.random.Generator(np.random.Philox(key=[seed, 1], counter=[0, 0, 0, block]))
+        return np.sort(rng.choice(candidates, count, replace=False))
+    assert scores is not None
+    return np.sort(candidates[np.argsort(scores, kind="stable")[len(candidates) - count :]])

@@ -1,0 +1,56 @@
+"""The demo model's text encoder: one row of a one-hot table per known word.
+
+A stand-in for UMT5 at the scale of the demo world. The rows are zero-padded and none is
+masked, as in Wan, so a prompt may leave words out: the model then chooses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import numpy as np
+
+from packforcing.config import Config
+from packforcing.errors import PromptError
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
+SHAPES = ("circle", "square", "triangle", "star")
+GROUNDS = ("navy", "forest", "sand", "gray", "maroon", "teal")
+PATTERNS = ("plain", "stripes", "checks", "dots")
+VOCABULARY = COLOURS + SHAPES + GROUNDS + PATTERNS
+FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
+
+
+def encode_words(prompt: str, config: Config) -> np.ndarray:
+    """Prompt to embedding, float32 [1, text_len, text_dim].
+
+    Raises `PromptError` for a word outside the vocabulary, an empty or an overlong prompt.
+    """
+    words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
+    unknown = [word for word in words if word not in VOCABULARY]
+    if unknown:
+        raise PromptError(f"the {config.name} model does not know {_suggest(unknown)}; {_grammar()}")
+    if not words:
+        raise PromptError(f"the prompt names nothing to draw; {_grammar()}")
+    if len(words) > config.text_len:
+        raise PromptError(f"the prompt has {len(words)} words, at most {config.text_len} are read")
+    rows = np.zeros((1, config.text_len, config.text_dim), np.float32)
+    rows[0, np.arange(len(words)), [VOCABULARY.index(word) for word in words]] = 1.0
+    return rows
+
+
+def _suggest(unknown: list[str]) -> str:
+    hints = []
+    for word in dict.fromkeys(unknown):
+        near = difflib.get_close_matches(word, VOCABULARY, n=1)
+        hints.append(f"'{word}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
+    return ", ".join(hints)
+
+
+def _grammar() -> str:
+    return (
+        "say a subject over a ground, such as 'a red star over navy stripes': "
+        f"colour ({', '.join(COLOURS)}), shape ({', '.join(SHAPES)}), "
+        f"ground ({', '.join(GROUNDS)}), pattern ({', '.join(PATTERNS)})"
+    )

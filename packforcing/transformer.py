@@ -1,0 +1,255 @@
+"""The causal Wan video transformer (Wan2.1 / Self-Forcing: causal_model.py), one block a call.
+
+Parameters and names are those of the public checkpoints. What differs is what a call takes:
+keys come in and go out *before* RoPE, cross-attention keys and values are computed once per
+prompt (`cross_kv`), and position tables are inputs, so one function serves a step, a commit
+and a mid pass alike, and exports as one graph.
+
+Tokens are in input-patch order (channel, row, column) on both sides. The checkpoints' head has
+channel fastest; its rows are reordered when a state dict is loaded, and back when it is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packforcing.config import Config
+
+KV = tuple[Tensor, Tensor]  # keys and values of one layer, [B, H, n, d], keys before RoPE
+Rope = tuple[Tensor, Tensor]  # cos and sin, [n, d / 2]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (before RoPE) to the output
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """Latents [B, F, C, h, w] to tokens [B, F h/p w/p, C p p]."""
+    b, f, c, h, w = latents.shape
+    x = latents.reshape(b, f, c, h // patch, patch, w // patch, patch)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, -1, c * patch * patch)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Tokens [B, F h w, C p p] on an h x w grid to latents [B, F, C, h p, w p]."""
+    h, w = grid
+    x = tokens.reshape(tokens.shape[0], -1, h, w, tokens.shape[-1] // patch**2, patch, patch)
+    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotates adjacent channel pairs of [B, H, n, d] by the tables' angles."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
+    """Softmax attention over the first `kv_len` keys (all where None), [B, H, n, d]."""
+    if kv_len is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    if torch.compiler.is_exporting():  # ONNX keeps the shapes constant and carries the length
+        return torch.onnx.ops.symbolic(
+            "Attention",
+            (q, k, v, None, None, None, kv_len),
+            {"scale": q.shape[-1] ** -0.5},
+            dtype=q.dtype,
+            shape=q.shape,
+            version=24,
+        )
+    n = int(kv_len)
+    return F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n])
+
+
+class Attention(nn.Module):
+    """Projections of self- or cross-attention; queries and keys are normalised over all heads."""
+
+    def __init__(self, dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self._split(self.norm_q(self.q(x)))
+
+    def key_value(self, x: Tensor) -> KV:
+        return self._split(self.norm_k(self.k(x))), self._split(self.v(x))
+
+    def out(self, x: Tensor) -> Tensor:
+        return self.o(x.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated FFN."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim, self.eps = config.dim, config.eps
+        self.self_attn = Attention(dim, config.heads, config.eps)
+        self.cross_attn = Attention(dim, config.heads, config.eps)
+        self.norm3 = nn.LayerNorm(dim, config.eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor, cross: KV, attend: Attend) -> Tensor:
+        """x [B, n, D]; time [B, n or 1, 6, D]; cross, the prompt's keys and values."""
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time).unbind(2)
+        h = modulate(x, shift_a, scale_a, self.eps)
+        attended = attend(self.self_attn.query(h), *self.self_attn.key_value(h))
+        x = x + gate_a * self.self_attn.out(attended)
+        query = self.cross_attn.query(self.norm3(x))
+        x = x + self.cross_attn.out(F.scaled_dot_product_attention(query, *cross))
+        return x + gate_f * self.ffn(modulate(x, shift_f, scale_f, self.eps))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights, then the timestep's scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+class Head(nn.Module):
+    """Final modulation and projection to the flow of each token."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.head = nn.Linear(config.dim, config.token_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        area = config.patch**2
+        rows = torch.arange(config.token_dim).reshape(area, -1).T.flatten()
+        self.register_load_state_dict_pre_hook(_reorder_rows(rows))
+        self.register_state_dict_post_hook(_reorder_rows(rows.argsort()))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, n, D]; time [B, n or 1, D]."""
+        shift, scale = (self.modulation + time[:, :, None]).unbind(2)
+        return self.head(modulate(x, shift, scale, self.eps))
+
+
+def _reorder_rows(rows: Tensor) -> Callable[..., None]:
+    def hook(module: nn.Module, state: dict[str, Tensor], prefix: str, *_) -> None:
+        for name in (f"{prefix}head.weight", f"{prefix}head.bias"):
+            if name in state:
+                state[name] = state[name][rows.to(state[name].device)]
+
+    return hook
+
+
+class Transformer(nn.Module):
+    """Predicts the flow of one block, given the keys and values of its history."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim = config.dim
+        patch = (1, config.patch, config.patch)
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.latent_channels, dim, patch, patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.head = Head(config)
+
+    def cross_kv(self, text: Tensor) -> list[KV]:
+        """Text rows [B, T, text_dim] to each layer's cross keys and values, [B, H, T, d].
+
+        Fewer than T rows are zero-padded; padding is not masked, as in Wan.
+        """
+        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
+        embedded = self.text_embedding(text)
+        return [layer.cross_attn.key_value(embedded) for layer in self.blocks]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        extra: Tensor,
+        timestep: Tensor,
+        cross: list[KV],
+        rope: Rope,
+        context: list[KV],
+        context_rope: Rope,
+        kv_len: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV], Tensor, Tensor]:
+        """One call over n new tokens and C context tokens.
+
+        tokens [B, n, P]; extra [B, n, D], added after the patch embedding; timestep [B], 0 to
+        1000; context, per layer [B, H, C, d], keys before RoPE; kv_len [1], n + valid context
+        tokens (None: all). Returns flow [B, n, P], the new keys (before RoPE) and values per
+        layer, and the means over the n tokens of queries and keys before RoPE, [B, L, H, d].
+        """
+        new: list[KV] = []
+        pooled: list[KV] = []
+        past = iter(context)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            old_k, old_v = next(past)
+            new.append((k, v))
+            pooled.append((q.mean(2), k.mean(2)))
+            keys = torch.cat((rotate(k, rope), rotate(old_k, context_rope)), 2)
+            return attention(rotate(q, rope), keys, torch.cat((v, old_v), 2), kv_len)
+
+        flow = self._run(tokens, extra, *self._time(timestep[:, None]), cross, attend)
+        q_pool, k_pool = (torch.stack(pool, 1) for pool in zip(*pooled))
+        return flow, new, q_pool, k_pool
+
+    def forward_masked(
+        self,
+        tokens: Tensor,
+        extra: Tensor | None,
+        timestep: Tensor,
+        segments: Tensor,
+        cross: list[KV],
+        rope: Rope,
+        mask: Tensor,
+    ) -> Tensor:
+        """Many blocks in one pass, for training: who reads whom is a mask.
+
+        tokens [B, N, P]; timestep [B, G] and segments [N], the timestep's index of each token;
+        rope for all N; mask, bool [N, N] or [B, 1, N, N], True where a row may read a column.
+        Returns the flow, [B, N, P].
+        """
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, mask)
+
+        head_time, layer_time = self._time(timestep)
+        times = head_time[:, segments], layer_time[:, segments]
+        return self._run(tokens, extra, *times, cross, attend)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The patch embedding, on tokens instead of a grid: [B, n, P] to [B, n, D]."""
+        return F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps [B, G] to the head's embedding [B, G, D] and the layers' [B, G, 6, D]."""
+        half = self.config.freq_dim // 2
+        frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = timestep[..., None] * frequencies.to(timestep)
+        time = self.time_embedding(torch.cat((angles.cos(), angles.sin()), -1))
+        return time, self.time_projection(time).unflatten(-1, (6, -1))
+
+    def _run(
+        self,
+        tokens: Tensor,
+        extra: Tensor | None,
+        head_time: Tensor,
+        layer_time: Tensor,
+        cross: list[KV],
+        attend: Attend,
+    ) -> Tensor:
+        x = self.embed(tokens)
+        x = x if extra is None else x + extra
+        for layer, layer_cross in zip(self.blocks, cross):
+            x = layer(x, layer_time, layer_cross, attend)
+        return self.head(x, head_time)

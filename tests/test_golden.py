@@ -1,0 +1,51 @@
+"""The reference rollout against what Self-Forcing's own code computes (float32, 1e-4)."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from packforcing import Config, Policy
+from packforcing.model import random_model
+from packforcing.rollout import rollout
+from packforcing.transformer import patchify, unpatchify
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+ALL = 100  # more blocks than the clip has
+
+CONFIG = Config(
+    name="golden", height=64, width=96, fps=16, dim=256, heads=2, layers=3, ffn_dim=512,
+    block_frames=3, text_encoder="umt5-xxl", text_len=16, text_dim=48,
+    vae_encoder_width=8, vae_decoder_widths=(8, 8, 8, 8),
+    policy=Policy(sink=0, mid=0, recent=ALL, positions="absolute"),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files lie beside the checkout")
+@pytest.mark.parametrize(
+    ("case", "sink", "recent"), [("full", 0, ALL), ("window9", 0, 2), ("sink3_window12", 1, 2)]
+)
+def test_rollout_equals_self_forcing(case, sink, recent):
+    golden = np.load(GOLDEN / "self_forcing_tiny.npz")
+    policy = Policy(sink=sink, mid=0, recent=recent, positions="absolute")
+    config = msgspec.structs.replace(CONFIG, policy=policy)
+    model = random_model(config)
+    weights = load_file(GOLDEN / "self_forcing_tiny_weights.safetensors")
+    model.transformer.load_state_dict(weights)
+
+    def noise(block: int, step: int) -> np.ndarray:
+        frames = slice(block * 3, block * 3 + 3)
+        given = golden["noise"][:, frames] if step == 0 else golden["renoise"][block, step - 1]
+        return patchify(torch.from_numpy(given), config.patch)[0].numpy()
+
+    blocks = list(rollout(model, torch.from_numpy(golden["text"]), 7, noise))
+
+    latents = torch.cat([block.latents for block in blocks]).numpy()
+    np.testing.assert_allclose(latents, golden[f"{case}_latents"][0], atol=1e-4)
+    for block in blocks:
+        flow = unpatchify(block.first_flow[None], config.grid, config.patch)
+        expected = golden[f"{case}_flow_first"][block.index]
+        np.testing.assert_allclose(flow.numpy(), expected, atol=1e-4)
