@@ -1,0 +1,25 @@
+"""Reference model to ONNX bundle. Needs torch, onnx and onnxscript (the `export` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from packforcing.model import Model
+    from packforcing.runtime.bundle import Manifest
+
+__all__ = ["export_bundle"]
+
+
+def export_bundle(
+    model: Model,
+    directory: str | Path,
+    on_graph: Callable[[str, int, int], None] | None = None,
+) -> Manifest:
+    """Writes the bundle of a model, whole or not at all; see `packforcing.export.bundle`."""
+    from packforcing.export.bundle import export_bundle
+
+    return export_bundle(model, directory, on_graph)

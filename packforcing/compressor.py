@@ -60,4 +60,4 @@ class Compressor(nn.Module):
 
 
 def _repeat_last(x: Tensor, times: int) -> Tensor:
-    return torch.cat((x, x[:, -1:].expand(-1, times, -1, -1, -1)), 1)
+    return torch.cat((x, *[x[:, -1:]] * times), 1)

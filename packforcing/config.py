@@ -190,12 +190,12 @@ MODELS: dict[str, Config] = {
             dim=192,
             heads=6,
             layers=6,
-            ffn_dim=768,
+            ffn_dim=512,
             block_frames=2,
             text_encoder="words",
             text_len=8,
             text_dim=22,
-            compressor_widths=(32, 64, 128, 256),
+            compressor_widths=(32, 64, 128, 128),
             vae_patch=2,
             vae_encoder_width=32,
             vae_decoder_widths=(64, 48, 32, 32),
@@ -229,3 +229,20 @@ def model_config(name: str) -> Config:
     if name not in MODELS:
         raise ConfigError(f"unknown model '{name}'; known models: {', '.join(MODELS)}")
     return MODELS[name]
+
+
+def policies(config: Config) -> dict[str, Policy]:
+    """What a model can be rolled out under: its own policy and what that replaces.
+
+    The windows hold as many full blocks as the model's own context has room for, so that they
+    compare at equal memory: "sliding-window" as in Self-Forcing and CausVid, "sink-window" as in
+    StreamingLLM and LongLive.
+    """
+    own = config.policy
+    window = max(own.sink + 1, config.context_tokens // config.block_tokens)
+    return {
+        "packforcing": own,
+        "sliding-window": Policy(sink=0, mid=0, recent=window),
+        "sink-window": Policy(sink=own.sink, mid=0, recent=window - own.sink),
+        "full-history": Policy(sink=0, mid=0, recent=1_000_000),
+    }

@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use: nothing has to be installed before.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+DEMO := out/demo
+TYPED := build/typed
+
+.PHONY: demo test full bench lint clean
+
+demo: $(INSTALLED)  ## export the demo model, render a prompt with it, write a report
+	$(BIN)/packforcing export --model demo --out $(DEMO)/bundle
+	$(BIN)/packforcing demo --bundle $(DEMO)/bundle --out $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+full: $(INSTALLED)  ## the long proofs as well
+	$(BIN)/python -m pytest -m ""
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.bench_runtime
+
+# The folders of this package come together only when it is installed: links show mypy the same.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf $(TYPED) && mkdir -p $(TYPED)/packforcing
+	@ln -s $(CURDIR)/packforcing/*.py $(CURDIR)/packforcing/py.typed $(CURDIR)/export \
+	  $(CURDIR)/runtime $(CURDIR)/calibration $(TYPED)/packforcing
+	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml packforcing
+
+clean:
+	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@

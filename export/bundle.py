@@ -1,0 +1,81 @@
+"""Writes a bundle: every graph of the contract, then the manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from packforcing.errors import OutputError
+from packforcing.export.graphs import WRAPPERS, export_graph
+from packforcing.model import Model
+from packforcing.runtime.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    contract,
+    file_record,
+    graph_file,
+    write_manifest,
+)
+
+TOOLS = ("packforcing", "torch", "onnx", "onnxscript")
+
+
+def export_bundle(
+    model: Model,
+    directory: str | Path,
+    on_graph: Callable[[str, int, int], None] | None = None,
+) -> Manifest:
+    """Exports `model` into `directory`, replacing a bundle that is there.
+
+    Graphs are written beside the directory, which changes only once all are done. `on_graph`
+    is told each graph's name, its number and how many there are, before it is exported.
+    Raises `ExportError` when a graph breaks the contract and `OutputError` when the directory
+    cannot be written or holds something that is not a bundle.
+    """
+    target = Path(directory)
+    if target.exists() and not (target / MANIFEST).is_file() and any_entry(target):
+        raise OutputError(f"{target} is not empty and not a bundle; choose another directory")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every absent torchvision op
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    except OSError as error:
+        raise OutputError(f"cannot write beside {target}: {error.strerror}") from error
+    try:
+        for number, name in enumerate(WRAPPERS):
+            if on_graph:
+                on_graph(name, number, len(WRAPPERS))
+            ir.save(export_graph(model, name), partial / graph_file(name))
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            config=model.config,
+            graphs=contract(model.config),
+            files={graph_file(name): file_record(partial / graph_file(name)) for name in WRAPPERS},
+            tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
+        )
+        write_manifest(partial, manifest)
+        partial.chmod(0o755)
+        if target.exists():
+            retired = partial.with_name(partial.name + ".old")
+            target.rename(retired)
+            partial.rename(target)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def any_entry(path: Path) -> bool:
+    """Whether the path is a file or a directory with something in it."""
+    return not path.is_dir() or next(path.iterdir(), None) is not None

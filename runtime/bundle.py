@@ -1,0 +1,234 @@
+"""The bundle: a directory with ONNX graphs and the manifest that says what they are.
+
+The contract between export and runtime, every tensor with who writes it (P channels of a
+token, D width, H heads, d head size, L layers, T text rows; N new and C context tokens stay
+symbolic in ONNX):
+
+    prompt       in   text                  [1, T, text_dim]   text encoder
+                 out  cross_k.l, cross_v.l  [1, H, T, d]       once per prompt
+    denoiser     in   tokens                [1, N, P]          sampler; in the mid pass, compressor
+                      extra                 [1, N, D]          zeros; in the mid pass, compressor
+                      timestep              [1]                sampler, 0 to 1000
+                      cross_k.l, cross_v.l  [1, H, T, d]       prompt
+                      rope_cos, rope_sin    [N, d/2]           positions of the new tokens
+                      ctx_cos, ctx_sin      [C, d/2]           packed positions of the context
+                      k_ctx.l, v_ctx.l      [1, H, C, d]       cache, keys before RoPE
+                      kv_len                [1] int64          N + valid context tokens
+                 out  flow                  [1, N, P]
+                      k_new.l, v_new.l      [1, H, N, d]       keys before RoPE
+                      q_pool, k_pool        [L, H, d]          means over N, before RoPE
+    compressor   in   latents               [1, B_f, C, h, w]  clean block
+                      pixels                [1, 4 B_f, 3, H, W] the same, decoded, 0 to 1
+                 out  tokens                [1, N_c, P]
+                      extra                 [1, N_c, D]
+    vae_decoder  in   latent                [1, C, h, w]       one latent frame
+                      state.i                                  the last call's new_state.i
+                 out  frames                [4, 3, H, W]       0 to 1
+                      new_state.i
+    vae_encoder  in   frames                [4, 3, H, W]       0 to 1
+                      state.i
+                 out  latent                [1, C, h, w]
+                      new_state.i
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+Shape = tuple[int | str, ...]  # a name stands for an axis that ONNX leaves open
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input or output of a graph."""
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+
+
+class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a graph takes and gives, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle, to be recognised byte by byte."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The manifest, as it stands in `manifest.json`."""
+
+    schema_version: int
+    config: Config
+    graphs: dict[str, GraphSpec]
+    files: dict[str, FileRecord]
+    tools: dict[str, str]
+
+
+def contract(config: Config) -> dict[str, GraphSpec]:
+    """The graphs a bundle of this config holds, as the table above has them."""
+    h, w = config.latent_size
+    latent = (1, config.latent_channels, h, w)
+    frames = (TEMPORAL_FACTOR, 3, config.height, config.width)
+    half = config.head_dim // 2
+
+    def per_layer(*prefixes: str, shape: Shape) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(f"{prefix}.{layer}", shape)
+            for layer in range(config.layers)
+            for prefix in prefixes
+        )
+
+    def states(prefix: str, shapes: list[tuple[int, ...]]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(f"{prefix}.{i}", shape) for i, shape in enumerate(shapes))
+
+    cross = per_layer("cross_k", "cross_v", shape=(1, config.heads, config.text_len, config.head_dim))
+    pool = (config.layers, config.heads, config.head_dim)
+    decoder, encoder = decoder_state_shapes(config), encoder_state_shapes(config)
+    return {
+        "prompt": GraphSpec(
+            inputs=(TensorSpec("text", (1, config.text_len, config.text_dim)),),
+            outputs=cross,
+        ),
+        "denoiser": GraphSpec(
+            inputs=(
+                TensorSpec("tokens", (1, "N", config.token_dim)),
+                TensorSpec("extra", (1, "N", config.dim)),
+                TensorSpec("timestep", (1,)),
+                *cross,
+                TensorSpec("rope_cos", ("N", half)),
+                TensorSpec("rope_sin", ("N", half)),
+                TensorSpec("ctx_cos", ("C", half)),
+                TensorSpec("ctx_sin", ("C", half)),
+                *per_layer("k_ctx", "v_ctx", shape=(1, config.heads, "C", config.head_dim)),
+                TensorSpec("kv_len", (1,), "int64"),
+            ),
+            outputs=(
+                TensorSpec("flow", (1, "N", config.token_dim)),
+                *per_layer("k_new", "v_new", shape=(1, config.heads, "N", config.head_dim)),
+                TensorSpec("q_pool", pool),
+                TensorSpec("k_pool", pool),
+            ),
+        ),
+        "compressor": GraphSpec(
+            inputs=(
+                TensorSpec("latents", (1, config.block_frames, *latent[1:])),
+                TensorSpec("pixels", (1, config.block_pixel_frames, *frames[1:])),
+            ),
+            outputs=(
+                TensorSpec("tokens", (1, config.compressed_tokens, config.token_dim)),
+                TensorSpec("extra", (1, config.compressed_tokens, config.dim)),
+            ),
+        ),
+        "vae_decoder": GraphSpec(
+            inputs=(TensorSpec("latent", latent), *states("state", decoder)),
+            outputs=(TensorSpec("frames", frames), *states("new_state", decoder)),
+        ),
+        "vae_encoder": GraphSpec(
+            inputs=(TensorSpec("frames", frames), *states("state", encoder)),
+            outputs=(TensorSpec("latent", latent), *states("new_state", encoder)),
+        ),
+    }
+
+
+def decoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
+    """Memory of the tiny decoder between calls: three blocks at each of three scales."""
+    h, w = config.latent_size
+    scales = zip(config.vae_decoder_widths[:3], (1, 2, 4))
+    return [(1, width, h * scale, w * scale) for width, scale in scales for _ in range(3)]
+
+
+def encoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
+    """Memory of the tiny encoder between calls, fine scale first."""
+    h, w = config.latent_size
+    return [
+        (1, config.vae_encoder_width, h * scale, w * scale) for scale in (4, 2, 1) for _ in range(3)
+    ]
+
+
+def graph_file(name: str) -> str:
+    """The file that holds a graph."""
+    return f"{name}.onnx"
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(digest, path.stat().st_size)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`; the graphs must be there already."""
+    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    (directory / MANIFEST).write_bytes(text + b"\n")
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """Reads and checks the manifest of a bundle; the graphs are checked by `check_files`.
+
+    Raises `BundleError` for a missing or malformed manifest, another schema version, or graphs
+    that are not what the config calls for.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{directory} is not a bundle: cannot read {MANIFEST} ({error.strerror}); "
+            "make one with 'packforcing export'"
+        ) from error
+    try:
+        version = msgspec.json.decode(text, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+                "export the bundle anew"
+            )
+        manifest = msgspec.json.decode(text, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{path} is damaged: {error}") from error
+    expected = contract(manifest.config)
+    for name in expected.keys() | manifest.graphs.keys():
+        if expected.get(name) != manifest.graphs.get(name):
+            raise BundleError(
+                f"{path}: graph '{name}' is not what its config calls for; export the bundle anew"
+            )
+    for name in expected:
+        if graph_file(name) not in manifest.files:
+            raise BundleError(f"{path} does not list {graph_file(name)}; export the bundle anew")
+    for name in manifest.files:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise BundleError(f"{path} names '{name}', which is not a file inside the bundle")
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def check_files(directory: str | Path, manifest: Manifest) -> None:
+    """Compares every file with the manifest; raises `BundleError` naming the first that differs."""
+    for name, record in manifest.files.items():
+        path = Path(directory) / name
+        try:
+            found = file_record(path)
+        except OSError as error:
+            raise BundleError(
+                f"the bundle lacks {path} ({error.strerror}); export or download it again"
+            ) from error
+        if found != record:
+            raise BundleError(f"{path} is damaged (its SHA-256 differs); export or download it again")

@@ -1,0 +1,268 @@
+"""A bundle, opened: prompts in, frames out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+import numpy as np
+
+from packforcing.config import TEMPORAL_FACTOR, Config, Policy
+from packforcing.errors import BackendError, ConfigError
+from packforcing.runtime.backend import Graph
+from packforcing.runtime.bundle import (
+    check_files,
+    contract,
+    encoder_state_shapes,
+    graph_file,
+    read_manifest,
+)
+from packforcing.runtime.rollout import Rollout
+from packforcing.text import encode_words
+
+LONGEST = 24 * 3600.0  # seconds; beyond a day a typing error is likelier than a wish
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """What `on_block` is told after each block."""
+
+    index: int
+    blocks: int
+    frames: int  # delivered so far
+    frames_total: int
+    read: list[int]  # the archived blocks this block read
+    seconds: float  # wall time of the block, without the consumer's
+
+
+@dataclass(frozen=True)
+class RenderSummary:
+    """What `render` did."""
+
+    frames: int
+    blocks: int
+    seconds_total: float
+    seconds_graphs: dict[str, float]
+    seconds_video: float
+    archive_bytes: int
+
+
+class Session:
+    """Renders videos with one bundle. One video at a time; use it as a context manager."""
+
+    @classmethod
+    def open(
+        cls, bundle: str | Path, *, policy: Policy | None = None, threads: int | None = None
+    ) -> Session:
+        """Checks a bundle's files and loads its graphs.
+
+        policy: read the history differently from what the bundle says. threads: per graph,
+        all cores by default. Raises `BundleError` or `BackendError`.
+        """
+        return cls(Path(bundle), policy, threads)
+
+    def __init__(self, directory: Path, policy: Policy | None, threads: int | None) -> None:
+        self.manifest = read_manifest(directory)
+        check_files(directory, self.manifest)
+        config = self.manifest.config
+        self.config = msgspec.structs.replace(config, policy=policy) if policy else config
+        specs = contract(config)
+        self._directory, self._threads = directory, threads
+        self._graphs = {
+            name: Graph(directory / graph_file(name), spec, threads)
+            for name, spec in specs.items()
+            if name != "vae_encoder"  # needed by start frames alone
+        }
+        self._rollout: Rollout | None = None
+        self._videos = 0
+        self._closed = False
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees graphs and buffers; safe to call twice."""
+        self._closed = True
+        self._graphs, self._rollout = {}, None
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of the buffers by purpose, for a video that fills every partition; the archive
+        grows by `archive_per_block`."""
+        rollout = self._rollout_for(self.config.policy.capacity + 1)
+        per_block = self._archive_per_block()
+        return {**rollout.buffers.memory(), "archive_per_block": per_block}
+
+    def stream(
+        self,
+        prompt: str,
+        seconds: float,
+        seed: int = 0,
+        *,
+        start: np.ndarray | None = None,
+        on_block: Callable[[BlockInfo], None] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Frames of a video as they are made, uint8 [n, H, W, 3] per block, RGB.
+
+        Exactly round(seconds x fps) frames come out; the first block is shorter by the frames
+        that stand for time before the video. start: an image or a clip, uint8 [H, W, 3] or
+        [T, H, W, 3], that the video begins with (encoded, committed, not generated); whole
+        blocks of it are used, a shorter one holds its last frame.
+
+        Arguments are checked here and now, the work is done while iterating. Raises
+        `PromptError` and `ConfigError`.
+        """
+        if self._closed:
+            raise BackendError("the session is closed; open another one")
+        if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and self.config.frames(seconds)):
+            raise ConfigError(
+                f"seconds must be above 0, at least one frame, and at most {LONGEST:.0f}; "
+                f"it is {seconds}"
+            )
+        if not 0 <= seed < 2**64:
+            raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
+        text = encode_words(prompt, self.config)
+        frames = self.config.frames(seconds)
+        clip = None if start is None else self._encode(start)
+        return self._run(text, frames, seed, clip, on_block)
+
+    def render(
+        self,
+        prompt: str,
+        seconds: float,
+        path: str | Path,
+        seed: int = 0,
+        *,
+        start: np.ndarray | None = None,
+        on_block: Callable[[BlockInfo], None] | None = None,
+    ) -> RenderSummary:
+        """Renders a video into a file, block by block: .mp4 (h264), .mkv (lossless FFV1), or a
+        directory of PNG frames. Nothing stands under `path` before all of it is done.
+
+        Raises what `stream` raises, and `OutputError`.
+        """
+        from packforcing.runtime.video import check_output, open_video
+
+        config = self.config
+        began, in_graphs = time.perf_counter(), self._graph_seconds()
+        in_video, written, blocks = 0.0, 0, 0
+        stream = self.stream(prompt, seconds, seed, start=start, on_block=on_block)
+        check_output(path, config.frames(seconds), config.width, config.height)
+        with open_video(path, config.width, config.height, config.fps) as video:
+            for frames in stream:
+                opened = time.perf_counter()
+                video.write(frames)
+                in_video += time.perf_counter() - opened
+                written, blocks = written + len(frames), blocks + 1
+        return RenderSummary(
+            frames=written,
+            blocks=blocks,
+            seconds_total=time.perf_counter() - began,
+            seconds_graphs={
+                name: after - in_graphs.get(name, 0.0)
+                for name, after in self._graph_seconds().items()
+            },
+            seconds_video=in_video,
+            archive_bytes=max(0, blocks - config.policy.sink) * self._archive_per_block(),
+        )
+
+    def _run(
+        self,
+        text: np.ndarray,
+        frames_total: int,
+        seed: int,
+        clip: np.ndarray | None,
+        on_block: Callable[[BlockInfo], None] | None,
+    ) -> Iterator[np.ndarray]:
+        blocks = self.config.blocks(frames_total)
+        rollout = self._rollout_for(blocks)
+        rollout.begin(text, blocks, seed)
+        self._videos += 1
+        video = self._videos
+        delivered = 0
+        size = self.config.block_frames
+        for index in range(blocks):
+            if self._closed or video != self._videos:
+                raise BackendError("the session was closed or began another video meanwhile")
+            began = time.perf_counter()
+            read = sorted(rollout.cache.mids)
+            given = None if clip is None else clip[index * size : (index + 1) * size]
+            rollout.next_block(given if given is not None and len(given) else None)
+            skip = self.config.trimmed_frames if index == 0 else 0
+            frames = _to_bytes(rollout.buffers.pixels[0, skip : skip + frames_total - delivered])
+            delivered += len(frames)
+            if on_block:
+                seconds = time.perf_counter() - began
+                on_block(BlockInfo(index, blocks, delivered, frames_total, read, seconds))
+            yield frames
+
+    def _rollout_for(self, blocks: int) -> Rollout:
+        """Bound buffers, kept from video to video; full history alone depends on the length."""
+        policy = self.config.policy
+        recent = min(policy.recent, max(1, blocks - 1))
+        bounded = msgspec.structs.replace(policy, recent=recent)
+        if self._rollout is None or self._rollout.config.policy != bounded:
+            self._rollout = None  # free the old buffers first
+            config = msgspec.structs.replace(self.config, policy=bounded)
+            self._rollout = Rollout(config, self._graphs)
+        return self._rollout
+
+    def _encode(self, start: np.ndarray) -> np.ndarray:
+        """Start frames to clean latents of whole blocks, [blocks B_f, C, h, w]."""
+        config = self.config
+        clip = start[None] if start.ndim == 3 else start
+        size = (config.height, config.width, 3)
+        if clip.ndim != 4 or not len(clip) or clip.shape[1:] != size or clip.dtype != np.uint8:
+            raise ConfigError(
+                f"start frames must be uint8 [T, {size[0]}, {size[1]}, 3]; "
+                f"they are {start.dtype} {list(start.shape)}"
+            )
+        # As in Wan, the first latent frame stands for one pixel frame, each later one for four.
+        latents = max(1, (1 + (len(clip) - 1) // TEMPORAL_FACTOR) // config.block_frames)
+        latents *= config.block_frames
+        frames = np.arange(latents * TEMPORAL_FACTOR) - config.trimmed_frames
+        clip = clip[np.clip(frames, 0, len(clip) - 1)]
+        spec = contract(config)["vae_encoder"]
+        graph = Graph(self._directory / graph_file("vae_encoder"), spec, self._threads)
+        arrays = {
+            tensor.name: np.zeros([int(n) for n in tensor.shape], np.float32)
+            for tensor in (*spec.inputs, *spec.outputs)
+        }
+        encode = graph.bind(arrays)
+        encoded = []
+        for group in clip.reshape(latents, TEMPORAL_FACTOR, *size):
+            arrays["frames"][...] = group.transpose(0, 3, 1, 2) / np.float32(255)
+            encode()
+            encoded.append(arrays["latent"][0].copy())
+            for i in range(len(encoder_state_shapes(config))):
+                arrays[f"state.{i}"][...] = arrays[f"new_state.{i}"]
+        return np.stack(encoded)
+
+    def _graph_seconds(self) -> dict[str, float]:
+        return {name: graph.seconds for name, graph in self._graphs.items()}
+
+    def _archive_per_block(self) -> int:
+        config = self.config
+        if not config.policy.mid:
+            return 0
+        vectors = 2 * config.compressed_tokens + 1  # keys, values and the pooled key
+        return vectors * config.layers * config.dim * 4
+
+
+def _to_bytes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels float32 [n, 3, H, W] in 0..1 to uint8 [n, H, W, 3]."""
+    scaled = pixels * np.float32(255)
+    scaled += np.float32(0.5)
+    return np.ascontiguousarray(scaled.astype(np.uint8).transpose(0, 2, 3, 1))

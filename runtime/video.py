@@ -1,0 +1,322 @@
+"""Frames to a video on disk, block by block; a picture or a clip to frames to start from.
+
+The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and keeps every
+byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
+and takes the target's name when it is whole, so whatever stands there can be trusted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from packforcing.errors import OutputError, PromptError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Rough upper bounds on disk, in bytes per pixel. The lossless kinds exceed raw size on noise;
+# H.264 at this quality stays well under two bits a pixel on anything but noise.
+_BYTES_PER_PIXEL = {"mp4": 0.25, "mkv": 4.0, "png": 3.1}
+_BYTES_SPARE = 1 << 20
+
+Kind = Literal["mp4", "mkv", "png"]
+
+
+class Video(Protocol):
+    """What `open_video` gives."""
+
+    def write(self, frames: np.ndarray) -> None:
+        """Appends uint8 RGB frames [n, H, W, 3]; raises `OutputError` if the disk refuses."""
+
+
+def check_output(path: str | os.PathLike[str], frames: int, width: int, height: int) -> None:
+    """Checks, before anything is computed, that a video of this size can be written here.
+
+    Raises `OutputError` for an unknown suffix, a folder that is missing or not writable, a
+    target that is in the way, or a disk with too little room.
+    """
+    kind, target = _target(path)
+    if kind == "mp4" and (width % 2 or height % 2):
+        raise OutputError(
+            f"cannot write {target}: H.264 needs an even width and height, not {width}x{height}; "
+            "write .mkv or a folder of PNG files instead"
+        )
+    if kind == "png":
+        if target.is_dir() and any(target.iterdir()):
+            raise OutputError(
+                f"cannot write PNG files to {target}: the folder is not empty; "
+                "empty it or name a new one"
+            )
+        if target.exists() and not target.is_dir():
+            raise OutputError(
+                f"cannot write PNG files to {target}: a file has that name; "
+                "name a folder, or a file ending in .mp4 or .mkv"
+            )
+    elif target.is_dir():
+        raise OutputError(f"cannot write {target}: a folder has that name; choose another name")
+    folder = target.parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {target}: there is no folder {folder}; create it first")
+    try:
+        # permission bits would overlook a read-only disk and mislead an administrator
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {target}: the folder {folder} is not writable ({_why(error)}); "
+            "choose another"
+        ) from error
+    needed = int(frames * width * height * _BYTES_PER_PIXEL[kind]) + _BYTES_SPARE
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"cannot write {target}: {frames} frames may need {_megabytes(needed)} and the disk "
+            f"has {_megabytes(free)} left; free some space or choose another folder"
+        )
+
+
+@contextmanager
+def open_video(path: str | os.PathLike[str], width: int, height: int, fps: int) -> Iterator[Video]:
+    """A video to write frames to; it appears under its name when the block ends without error.
+
+    Memory is that of one call to `write` and of the encoder's look-ahead. Any exception, an
+    interrupt included, removes the partial file. Raises `OutputError` if the path cannot be
+    written, at the start or on the way.
+    """
+    check_output(path, 0, width, height)
+    kind, target = _target(path)
+    suffix = "" if kind == "png" else target.suffix  # by which the muxer is chosen
+    partial = target.with_name(f".{target.name.removesuffix(suffix)}.partial{suffix}")
+    _remove(partial)  # left by a run that was killed
+    video: _PngFolder | _Encoder | None = None
+    try:
+        with _refusals(target):
+            if kind == "png":
+                video = _PngFolder(partial, target, width, height)
+            else:
+                video = _Encoder(partial, target, kind, width, height, fps)
+        yield video
+        with _refusals(target):
+            video.finish()
+            if kind == "png" and target.is_dir():
+                target.rmdir()  # empty, as checked; Windows does not rename over a folder
+            partial.replace(target)
+    except BaseException:
+        if video is not None:
+            video.abandon()
+        _remove(partial)
+        raise
+
+
+class _Encoder:
+    """One stream in one file, through PyAV."""
+
+    def __init__(
+        self, path: Path, target: Path, kind: Kind, width: int, height: int, fps: int
+    ) -> None:
+        import av
+
+        self._target, self._shape = target, (height, width, 3)
+        self._time_base, self._count = Fraction(1, fps), 0
+        if kind == "mp4":
+            # the index moves to the front, so that a browser plays while it loads
+            self._container = av.open(path, "w", options={"movflags": "+faststart"})
+            codec, layout, options = "libx264", "yuv420p", {"crf": "16", "preset": "veryfast"}
+        else:
+            self._container = av.open(path, "w")
+            codec, layout, options = "ffv1", "bgr0", {"level": "3"}
+        stream = self._container.add_stream(codec, rate=fps, options=options)
+        assert isinstance(stream, av.VideoStream)
+        self._stream = stream
+        self._stream.width, self._stream.height = width, height
+        self._stream.pix_fmt = layout
+
+    def write(self, frames: np.ndarray) -> None:
+        import av
+
+        _check_frames(frames, self._shape)
+        with _refusals(self._target):
+            for pixels in frames:
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+                frame.pts, frame.time_base = self._count, self._time_base
+                self._count += 1
+                self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+
+    def abandon(self) -> None:
+        # closing writes the file's end, and the disk may refuse that as well
+        with suppress(Exception):
+            self._container.close()
+
+
+class _PngFolder:
+    """Numbered PNG files in a folder, through OpenCV."""
+
+    def __init__(self, path: Path, target: Path, width: int, height: int) -> None:
+        self._path, self._target, self._shape = path, target, (height, width, 3)
+        self._count = 0
+        path.mkdir()
+
+    def write(self, frames: np.ndarray) -> None:
+        import cv2
+
+        _check_frames(frames, self._shape)
+        with _refusals(self._target):
+            for pixels in frames:
+                # encoded in memory: OpenCV's own file writing does not say why it failed
+                _, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+                (self._path / f"frame_{self._count:06}.png").write_bytes(data.tobytes())
+                self._count += 1
+
+    def finish(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        pass
+
+
+def read_start(
+    path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int
+) -> np.ndarray:
+    """Frames to start a video from, uint8 RGB [T, height, width, 3], with 1 <= T <= limit.
+
+    A picture is one frame. A clip is read at `fps`, and if it is longer than `limit` frames its
+    end counts, since that is what the video goes on from. Both are cropped around the centre to
+    the shape asked for, then resized. Raises `PromptError` for a file that cannot be read.
+    """
+    source = Path(path)
+    frames: deque[np.ndarray] = deque(maxlen=limit)
+    try:
+        with source.open("rb"):
+            pass  # gives a plainer reason than the decoders do
+        images = source.suffix.lower() in IMAGE_SUFFIXES
+        for image in _read_image(source) if images else _read_clip(source, fps, limit):
+            frames.append(_fit(image, width, height))
+    except _failures() as error:
+        raise PromptError(
+            f"cannot start from {source}: {_why(error)}; give a picture (png, jpg) or a short clip"
+        ) from error
+    if not frames:
+        raise PromptError(
+            f"cannot start from {source}: no picture in it can be decoded; "
+            "give a picture (png, jpg) or a short clip"
+        )
+    return np.stack(frames)
+
+
+def _read_image(path: Path) -> Iterator[np.ndarray]:
+    """The picture, uint8 RGB [H, W, 3]; nothing if it cannot be decoded."""
+    import cv2
+
+    data = np.frombuffer(path.read_bytes(), np.uint8)  # OpenCV cannot open every name on Windows
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if image is not None:
+        yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _read_clip(path: Path, fps: int, limit: int) -> Iterator[np.ndarray]:
+    """The clip's frames at `fps`, uint8 RGB [H, W, 3]: each the first that is due."""
+    import av
+
+    with av.open(path) as container:
+        given, start = 0, None
+        for frame in container.decode(video=0) if container.streams.video else ():
+            time = given / fps if frame.time is None else frame.time
+            start = time if start is None else start
+            # a quarter of a frame early still counts: containers round times to milliseconds
+            due = math.floor((time - start) * fps + 0.25) + 1 - given
+            if due > 0:
+                image = frame.to_ndarray(format="rgb24")
+                # a gap in the clip repeats a frame, but no oftener than can be of use
+                yield from itertools.repeat(image, min(due, limit))
+                given += due
+
+
+def _fit(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The largest centred part of [H, W, 3] that has the wanted shape, in the wanted size."""
+    import cv2
+
+    rows, columns = image.shape[:2]
+    if columns * height > rows * width:
+        keep_rows, keep_columns = rows, max(1, round(rows * width / height))
+    else:
+        keep_rows, keep_columns = max(1, round(columns * height / width)), columns
+    top, left = (rows - keep_rows) // 2, (columns - keep_columns) // 2
+    part = image[top : top + keep_rows, left : left + keep_columns]
+    if part.shape[:2] == (height, width):
+        return part.copy()  # not a view: it would keep the whole picture in memory
+    shrinking = height < keep_rows
+    return cv2.resize(
+        part, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
+    )
+
+
+def _target(path: str | os.PathLike[str]) -> tuple[Kind, Path]:
+    """What a path asks for, and the file or folder it names."""
+    text = os.fspath(path)
+    target = Path(text)
+    is_folder = text.endswith(("/", os.sep)) or not target.suffix
+    if is_folder:
+        return "png", target.resolve()  # resolved, so that '.' has a name and a parent
+    if target.suffix.lower() == ".mp4":
+        return "mp4", target
+    if target.suffix.lower() == ".mkv":
+        return "mkv", target
+    if target.is_dir():
+        return "png", target.resolve()
+    raise OutputError(
+        f"cannot write {target}: '{target.suffix}' is not a kind of video written here; use .mp4, "
+        ".mkv (lossless) or a folder for PNG files, such as 'frames/'"
+    )
+
+
+def _check_frames(frames: np.ndarray, shape: tuple[int, int, int]) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != shape:
+        raise ValueError(
+            f"frames must be uint8 [n, {', '.join(map(str, shape))}], "
+            f"not {frames.dtype} {list(frames.shape)}"
+        )
+
+
+@contextmanager
+def _refusals(target: Path) -> Iterator[None]:
+    """Turns what the disk or the encoder raises into an `OutputError`."""
+    try:
+        yield
+    except _failures() as error:
+        raise OutputError(f"cannot write {target}: {_why(error)}; nothing is left of it") from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    import av
+
+    return OSError, av.FFmpegError
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f} MB"
+
+
+def _remove(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            partial.unlink()

@@ -1,0 +1,235 @@
+"""The reference model: shapes of the real family, and equalities that hold exactly."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from packforcing import Policy, model_config
+from packforcing.autoencoder import TinyAutoencoder
+from packforcing.compressor import Compressor
+from packforcing.errors import CheckpointError
+from packforcing.model import load_model, random_model, save_model
+from packforcing.rollout import rope
+from packforcing.rope import block_positions, compressed_positions
+from packforcing.transformer import Transformer, patchify, unpatchify
+
+
+def parameters(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_wan_has_the_published_size():
+    with torch.device("meta"):
+        transformer = Transformer(model_config("wan-1.3b"))
+    assert parameters(transformer) == 1_418_996_800
+    assert len(transformer.state_dict()) == 825
+
+
+def test_autoencoder_has_the_size_of_taew2_1():
+    autoencoder = TinyAutoencoder(model_config("wan-1.3b"))
+    assert parameters(autoencoder) == 11_315_539
+    assert parameters(autoencoder.decoder) == 9_844_611
+    assert len(autoencoder.state_dict()) == 128
+
+
+def test_token_counts_of_the_paper():
+    config = model_config("wan-1.3b")
+    assert (config.block_tokens, config.compressed_tokens) == (6240, 182)
+    assert config.context_tokens + config.block_tokens == 27_872
+
+
+def test_patchify_and_back(tiny_config):
+    latents = torch.randn(2, 3, 4, *tiny_config.latent_size)
+    tokens = patchify(latents, tiny_config.patch)
+    assert tokens.shape[1:] == (tiny_config.block_tokens, tiny_config.token_dim)
+    assert torch.equal(unpatchify(tokens, tiny_config.grid, tiny_config.patch), latents)
+
+
+def test_state_dict_keeps_the_checkpoint_order_of_the_head(tiny_config, tiny_model):
+    """Saving returns what was loaded, though rows are reordered in between."""
+    weights = {k: torch.randn_like(v) for k, v in tiny_model.transformer.state_dict().items()}
+    transformer = Transformer(tiny_config)
+    transformer.load_state_dict(weights)
+    for name, tensor in transformer.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    channel, row, column = 2, 1, 0  # channel-fastest on disk, (channel, row, column) in use
+    on_disk = weights["head.head.bias"][(row * 2 + column) * 4 + channel]
+    assert transformer.head.head.bias[channel * 4 + row * 2 + column] == on_disk
+
+
+@torch.inference_mode()
+def test_autoencoder_streams_what_it_computes_at_once(tiny_config, tiny_model):
+    autoencoder = tiny_model.autoencoder
+    clip = torch.rand(16, 3, tiny_config.height, tiny_config.width)
+    latents = autoencoder.encode(clip[None])[0]
+    state = autoencoder.encoder_state(tiny_config.height, tiny_config.width)
+    for i in range(4):
+        latent, state = autoencoder.encode_frame(clip[4 * i : 4 * i + 4], state)
+        torch.testing.assert_close(latent[0], latents[i])
+    frames = autoencoder.decode(latents[None])[0].clamp(0, 1)
+    state = autoencoder.decoder_state()
+    for i in range(4):
+        four, state = autoencoder.decode_frame(latents[i : i + 1], state)
+        torch.testing.assert_close(four, frames[4 * i : 4 * i + 4])
+
+
+@torch.inference_mode()
+def test_autoencoder_clips_do_not_see_each_other(tiny_model):
+    clips = torch.rand(2, 8, 3, 64, 96)
+    both = tiny_model.autoencoder.encode(clips)
+    torch.testing.assert_close(both[1:], tiny_model.autoencoder.encode(clips[1:]))
+
+
+def test_compressor_sizes_at_480x832():
+    config = model_config("wan-1.3b")
+    with torch.device("meta"):
+        compressor = Compressor(config, TinyAutoencoder(config))
+        tokens, extra = compressor(torch.zeros(1, 4, 16, 60, 104), torch.zeros(1, 16, 3, 480, 832))
+    assert tokens.shape == (1, 182, 64)
+    assert extra.shape == (1, 182, 1536)
+
+
+@torch.inference_mode()
+def test_odd_block_repeats_its_last_frame(tiny_config, tiny_model):
+    latents = torch.randn(1, 3, 4, *tiny_config.latent_size)
+    pixels = torch.rand(1, 12, 3, tiny_config.height, tiny_config.width)
+    even = msgspec.structs.replace(tiny_config, block_frames=4)
+    padded = Compressor(even, tiny_model.autoencoder)
+    padded.load_state_dict(tiny_model.compressor.state_dict())
+    expected = padded(
+        torch.cat((latents, latents[:, -1:]), 1),
+        torch.cat((pixels, *[pixels[:, -1:]] * 4), 1),
+    )
+    found = tiny_model.compressor(latents, pixels)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+@torch.inference_mode()
+def test_without_weights_the_low_branch_serves_alone(tiny_config, tiny_model):
+    bare = Compressor(
+        msgspec.structs.replace(tiny_config, compressor_widths=()), tiny_model.autoencoder
+    )
+    latents = torch.randn(1, 3, 4, *tiny_config.latent_size)
+    pixels = torch.rand(1, 12, 3, tiny_config.height, tiny_config.width)
+    tokens, extra = bare(latents, pixels)
+    assert not extra.any()
+    assert torch.equal(tokens, tiny_model.compressor(latents, pixels)[0])
+
+
+@torch.inference_mode()
+def test_cached_rollout_equals_one_masked_pass(tiny_config, tiny_model):
+    """Teacher forcing in one pass over [clean | compressed | noisy] is what the cache computes.
+
+    Five blocks; policy sink 1, recent 1, every older block read compressed, at full span, so
+    that packed positions are the absolute ones the single pass can give its tokens.
+    """
+    config = msgspec.structs.replace(tiny_config, policy=Policy(sink=1, mid=9, recent=1))
+    transformer, blocks, n, c = tiny_model.transformer, 5, config.block_tokens, config.compressed_tokens
+    torch.manual_seed(0)
+    clean = torch.randn(blocks, n, config.token_dim)
+    noisy = torch.randn(blocks, n, config.token_dim)
+    small = torch.randn(blocks, c, config.token_dim)
+    extra = torch.randn(blocks, c, config.dim)
+    cross = transformer.cross_kv(torch.randn(1, config.text_len, config.text_dim))
+    starts = [b * config.block_frames for b in range(blocks)]
+    full_at = [block_positions(config, s) for s in starts]
+    small_at = [compressed_positions(config, s, config.block_frames) for s in starts]
+
+    # one pass: who reads whom
+    sizes = [n] * blocks + [c] * blocks + [n] * blocks
+    owner = np.repeat(np.arange(3 * blocks), sizes)
+    kind, block = np.divmod(owner, blocks)  # 0 clean, 1 compressed, 2 noisy
+    row, column = np.arange(len(owner))[:, None], np.arange(len(owner))[None]
+    past = block[column] < block[row]
+    whole = (block[column] == 0) | (block[column] == block[row] - 1)
+    reads = past & np.where(whole, kind[column] == 0, kind[column] == 1)
+    mask = torch.from_numpy(reads | (owner[row] == owner[column]))
+    timestep = torch.tensor([[0.0, 700.0]])
+    flow = transformer.forward_masked(
+        torch.cat((clean.flatten(0, 1), small.flatten(0, 1), noisy.flatten(0, 1)))[None],
+        torch.cat((torch.zeros(blocks * n, config.dim), extra.flatten(0, 1),
+                   torch.zeros(blocks * n, config.dim)))[None],
+        timestep,
+        torch.from_numpy((kind == 2).astype(np.int64)),
+        cross,
+        rope(config, np.concatenate(full_at + small_at + full_at)),
+        mask,
+    )[0, -blocks * n :].unflatten(0, (blocks, n))  # fmt: skip
+
+    # block by block, through keys and values
+    kept_full, kept_small = [], []
+    for b in range(blocks):
+        context = [
+            (kept_full[i], full_at[i]) if i == 0 or i == b - 1 else (kept_small[i], small_at[i])
+            for i in range(b)
+        ]
+        past_kv = [
+            tuple(
+                torch.cat([torch.zeros(1, config.heads, 0, config.head_dim),
+                           *(kv[layer][part] for kv, _ in context)], 2)
+                for part in range(2)
+            )
+            for layer in range(config.layers)
+        ]  # fmt: skip
+        context_rope = rope(config, np.concatenate([np.zeros((0, 3)), *(at for _, at in context)]))
+
+        def call(tokens, added, t, at, past_kv=past_kv, context_rope=context_rope):
+            return transformer(
+                tokens[None], added[None], torch.tensor([t]), cross, rope(config, at),
+                past_kv, context_rope,
+            )  # fmt: skip
+
+        zeros = torch.zeros(n, config.dim)
+        found = call(noisy[b], zeros, 700.0, full_at[b])[0][0]
+        torch.testing.assert_close(found, flow[b], atol=1e-5, rtol=0)
+        kept_full.append(call(clean[b], zeros, 0.0, full_at[b])[1])
+        kept_small.append(call(small[b], extra[b], 0.0, small_at[b])[1])
+
+
+@torch.inference_mode()
+def test_kv_len_hides_garbage(tiny_config, tiny_model):
+    """A call with garbage beyond `kv_len` equals the call on the smaller context."""
+    config, n, valid, room = tiny_config, tiny_config.block_tokens, 20, 50
+    torch.manual_seed(0)
+
+    def context(tokens):
+        torch.manual_seed(1)
+        whole = [torch.randn(1, config.heads, room, config.head_dim) for _ in range(2 * config.layers)]
+        for tensor in whole:
+            tensor[:, :, valid:] = 1e6
+        return [(k[:, :, :tokens], v[:, :, :tokens]) for k, v in zip(whole[::2], whole[1::2])]
+
+    at = np.random.default_rng(0).uniform(0, 20, (room, 3))
+    tokens, extra = torch.randn(1, n, config.token_dim), torch.randn(1, n, config.dim)
+    cross = tiny_model.transformer.cross_kv(torch.randn(1, config.text_len, config.text_dim))
+    new = rope(config, block_positions(config, 20))
+
+    def call(size, kv_len):
+        return tiny_model.transformer(
+            tokens, extra, torch.tensor([500.0]), cross, new,
+            context(size), rope(config, at[:size]), kv_len,
+        )[0]  # fmt: skip
+
+    torch.testing.assert_close(call(room, torch.tensor([n + valid])), call(valid, None))
+
+
+def test_weights_round_trip_and_name_what_is_wrong(tiny_config, tiny_model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_model(tiny_model, path, torch.float32)
+    loaded = load_model(tiny_config, path)
+    for part, other in zip(tiny_model.parts().values(), loaded.parts().values()):
+        for (name, a), b in zip(part.state_dict().items(), other.state_dict().values()):
+            assert torch.equal(a, b), name
+    deeper = msgspec.structs.replace(tiny_config, layers=3)
+    with pytest.raises(CheckpointError, match=r"missing transformer\.blocks\.2"):
+        load_model(deeper, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot read weights"):
+        load_model(tiny_config, path)
+
+
+def test_random_models_repeat(tiny_config):
+    a, b = (random_model(tiny_config, seed=3).transformer.head.head.weight for _ in range(2))
+    assert torch.equal(a, b)

@@ -1,0 +1,250 @@
+"""The runtime against the reference, through exported graphs, and the rules it keeps."""
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packforcing import Config, Policy
+from packforcing.errors import BackendError, ConfigError
+from packforcing.rollout import rollout
+from packforcing.runtime import Session
+from packforcing.runtime.backend import Graph
+from packforcing.runtime.bundle import contract, graph_file
+from packforcing.runtime.cache import Cache
+from packforcing.runtime.rollout import Rollout
+from packforcing.sampler import draw_noise
+from packforcing.text import encode_words
+from tests.conftest import TINY
+
+PROMPT = "a red star over navy stripes"
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def session(tiny_bundle):
+    with Session.open(tiny_bundle) as session:
+        yield session
+
+
+def reference(model, blocks, policy=None, **kwargs):
+    config = msgspec.structs.replace(model.config, policy=policy) if policy else model.config
+    model = type(model)(config, model.transformer, model.autoencoder, model.compressor)
+    text = torch.from_numpy(encode_words(PROMPT, config))
+    noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
+    return list(rollout(model, text, blocks, noise, seed=SEED, **kwargs))
+
+
+def begin(session, blocks, policy=None) -> Rollout:
+    config = msgspec.structs.replace(session.config, policy=policy) if policy else session.config
+    run = Rollout(config, session._graphs)
+    run.begin(encode_words(PROMPT, config), blocks, SEED)
+    return run
+
+
+POLICIES = {
+    "packforcing": None,
+    "no sink": Policy(sink=0, mid=2, recent=2),
+    "no recent": Policy(sink=1, mid=4, recent=0, selection="random"),
+    "absolute": Policy(sink=2, mid=2, recent=1, positions="absolute", selection="recency"),
+    "sliding window": Policy(sink=0, mid=0, recent=3),
+    "sink and window": Policy(sink=1, mid=0, recent=2),
+    "full history": Policy(sink=0, mid=0, recent=12),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_blocks_equal_the_reference_given_the_same_history(session, tiny_model, policy):
+    """1e-4 relative, block after block, each from the history that the reference had."""
+    expected = reference(tiny_model, 12, policy)
+    run = begin(session, 12, policy)
+    for block in expected:
+        assert sorted(run.cache.mids) == block.read
+        run.place()
+        run.denoise()
+        run.buffers.latents_as_patches[...] = run.buffers.tokens_as_latents
+        wanted = block.latents.numpy()
+        assert np.abs(run.buffers.latents[0] - wanted).max() <= 1e-4 * np.abs(wanted).max()
+        run.next_block(clean=wanted)
+        np.testing.assert_allclose(run.buffers.pixels[0], block.frames.numpy(), atol=1e-4)
+        np.testing.assert_allclose(run.buffers.denoiser["q_pool"], block.query, atol=1e-4)
+
+
+def test_sixty_blocks_stay_with_the_reference(session, tiny_model):
+    """At least 40 dB on frames, each on its own history, the reference's selections replayed."""
+    expected = reference(tiny_model, 60)
+    run = begin(session, 60)
+    run.select = lambda block, _: np.array(expected[min(block + 1, 59)].read, int)
+    for block in expected:
+        run.next_block()
+        error = np.square(run.buffers.pixels[0] - block.frames.numpy()).mean()
+        assert error < 1e-4, f"block {block.index}: {-10 * np.log10(error):.1f} dB"
+
+
+def test_garbage_in_the_unfilled_context_is_never_read(session):
+    clean, dirty = begin(session, 5), begin(session, 5)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        valid = dirty.cache.layout().valid
+        beyond = dirty.buffers.context[..., valid:, :]
+        beyond[...] = 1e4 * rng.standard_normal(beyond.shape)
+        for run in (clean, dirty):
+            run.next_block()
+        np.testing.assert_allclose(dirty.buffers.pixels, clean.buffers.pixels, atol=1e-5)
+
+
+def test_a_step_leaves_the_history_untouched(session):
+    run = begin(session, 8)
+    for _ in range(7):
+        run.next_block()
+    before = run.buffers.context.tobytes(), run.archive.key_values.tobytes(), vars(run.cache).copy()
+    run.place()
+    run.denoise()
+    after = run.buffers.context.tobytes(), run.archive.key_values.tobytes(), vars(run.cache).copy()
+    assert before == after
+
+
+def test_one_seed_gives_one_video(session):
+    def video(seed):
+        return np.concatenate(list(session.stream(PROMPT, 6, seed)))
+
+    first = video(1)
+    assert not np.array_equal(first, video(2))
+    assert np.array_equal(first, video(1))
+
+
+@pytest.mark.parametrize("seconds", [0.125, 1, 1.2, 1.125, 1.25, 3.3])
+def test_exactly_the_frames_asked_for(session, seconds):
+    blocks = list(session.stream(PROMPT, seconds))
+    assert sum(map(len, blocks)) == round(seconds * session.config.fps)
+    assert all(len(block) for block in blocks)
+    assert blocks[0].dtype == np.uint8 and blocks[0].shape[1:] == (64, 96, 3)
+
+
+@pytest.mark.parametrize(("frames", "given_blocks"), [(1, 1), (9, 1), (20, 1), (21, 2), (40, 3)])
+def test_start_from_frames_equals_the_reference(session, tiny_model, frames, given_blocks):
+    """Frame 0 is a latent frame of its own, four frames each later one; then it goes on."""
+    rng = np.random.default_rng(0)
+    start = rng.integers(0, 256, (frames, 64, 96, 3), np.uint8)
+    latents = given_blocks * session.config.block_frames
+    held = np.clip(np.arange(latents * 4) - 3, 0, frames - 1)
+    pixels = torch.from_numpy(start[held]).permute(0, 3, 1, 2)[None] / 255
+    with torch.inference_mode():
+        clip = tiny_model.autoencoder.encode(pixels)[0]
+    expected = reference(tiny_model, given_blocks + 1, clip=clip)
+    wanted = torch.cat([block.frames for block in expected])[3:].permute(0, 2, 3, 1).numpy()
+    seconds = (12 * (given_blocks + 1) - 3) / session.config.fps
+    found = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
+    assert found.shape == wanted.shape
+    assert np.abs(found / 255 - wanted).max() < 0.01
+
+
+def test_a_single_image_starts_a_video(session):
+    image = np.zeros((64, 96, 3), np.uint8)
+    assert sum(map(len, session.stream(PROMPT, 2, start=image))) == 16
+    with pytest.raises(ConfigError, match="uint8"):
+        session.stream(PROMPT, 2, start=image.astype(np.float32))
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9, 0.01])
+def test_impossible_lengths_are_refused_before_any_work(session, seconds):
+    with pytest.raises(ConfigError, match="seconds"):
+        session.stream(PROMPT, seconds)
+
+
+def test_a_second_video_ends_the_first(session):
+    first = session.stream(PROMPT, 5)
+    next(first)
+    next(session.stream(PROMPT, 5))
+    with pytest.raises(BackendError, match="another video"):
+        next(first)
+
+
+def test_a_closed_session_says_so(tiny_bundle):
+    session = Session.open(tiny_bundle)
+    session.close()
+    session.close()
+    with pytest.raises(BackendError, match="closed"):
+        session.stream(PROMPT, 1)
+
+
+def test_nothing_is_allocated_or_moved_between_blocks(session):
+    """Every array the graphs are bound to stays where it is, whatever the block."""
+    run = begin(session, 10)
+    groups = (run.buffers.denoiser, run.buffers.mid_pass, run.buffers.compressor)
+    where = [array.ctypes.data for group in groups for array in group.values()]
+    for _ in range(10):
+        run.next_block()
+    assert where == [array.ctypes.data for group in groups for array in group.values()]
+    assert run.archive.nbytes == 9 * session._archive_per_block()
+
+
+@pytest.mark.parametrize("n", [1, 2, TINY.block_tokens])
+def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
+    """N and C are open: one graph serves full and compressed blocks and any policy."""
+    from packforcing.export.graphs import Denoiser
+
+    spec = contract(TINY)["denoiser"]
+    graph = Graph(tiny_bundle / graph_file("denoiser"), spec, threads=1)
+    rng = np.random.default_rng(0)
+    axes = {"N": n, "C": 7}
+    arrays = {
+        tensor.name: rng.standard_normal([axes.get(x, x) for x in tensor.shape]).astype(tensor.dtype)
+        for tensor in (*spec.inputs, *spec.outputs)
+    }
+    arrays["kv_len"][0] = n + 5
+    graph.bind(arrays)()
+    with torch.inference_mode():
+        inputs = [torch.from_numpy(arrays[tensor.name]) for tensor in spec.inputs]
+        expected = Denoiser(tiny_model)(*inputs)
+    for tensor, wanted in zip(spec.outputs, expected):
+        np.testing.assert_allclose(arrays[tensor.name], wanted.numpy(), atol=2e-5, err_msg=tensor.name)
+
+
+@given(
+    policy=st.builds(
+        Policy,
+        sink=st.integers(0, 3),
+        mid=st.integers(0, 4),
+        recent=st.integers(0, 3),
+        mid_span=st.floats(0.5, 4),
+        positions=st.sampled_from(["packed", "absolute"]),
+    ),
+    blocks=st.integers(0, 25),
+    data=st.data(),
+)
+def test_cache_keeps_its_promises(policy, blocks, data):
+    """For any policy and any selections: prefix, no block twice, no gap, bounded positions."""
+    config: Config = msgspec.structs.replace(TINY, policy=policy)
+    cache = Cache(config)
+    at: dict[int, int] = {}  # token -> block, as a reader of `commit` and `read` would fill it
+    for index in range(blocks):
+        layout = cache.layout()
+        size = {s: config.compressed_tokens if s.compressed else config.block_tokens for s in layout.slots}
+        covered = sorted(t for s in layout.slots for t in range(s.first, s.first + size[s]))
+        assert covered == list(range(layout.valid)) and layout.valid <= config.context_tokens
+        assert all(at[t] == s.block for s in layout.slots for t in range(s.first, s.first + size[s]))
+        in_context = [slot.block for slot in layout.slots]
+        assert in_context == sorted(set(in_context))
+        newest = range(max(0, index - policy.recent), index)
+        full = {slot.block for slot in layout.slots if not slot.compressed}
+        assert full == set(newest) | set(range(min(index, policy.sink)))
+        if policy.positions == "absolute":
+            assert all(slot.start == slot.block * config.block_frames for slot in layout.slots)
+            assert layout.start == index * config.block_frames
+        else:
+            ends = [s.start + (config.mid_span if s.compressed else config.block_frames) for s in layout.slots]
+            assert [slot.start for slot in layout.slots] + [layout.start] == [0.0, *ends]
+        assert cache.compresses() == (policy.mid > 0 and index >= policy.sink)
+
+        first = cache.commit()
+        if first is not None:
+            at.update({t: index for t in range(first, first + config.block_tokens)})
+        candidates = list(cache.candidates())
+        count = min(policy.mid, len(candidates))
+        chosen = data.draw(st.permutations(candidates)) if candidates else []
+        for block, first in cache.read(sorted(chosen[:count])):
+            at.update({t: block for t in range(first, first + config.compressed_tokens)})
+        assert sorted(cache.mids) == sorted(chosen[:count])
