@@ -42,7 +42,9 @@ def export_bundle(
     target = Path(directory)
     if target.exists() and not (target / MANIFEST).is_file() and any_entry(target):
         raise OutputError(f"{target} is not empty and not a bundle; choose another directory")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports every absent torchvision op
+    logging.getLogger("torch.onnx").setLevel(
+        logging.ERROR
+    )  # it reports every absent torchvision op
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import Tensor, nn
 
 from packforcing.export.lint import TRACE_SIZES, lint
@@ -99,12 +100,14 @@ def export_graph(model: Model, name: str) -> ir.Model:
     )
     assert program is not None
     halve_weights(program.model)
+    # stack traces: as large as the graph itself, and they name the exporting machine's folders
+    ClearMetadataAndDocStringPass()(program.model)
     lint(name, program.model, spec)
     return program.model
 
 
 def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
-    """Zeros of the graph's shapes, the symbolic axes at their tracing sizes; they take no memory."""
+    """Zeros of the graph's shapes, open axes at their tracing sizes; they take no memory."""
     return tuple(
         torch.zeros((), dtype=getattr(torch, tensor.dtype)).expand(
             [TRACE_SIZES[n] if isinstance(n, str) else n for n in tensor.shape]
@@ -142,7 +145,7 @@ def halve_weights(model: ir.Model) -> None:
         graph.register_initializer(stored)
 
 
-def _dynamic_shapes(name: str, spec: GraphSpec) -> object:
+def _dynamic_shapes(name: str, spec: GraphSpec) -> tuple | None:
     shapes = tuple(
         {axis: torch.export.Dim(n) for axis, n in enumerate(tensor.shape) if isinstance(n, str)}
         for tensor in spec.inputs
@@ -154,5 +157,3 @@ def _dynamic_shapes(name: str, spec: GraphSpec) -> object:
 
 def _pairs(flat: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [(k, v) for k, v in zip(flat[::2], flat[1::2])]
-
-

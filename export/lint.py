@@ -13,11 +13,12 @@ TRACE_SIZES = {"N": 1009, "C": 2003}
 
 # What the five graphs are made of. All of it runs on ONNX Runtime's CPU provider and is mapped
 # by TensorRT's parser; anything new has to be tried on both before it joins the list.
-OPS = frozenset(
-    """Add Attention AveragePool Cast Clip Concat Conv Cos DepthToSpace Div Gather Gelu
-    LayerNormalization MatMul Mul Pad RMSNormalization ReduceMean Relu Reshape Resize
-    RotaryEmbedding Shape Sigmoid Sin Slice SpaceToDepth Squeeze Sub Tanh Transpose Unsqueeze""".split()
-)
+OPS = frozenset({
+    "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "DepthToSpace",
+    "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Pad", "RMSNormalization",
+    "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding", "Sigmoid", "Sin", "Slice",
+    "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+})  # fmt: skip
 
 
 def lint(name: str, model: ir.Model, spec: GraphSpec) -> None:
@@ -49,9 +50,10 @@ def _baked(graph: ir.Graph) -> list[str]:
     for node in graph:
         for value in node.inputs:
             constant = None if value is None else ir.convenience.get_const_tensor(value)
-            if constant is not None and constant.dtype == ir.DataType.INT64:
-                if sizes & set(constant.numpy().ravel().tolist()):
-                    found.append(f"an input of {node.op_type} {node.name}")
+            if constant is None or constant.dtype != ir.DataType.INT64:
+                continue
+            if sizes & set(constant.numpy().ravel().tolist()):
+                found.append(f"an input of {node.op_type} {node.name}")
         for value in node.outputs:
             if value.shape is not None and sizes & set(value.shape.dims):
                 found.append(f"the shape of {value.name}")

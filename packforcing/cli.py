@@ -63,7 +63,7 @@ _seed_option = click.option(
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("packforcing", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="packforcing")
 def main() -> None:
     """Long videos from text, in an amount of memory that does not grow with their length.
@@ -79,14 +79,18 @@ def main() -> None:
     show_default=True,
     help="What to show. An unknown word makes the command list the known ones.",
 )
-@click.option("--seconds", default=8.0, show_default=True, callback=_seconds)
+@click.option(
+    "--seconds", default=8.0, show_default=True, callback=_seconds, help="Length of the video."
+)
 @_seed_option
 @click.option(
     "--out", metavar="DIR", default="out/demo", show_default=True, help="Folder for the results."
 )
 @_bundle_option
 def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -> None:
-    """Render a video with the model that comes along, and a report about it.
+    """Render a first video, with a report about it.
+
+    Uses the small model that comes along, which draws a coloured shape over a ground.
 
     Writes demo.mp4 and demo.html (a page to open in a browser: pictures from the video, speed,
     memory, and which past blocks each block looked at).
@@ -203,9 +207,10 @@ def render(
 def export(
     out: str, model_name: str, weights: str | None, random_weights: bool, as_json: bool
 ) -> None:
-    """Turn a PyTorch model into a bundle, the folder that `packforcing render` reads.
+    """Turn a PyTorch model into a bundle.
 
-    Needs the export extra: pip install "packforcing[export]". Rendering does not.
+    A bundle is the folder that `packforcing render` reads. Making one needs the export extra,
+    pip install "packforcing[export]"; rendering does not.
 
     \b
     Example:
@@ -251,9 +256,10 @@ def export(
 @click.argument("bundle", required=False)
 @_json_option
 def inspect(bundle: str | None, as_json: bool) -> None:
-    """Show what is in BUNDLE: the model, its memory, its files and whether they are intact.
+    """Show what is in a bundle, and whether it is intact.
 
-    Without BUNDLE, the demo model that comes along. Exit code 2 if a file is missing or damaged.
+    That is the model, how much it remembers, its files, and the memory it renders in. Without
+    BUNDLE, of the demo model that comes along. Exit code 2 if a file is missing or damaged.
 
     \b
     Example:
@@ -389,7 +395,7 @@ def _speed(frames: int, config: Config, seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def _table(title: str, sizes: dict[str, int]) -> None:

@@ -6,6 +6,7 @@ Free of torch, so that the runtime can read it.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -98,7 +99,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             len(steps) > 0
             and steps[0] <= 1000
             and steps[-1] > 0
-            and all(a > b for a, b in zip(steps, steps[1:])),
+            and all(a > b for a, b in pairwise(steps)),
             "timesteps must fall from 1000 or less and stay above 0",
         )
 

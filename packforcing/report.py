@@ -11,14 +11,17 @@ import importlib.metadata
 import platform
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import OutputError
-from packforcing.runtime import BlockInfo, RenderSummary
 
-SAMPLES, COLUMNS = 12, 6  # pictures on the contact sheet, and how many in a row
+if TYPE_CHECKING:
+    from packforcing.runtime import BlockInfo, RenderSummary
+
+SAMPLES, SAMPLE_WIDTH = 12, 256  # pictures of the video, and their width in pixels at most
 RUNTIME = ("packforcing", "onnxruntime", "onnxruntime-gpu", "numpy", "av")
 
 
@@ -64,7 +67,7 @@ def write_report(
         style=_STYLE,
         prompt=html.escape(prompt),
         video=html.escape(video.name),
-        sheet=base64.b64encode(_contact_sheet(video, summary.frames)).decode(),
+        pictures=_pictures(video, summary.frames, config.fps),
         facts=_rows({name: (text,) for name, text in facts.items()}),
         durations=_durations(per_block, config.block_pixel_frames / config.fps),
         spent=_rows(
@@ -95,21 +98,27 @@ def write_report(
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _contact_sheet(video: Path, frames: int) -> bytes:
-    """Frames spread over the video, first and last included, as one PNG."""
+def _pictures(video: Path, frames: int, fps: int) -> str:
+    """Frames spread over the video, first and last included, with their times."""
     import av
     import cv2
 
     wanted = set(np.linspace(0, frames - 1, SAMPLES).round().astype(int).tolist())
-    pictures = []
+    figures = []
     with av.open(video) as container:
         for index, frame in enumerate(container.decode(video=0)):
-            if index in wanted:
-                pictures.append(frame.to_ndarray(format="bgr24"))
-    blank = np.full_like(pictures[0], 255)
-    pictures += [blank] * (-len(pictures) % COLUMNS)
-    rows = [np.hstack(pictures[i : i + COLUMNS]) for i in range(0, len(pictures), COLUMNS)]
-    return cv2.imencode(".png", np.vstack(rows))[1].tobytes()
+            if index not in wanted:
+                continue
+            picture: np.ndarray = frame.to_ndarray(format="bgr24")
+            scale = min(1.0, SAMPLE_WIDTH / frame.width)
+            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            data = base64.b64encode(cv2.imencode(".png", picture)[1].tobytes()).decode()
+            time = f"{index / fps:.1f} s"
+            figures.append(
+                f'<figure><img src="data:image/png;base64,{data}" alt="frame at {time}">'
+                f"<figcaption>{time}</figcaption></figure>"
+            )
+    return "".join(figures)
 
 
 def _durations(seconds: list[float], playing: float) -> str:
@@ -179,7 +188,10 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0 .75rem; color: var(--faint); }
 a { color: var(--mid); }
-img { width: 100%; border-radius: 6px; }
+.pictures { display: grid; grid-template-columns: repeat(6, 1fr); gap: .4rem; }
+figure { margin: 0; }
+img { display: block; width: 100%; border-radius: 4px; }
+figcaption { color: var(--faint); font-size: .8rem; }
 table { border-collapse: collapse; width: 100%; }
 th { text-align: left; font-weight: normal; color: var(--faint); padding: .2rem 1.5rem .2rem 0;
   white-space: nowrap; vertical-align: top; width: 1%; }
@@ -193,7 +205,10 @@ svg { display: block; border-left: 1px solid var(--line); border-bottom: 1px sol
 path.sink { fill: var(--sink); } path.mid { fill: var(--mid); }
 path.recent { fill: var(--recent); }
 path.line { stroke: var(--sink); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
-.key { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; }
+.key { white-space: nowrap; margin-right: 1em; }
+.key::before { content: ""; display: inline-block; width: .8em; height: .8em; margin-right: .35em; }
+.sink::before { background: var(--sink); } .mid::before { background: var(--mid); }
+.recent::before { background: var(--recent); }
 """
 
 _PAGE = """<!doctype html>
@@ -204,7 +219,7 @@ _PAGE = """<!doctype html>
 <style>{style}</style>
 <h1>{prompt}</h1>
 <p>Frames from <a href="{video}">{video}</a>, first to last.</p>
-<img src="data:image/png;base64,{sheet}" alt="frames of the video in order">
+<div class="pictures">{pictures}</div>
 <h2>Render</h2>
 <table>{facts}</table>
 <h2>Time per block</h2>
@@ -215,9 +230,9 @@ than real time.</p>
 <div>
 <h2>Which blocks each block read</h2>
 <p>Across: the block being made. Down: the earlier block.
-<span class="key" style="background: var(--sink)"></span>sink
-<span class="key" style="background: var(--mid)"></span>mid, from the archive
-<span class="key" style="background: var(--recent)"></span>recent</p>
+<span class="key sink">sink</span>
+<span class="key mid">mid, from the archive</span>
+<span class="key recent">recent</span></p>
 {reads}
 </div>
 <div>

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -75,16 +77,7 @@ def rollout(
             chosen = replay[index]
         context, context_rope, start = gather(config, history, chosen)
 
-        def call(
-            tokens: Tensor, timestep: float, positions: np.ndarray, extra: Tensor | None = None
-        ) -> tuple[Tensor, list[KV], Tensor, Tensor]:
-            if extra is None:
-                extra = tokens.new_zeros(1, tokens.shape[1], config.dim)
-            return model.transformer(
-                tokens, extra, torch.tensor([timestep], dtype=torch.float32),
-                cross, rope(config, positions), context, context_rope,
-            )  # fmt: skip
-
+        call = partial(forward, model, cross, context, context_rope)
         positions = block_positions(config, start)
         first_flow = None
         if clip is not None and (index + 1) * config.block_frames <= len(clip):
@@ -93,7 +86,7 @@ def rollout(
         else:
             levels = sigmas(config)
             x = torch.from_numpy(noise(index, 0))[None]
-            for step, (now, then) in enumerate(zip(levels, levels[1:])):
+            for step, (now, then) in enumerate(pairwise(levels)):
                 flow = call(x, 1000 * now, positions)[0]
                 first_flow = flow[0] if step == 0 else first_flow
                 fresh = None
@@ -121,6 +114,25 @@ def rollout(
         forget(config, history)
 
 
+def forward(
+    model: Model,
+    cross: list[KV],
+    context: list[KV],
+    context_rope: Rope,
+    tokens: Tensor,
+    timestep: float,
+    positions: np.ndarray,
+    extra: Tensor | None = None,
+) -> tuple[Tensor, list[KV], Tensor, Tensor]:
+    """One call of the transformer on tokens [1, n, P] at positions [n, 3]."""
+    if extra is None:
+        extra = tokens.new_zeros(1, tokens.shape[1], model.config.dim)
+    time = torch.tensor([timestep], dtype=torch.float32)
+    return model.transformer(
+        tokens, extra, time, cross, rope(model.config, positions), context, context_rope
+    )
+
+
 def choose(config: Config, history: list[Past], query: np.ndarray, seed: int) -> list[int]:
     """The archived blocks to read next, oldest first."""
     outside = past_recent(config, history)
@@ -132,9 +144,7 @@ def choose(config: Config, history: list[Past], query: np.ndarray, seed: int) ->
     return select(config.policy, indices, scores, seed, history[-1].index).tolist()
 
 
-def gather(
-    config: Config, history: list[Past], chosen: list[int]
-) -> tuple[list[KV], Rope, float]:
+def gather(config: Config, history: list[Past], chosen: list[int]) -> tuple[list[KV], Rope, float]:
     """The context in time order (sink, mid, recent), its tables and where the new block starts."""
     policy, frames = config.policy, config.block_frames
     sink = history[: policy.sink]
@@ -149,9 +159,7 @@ def gather(
         whole = block.index not in chosen
         parts.append(block.full if whole else block.compressed)
         positions.append(
-            block_positions(config, start)
-            if whole
-            else compressed_positions(config, start, span)
+            block_positions(config, start) if whole else compressed_positions(config, start, span)
         )
         start += frames if whole else span
     start = start if packed else float(len(history) * frames)

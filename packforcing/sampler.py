@@ -6,13 +6,13 @@ models are distilled without classifier-free guidance, so a step is one forward.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from packforcing.config import Config
 
-Array = TypeVar("Array")
+Array = Any  # numpy or torch
 
 
 def sigmas(config: Config) -> list[float]:
@@ -21,16 +21,18 @@ def sigmas(config: Config) -> list[float]:
     return [config.shift * s / (1 + (config.shift - 1) * s) for s in levels] + [0.0]
 
 
-def advance(config: Config, x: Array, flow: Array, noise: Array | None, now: float, then: float) -> Array:
+def advance(
+    config: Config, x: Array, flow: Array, noise: Array, now: float, then: float
+) -> Array:
     """The sample at noise level `then` from the one at `now` and the flow predicted there.
 
     "renoise" (distilled models: Self-Forcing's few-step loop) goes to the predicted x0 and adds
     fresh `noise`; "euler" follows the flow and needs none.
     """
     if config.sampler == "euler":
-        return x + (then - now) * flow  # type: ignore[operator]
-    x0 = x - now * flow  # type: ignore[operator]
-    return x0 if then == 0 else (1 - then) * x0 + then * noise  # type: ignore[operator]
+        return x + (then - now) * flow
+    x0 = x - now * flow
+    return x0 if then == 0 else (1 - then) * x0 + then * noise
 
 
 def draw_noise(config: Config, seed: int, block: int, step: int) -> np.ndarray:

@@ -30,7 +30,9 @@ def encode_words(prompt: str, config: Config) -> np.ndarray:
     words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
     unknown = [word for word in words if word not in VOCABULARY]
     if unknown:
-        raise PromptError(f"the {config.name} model does not know {_suggest(unknown)}; {_grammar()}")
+        raise PromptError(
+            f"the {config.name} model does not know {_suggest(unknown)}; {_grammar()}"
+        )
     if not words:
         raise PromptError(f"the prompt names nothing to draw; {_grammar()}")
     if len(words) > config.text_len:

@@ -11,7 +11,7 @@ channel fastest; its rows are reordered when a state dict is loaded, and back wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,8 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Rotates adjacent channel pairs of [B, H, n, d] by the tables' angles."""
     cos, sin = rope
+    if torch.compiler.is_exporting():  # one ONNX op instead of a dozen
+        return torch.onnx.ops.rotary_embedding(x, cos[None], sin[None], interleaved=True)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
@@ -99,8 +101,9 @@ class Layer(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor, cross: KV, attend: Attend) -> Tensor:
-        """x [B, n, D]; time [B, n or 1, 6, D]; cross, the prompt's keys and values."""
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time).unbind(2)
+        """x [B, n, D]; time [B, n or 1, 6 D]; cross, the prompt's keys and values."""
+        modulation = self.modulation.flatten(1) + time
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, -1)
         h = modulate(x, shift_a, scale_a, self.eps)
         attended = attend(self.self_attn.query(h), *self.self_attn.key_value(h))
         x = x + gate_a * self.self_attn.out(attended)
@@ -158,7 +161,9 @@ class Transformer(nn.Module):
             nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.blocks: Iterable[Layer] = nn.ModuleList(  # type: ignore[assignment]
+            Layer(config) for _ in range(config.layers)
+        )
         self.head = Head(config)
 
     def cross_kv(self, text: Tensor) -> list[KV]:
@@ -191,12 +196,13 @@ class Transformer(nn.Module):
         new: list[KV] = []
         pooled: list[KV] = []
         past = iter(context)
+        key_rope = torch.cat((rope[0], context_rope[0])), torch.cat((rope[1], context_rope[1]))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             old_k, old_v = next(past)
             new.append((k, v))
             pooled.append((q.mean(2), k.mean(2)))
-            keys = torch.cat((rotate(k, rope), rotate(old_k, context_rope)), 2)
+            keys = rotate(torch.cat((k, old_k), 2), key_rope)
             return attention(rotate(q, rope), keys, torch.cat((v, old_v), 2), kv_len)
 
         flow = self._run(tokens, extra, *self._time(timestep[:, None]), cross, attend)
@@ -232,12 +238,12 @@ class Transformer(nn.Module):
         return F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps [B, G] to the head's embedding [B, G, D] and the layers' [B, G, 6, D]."""
+        """Timesteps [B, G] to the head's embedding [B, G, D] and the layers' [B, G, 6 D]."""
         half = self.config.freq_dim // 2
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = timestep[..., None] * frequencies.to(timestep)
         time = self.time_embedding(torch.cat((angles.cos(), angles.sin()), -1))
-        return time, self.time_projection(time).unflatten(-1, (6, -1))
+        return time, self.time_projection(time)
 
     def _run(
         self,

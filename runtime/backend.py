@@ -24,9 +24,7 @@ class Graph:
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"]
-            )
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library raises its own unrelated types
             raise BackendError(f"ONNX Runtime cannot load {path}: {error}") from error
         self.spec, self.seconds = spec, 0.0

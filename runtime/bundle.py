@@ -95,7 +95,9 @@ def contract(config: Config) -> dict[str, GraphSpec]:
     def states(prefix: str, shapes: list[tuple[int, ...]]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(f"{prefix}.{i}", shape) for i, shape in enumerate(shapes))
 
-    cross = per_layer("cross_k", "cross_v", shape=(1, config.heads, config.text_len, config.head_dim))
+    cross = per_layer(
+        "cross_k", "cross_v", shape=(1, config.heads, config.text_len, config.head_dim)
+    )
     pool = (config.layers, config.heads, config.head_dim)
     decoder, encoder = decoder_state_shapes(config), encoder_state_shapes(config)
     return {
@@ -231,4 +233,6 @@ def check_files(directory: str | Path, manifest: Manifest) -> None:
                 f"the bundle lacks {path} ({error.strerror}); export or download it again"
             ) from error
         if found != record:
-            raise BundleError(f"{path} is damaged (its SHA-256 differs); export or download it again")
+            raise BundleError(
+                f"{path} is damaged (its SHA-256 differs); export or download it again"
+            )

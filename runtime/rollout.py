@@ -6,6 +6,7 @@ Steps read the history, commit changes it; `packforcing.runtime.cache` has the p
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Rollout:
         config, block = self.config, self.cache.committed
         x, flow = self.buffers.denoiser["tokens"], self.buffers.denoiser["flow"]
         x[0] = draw_noise(config, self.seed, block, 0)
-        for step, (now, then) in enumerate(zip(self.levels, self.levels[1:])):
+        for step, (now, then) in enumerate(pairwise(self.levels)):
             self.buffers.denoiser["timestep"][0] = 1000 * now
             self._denoise()
             fresh = None

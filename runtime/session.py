@@ -12,7 +12,7 @@ from types import TracebackType
 import msgspec
 import numpy as np
 
-from packforcing.config import TEMPORAL_FACTOR, Config, Policy
+from packforcing.config import TEMPORAL_FACTOR, Policy
 from packforcing.errors import BackendError, ConfigError
 from packforcing.runtime.backend import Graph
 from packforcing.runtime.bundle import (

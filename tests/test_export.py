@@ -85,7 +85,9 @@ def test_an_unplugged_kv_len_is_found(tiny_model, monkeypatch):
 
 def test_contract_knows_the_autoencoders_state(tiny_config, tiny_model):
     autoencoder = tiny_model.autoencoder
-    assert [tuple(s.shape) for s in autoencoder.decoder_state()] == decoder_state_shapes(tiny_config)
+    assert [tuple(s.shape) for s in autoencoder.decoder_state()] == decoder_state_shapes(
+        tiny_config
+    )
     states = autoencoder.encoder_state(tiny_config.height, tiny_config.width)
     assert [tuple(s.shape) for s in states] == encoder_state_shapes(tiny_config)
 
@@ -170,14 +172,18 @@ from packforcing.runtime import Session
 with Session.open({str(tiny_bundle)!r}) as session:
     print(session.render("a red star over navy stripes", 2, {str(tmp_path / "v.mp4")!r}).frames)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "16"
 
 
 def test_importing_the_runtime_loads_nothing_heavy():
     heavy = "{'torch', 'onnx', 'onnxruntime', 'cv2', 'av'}"
     script = f"import sys, packforcing.runtime; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

@@ -126,7 +126,12 @@ def test_cached_rollout_equals_one_masked_pass(tiny_config, tiny_model):
     that packed positions are the absolute ones the single pass can give its tokens.
     """
     config = msgspec.structs.replace(tiny_config, policy=Policy(sink=1, mid=9, recent=1))
-    transformer, blocks, n, c = tiny_model.transformer, 5, config.block_tokens, config.compressed_tokens
+    transformer, blocks, n, c = (
+        tiny_model.transformer,
+        5,
+        config.block_tokens,
+        config.compressed_tokens,
+    )
     torch.manual_seed(0)
     clean = torch.randn(blocks, n, config.token_dim)
     noisy = torch.randn(blocks, n, config.token_dim)
@@ -196,7 +201,9 @@ def test_kv_len_hides_garbage(tiny_config, tiny_model):
 
     def context(tokens):
         torch.manual_seed(1)
-        whole = [torch.randn(1, config.heads, room, config.head_dim) for _ in range(2 * config.layers)]
+        whole = [
+            torch.randn(1, config.heads, room, config.head_dim) for _ in range(2 * config.layers)
+        ]
         for tensor in whole:
             tensor[:, :, valid:] = 1e6
         return [(k[:, :, :tokens], v[:, :, :tokens]) for k, v in zip(whole[::2], whole[1::2])]

@@ -29,8 +29,12 @@ def test_rope_equals_complex_exponentials():
     positions = np.random.default_rng(0).uniform(0, 100, (50, 3))
     pairs = axis_pairs(32)
     expected = np.concatenate(
-        [np.exp(1j * positions[:, [axis]] * 10000.0 ** (-np.arange(n) / n)) for axis, n in enumerate(pairs)], 1
-    )  # fmt: skip
+        [
+            np.exp(1j * positions[:, [axis]] * 10000.0 ** (-np.arange(n) / n))
+            for axis, n in enumerate(pairs)
+        ],
+        axis=1,
+    )
     cos, sin = rope_table(positions, 32)
     np.testing.assert_allclose(cos + 1j * sin, expected, atol=1e-7)
 
@@ -144,8 +148,8 @@ def test_selection_is_the_best_in_time_order(scores, mid, selection):
 
 
 @pytest.mark.parametrize("change", [
-    {"heads": 5}, {"height": 100}, {"block_frames": 0}, {"timesteps": ()}, {"timesteps": (500, 750)},
-    {"compressor_widths": (1, 2)}, {"height": 32, "width": 32},
+    {"heads": 5}, {"height": 100}, {"block_frames": 0}, {"timesteps": ()},
+    {"timesteps": (500, 750)}, {"compressor_widths": (1, 2)}, {"height": 32, "width": 32},
 ])  # fmt: skip
 def test_impossible_configs_are_refused(change):
     from packforcing.errors import ConfigError

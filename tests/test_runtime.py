@@ -191,7 +191,9 @@ def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
     rng = np.random.default_rng(0)
     axes = {"N": n, "C": 7}
     arrays = {
-        tensor.name: rng.standard_normal([axes.get(x, x) for x in tensor.shape]).astype(tensor.dtype)
+        tensor.name: rng.standard_normal([axes.get(x, x) for x in tensor.shape]).astype(
+            tensor.dtype
+        )
         for tensor in (*spec.inputs, *spec.outputs)
     }
     arrays["kv_len"][0] = n + 5
@@ -200,7 +202,9 @@ def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
         inputs = [torch.from_numpy(arrays[tensor.name]) for tensor in spec.inputs]
         expected = Denoiser(tiny_model)(*inputs)
     for tensor, wanted in zip(spec.outputs, expected):
-        np.testing.assert_allclose(arrays[tensor.name], wanted.numpy(), atol=2e-5, err_msg=tensor.name)
+        np.testing.assert_allclose(
+            arrays[tensor.name], wanted.numpy(), atol=2e-5, err_msg=tensor.name
+        )
 
 
 @given(
@@ -222,10 +226,15 @@ def test_cache_keeps_its_promises(policy, blocks, data):
     at: dict[int, int] = {}  # token -> block, as a reader of `commit` and `read` would fill it
     for index in range(blocks):
         layout = cache.layout()
-        size = {s: config.compressed_tokens if s.compressed else config.block_tokens for s in layout.slots}
+        size = {
+            s: config.compressed_tokens if s.compressed else config.block_tokens
+            for s in layout.slots
+        }
         covered = sorted(t for s in layout.slots for t in range(s.first, s.first + size[s]))
         assert covered == list(range(layout.valid)) and layout.valid <= config.context_tokens
-        assert all(at[t] == s.block for s in layout.slots for t in range(s.first, s.first + size[s]))
+        assert all(
+            at[t] == s.block for s in layout.slots for t in range(s.first, s.first + size[s])
+        )
         in_context = [slot.block for slot in layout.slots]
         assert in_context == sorted(set(in_context))
         newest = range(max(0, index - policy.recent), index)
@@ -235,7 +244,10 @@ def test_cache_keeps_its_promises(policy, blocks, data):
             assert all(slot.start == slot.block * config.block_frames for slot in layout.slots)
             assert layout.start == index * config.block_frames
         else:
-            ends = [s.start + (config.mid_span if s.compressed else config.block_frames) for s in layout.slots]
+            ends = [
+                s.start + (config.mid_span if s.compressed else config.block_frames)
+                for s in layout.slots
+            ]
             assert [slot.start for slot in layout.slots] + [layout.start] == [0.0, *ends]
         assert cache.compresses() == (policy.mid > 0 and index >= policy.sink)
 

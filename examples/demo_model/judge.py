@@ -23,10 +23,19 @@ _PALETTE = np.float32(
 )
 
 
+def _nearest_table() -> np.ndarray:
+    """Index of the nearest palette colour for RGB in 32 levels each, uint8 [32, 32, 32]."""
+    level = np.arange(4, 256, 8, dtype=np.float32)
+    rgb = np.stack(np.meshgrid(level, level, level, indexing="ij"), -1)
+    return np.square(rgb[..., None, :] - _PALETTE).sum(-1).argmin(-1).astype(np.uint8)
+
+
+_NEAREST = _nearest_table()
+
+
 def read_frame(frame: np.ndarray) -> dict[str, str | None]:
     """One frame, uint8 [H, W, 3] RGB, to its `colour`, `shape` and `ground`; None where unseen."""
-    distance = np.square(frame[..., None, :].astype(np.float32) - _PALETTE).sum(-1)
-    nearest = distance.argmin(-1)
+    nearest = _NEAREST[tuple(np.moveaxis(frame >> 3, -1, 0))]
     votes = np.bincount(nearest.ravel(), minlength=len(_PALETTE))
     ground = GROUNDS[int(votes[len(COLOURS) :].reshape(-1, 2).sum(1).argmax())]
     best_area, colour, shape = MIN_AREA, None, None
@@ -48,14 +57,16 @@ def judge(frames: np.ndarray) -> dict[str, list[str | None]]:
     return {kind: [reading[kind] for reading in readings] for kind in ("colour", "shape", "ground")}
 
 
-def matches(prompt: str, frames: np.ndarray) -> dict[str, bool]:
+def matches(
+    prompt: str, frames: np.ndarray, readings: dict[str, list[str | None]] | None = None
+) -> dict[str, bool]:
     """Whether the video shows what the prompt names.
 
     A kind is right when at least half of all frames *and* at least half of the last second
     read the named word. `both` is subject colour and ground. Words a prompt leaves out are right.
     """
     words = set(re.findall(r"\w+", prompt.lower()))
-    readings = judge(frames)
+    readings = judge(frames) if readings is None else readings
     right = {}
     for kind, pool in (("colour", COLOURS), ("shape", SHAPES), ("ground", GROUNDS)):
         wanted = words & set(pool)

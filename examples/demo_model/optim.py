@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+import team
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,8 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearest (semi-)orthogonal matrices of a batch [K, rows, columns]."""
+    if not len(matrices):
+        return matrices
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -51,8 +54,15 @@ class Muon(torch.optim.Optimizer):
                 velocity.lerp_(p.grad, 1 - group["momentum"])
                 ahead = p.grad.lerp(velocity, group["momentum"]).flatten(1)  # Nesterov
                 same_shape[tuple(ahead.shape)].append((p, ahead))
-            for shape, members in same_shape.items():
-                steps = orthogonalise(torch.stack([ahead for _, ahead in members]))
+            directions = []
+            for members in same_shape.values():
+                ahead = torch.stack([ahead for _, ahead in members])
+                share = slice(team.rank(), None, team.size())  # each process does some of them
+                mine = orthogonalise(ahead[share])
+                directions.append(ahead.zero_())
+                ahead[share] = mine
+            team.add_up(directions)
+            for (shape, members), steps in zip(same_shape.items(), directions):
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
                 for (p, _), step in zip(members, steps):
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -12,16 +12,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import team
 import torch
 import torch.nn.functional as F
-from optim import make_optimisers, rate_factor, set_rate
+from optim import Muon, make_optimisers, rate_factor, set_rate
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from world import SIZE, make_clip
 
 from packforcing import model_config
-from packforcing.autoencoder import TinyAutoencoder
+from packforcing.autoencoder import MemBlock, TinyAutoencoder
 
 FRAMES = 12  # per clip: three latent frames
 CROP = 64  # pixels
@@ -40,12 +41,15 @@ def draw_batch(rng: np.random.Generator, clips: int, crop: int, frames: int = FR
     return pixels.contiguous().float() / 255
 
 
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """L1 + MSE + L1 of the image gradients, so that edges stay sharp."""
-    loss = F.l1_loss(output, target) + 2 * F.mse_loss(output, target)
+def reconstruction_loss(output: Tensor, target: Tensor, sharpness: float = 1.0) -> Tensor:
+    """MSE, plus L1 of pixels and of image gradients, so that edges stay sharp.
+
+    A new model needs a start on MSE alone: L1 keeps it at the mean colour for hundreds of steps.
+    """
+    sharp = F.l1_loss(output, target)
     for axis in (-1, -2):
-        loss = loss + F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
-    return loss
+        sharp = sharp + F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
+    return 5 * F.mse_loss(output, target) + sharpness * sharp
 
 
 def scale_penalty(latents: Tensor) -> Tensor:
@@ -78,14 +82,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
     parser.add_argument("--minutes", type=float, default=25, help="length of the whole run")
-    parser.add_argument("--clips", type=int, default=6, help="crops per step")
+    parser.add_argument("--clips", type=int, default=4, help="crops per step and worker")
+    parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
     parser.add_argument("--lr", type=float, default=5e-3, help="Muon's; AdamW's is half")
     parser.add_argument("--noise", type=float, default=0.1, help="added to latents in training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    team.run(args.workers, train, args)
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = TinyAutoencoder(model_config("demo"))
+    initialise(model)
+    torch.manual_seed(args.seed * 1000 + rank)
     matrices = [p for p in model.parameters() if p.ndim == 4]
     others = [p for p in model.parameters() if p.ndim != 4]
     optimisers = make_optimisers(matrices, others, args.lr, args.lr / 2)
@@ -96,39 +107,66 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         for optimiser, state in zip(optimisers, saved["optimisers"]):
             optimiser.load_state_dict(state)
+            for group in optimiser.param_groups:  # the rate asked for now
+                group["peak"] = args.lr if isinstance(optimiser, Muon) else args.lr / 2
         step, seconds = saved["step"], saved["seconds"]
 
-    bar = tqdm(total=round(args.minutes * 60), initial=round(seconds), unit="s", mininterval=10)
-    last_save, average = seconds, None
-    while seconds < args.minutes * 60:
+    length = args.minutes * 60
+    bar = tqdm(total=round(length), initial=round(seconds), unit="s", mininterval=10,
+               disable=rank > 0)  # fmt: skip
+    last_save, average, clock = seconds, None, torch.zeros(1)
+    while seconds < length:
         begun = time.monotonic()
-        set_rate(optimisers, rate_factor(seconds / (args.minutes * 60)))
-        rng = np.random.default_rng([args.seed, step])
+        set_rate(optimisers, rate_factor(seconds / length))
+        sharpness = min(1.0, seconds / (0.2 * length))
+        rng = np.random.default_rng([args.seed, step, rank])
         whole = step % 5 == 4
-        frames = draw_batch(rng, max(1, args.clips // 3) if whole else args.clips,
+        frames = draw_batch(rng, max(1, args.clips // 4) if whole else args.clips,
                             SIZE if whole else CROP)  # fmt: skip
         latents = model.encode(frames)
-        output = model.decode(latents + args.noise * torch.randn_like(latents))
-        loss = reconstruction_loss(output, frames) + 0.1 * scale_penalty(latents)
+        noise = sharpness * args.noise * torch.randn_like(latents)
+        output = model.decode(latents + noise)
+        loss = reconstruction_loss(output, frames, sharpness) + 0.1 * scale_penalty(latents)
         loss.backward()
+        team.average_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
         step += 1
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        elapsed = time.monotonic() - begun
-        seconds += elapsed
+        error = F.mse_loss(output, frames).item()
+        average = error if average is None else 0.95 * average + 0.05 * error
+        clock.fill_(time.monotonic() - begun)
+        team.add_up([clock], 1 / args.workers)  # so that all stop at the same step
+        seconds += clock.item()
         bar.update(round(seconds) - bar.n)
-        if step % 50 == 0:
-            bar.write(f"{step} {seconds:.0f}s loss {average:.4f} psnr {psnr(output, frames):.1f} "
-                      f"std {latents.std():.2f}")  # fmt: skip
-        if seconds - last_save > 120 or seconds >= args.minutes * 60:
+        if step % 50 == 0 and rank == 0:
+            print(f"step {step}, {seconds:.0f} s: {-10 * np.log10(average):.2f} dB, "
+                  f"latent std {latents.std():.2f}", flush=True)  # fmt: skip
+        if rank == 0 and (seconds - last_save > 120 or seconds >= length):
             last_save = seconds
             torch.save({"model": model.state_dict(), "step": step, "seconds": seconds,
                         "optimisers": [o.state_dict() for o in optimisers]}, progress)  # fmt: skip
     bar.close()
-    finish(model, args.out)
+    if rank == 0:
+        finish(model, args.out)
+
+
+def initialise(model: TinyAutoencoder) -> None:
+    """Keeps the signal's size through the depth: the default lets it shrink at every stage."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MemBlock):  # nearly the identity
+                module.conv[0].weight.mul_(2**0.5)
+                module.conv[2].weight.mul_(2**0.5)
+                module.conv[4].weight.mul_(0.2)
+        model.decoder[-1].weight.mul_(0.3)
+        model.decoder[-1].bias.fill_(0.4)  # about the mean picture
 
 
 @torch.no_grad()

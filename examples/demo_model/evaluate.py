@@ -1,0 +1,216 @@
+"""Rolls out random prompts under the real cache policy, judges the videos, draws a sheet.
+
+The rollout is `packforcing.rollout` for many prompts at once: the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import cv2
+import judge
+import msgspec
+import numpy as np
+import team
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from world import make_prompt, random_attributes
+
+from packforcing import model_config
+from packforcing.autoencoder import MemBlock
+from packforcing.config import Config
+from packforcing.model import Model, load_model
+from packforcing.rope import block_positions, compressed_positions, rope_table
+from packforcing.sampler import advance, draw_noise, sigmas
+from packforcing.selection import affinity, select
+from packforcing.text import encode_words
+from packforcing.transformer import KV, patchify, unpatchify
+
+PER_BATCH = 10  # prompts rolled out together, per worker
+
+
+def rope(config: Config, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_table(positions, config.head_dim)
+    return torch.from_numpy(cos), torch.from_numpy(sin)
+
+
+@torch.inference_mode()
+def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Tensor:
+    """Videos of the prompts, uint8 [B, frames, H, W, 3]; the trimmed first frames are gone."""
+    config, policy = model.config, model.config.policy
+    text = torch.from_numpy(np.concatenate([encode_words(prompt, config) for prompt in prompts]))
+    cross = model.transformer.cross_kv(text)
+    batch, span = len(prompts), config.block_frames
+    decoder = StreamingDecoder(model, batch)
+    full: list[list[KV]] = []  # of each block, per layer
+    packed: list[list[KV]] = []
+    pooled: list[np.ndarray] = []
+    chosen = np.zeros((batch, 0), int)
+    videos = []
+    levels = sigmas(config)
+    for index in range(blocks):
+        sink = list(range(min(policy.sink, index)))
+        recent = list(range(max(policy.sink, index - policy.recent), index))
+        places, start = [np.zeros((0, 3))], 0.0
+        for kind, count in (("full", len(sink)), ("mid", chosen.shape[1]), ("full", len(recent))):
+            for _ in range(count):
+                whole = kind == "full"
+                width = float(span) if whole else config.mid_span
+                places.append(
+                    block_positions(config, start) if whole
+                    else compressed_positions(config, start, width)
+                )  # fmt: skip
+                start += width
+        context_rope = rope(config, np.concatenate(places))
+        context = []
+        for layer in range(config.layers):
+            pair = []
+            for side in (0, 1):
+                parts = [full[i][layer][side] for i in sink]
+                parts += [
+                    torch.stack([packed[i][layer][side][b] for b, i in enumerate(column)])
+                    for column in chosen.T
+                ]
+                parts += [full[i][layer][side] for i in recent]
+                empty = torch.zeros(batch, config.heads, 0, config.head_dim)
+                pair.append(torch.cat([empty, *parts], 2))
+            context.append((pair[0], pair[1]))
+
+        def call(tokens, timestep, positions, extra=None):
+            extra = torch.zeros(*tokens.shape[:2], config.dim) if extra is None else extra
+            return model.transformer(
+                tokens, extra, torch.full((batch,), float(timestep)), cross,
+                rope(config, positions), context, context_rope,
+            )  # fmt: skip
+
+        def noise(step):
+            return torch.from_numpy(
+                np.stack([draw_noise(config, seed, index, step) for seed in seeds])
+            )
+
+        places_now = block_positions(config, start)
+        x = noise(0)
+        for step, (now, then) in enumerate(zip(levels, levels[1:])):
+            flow = call(x, 1000 * now, places_now)[0]
+            x = advance(config, x, flow, noise(step + 1) if then else None, now, then)
+        _, new, query, _ = call(x, 0.0, places_now)
+        latents = unpatchify(x, config.grid, config.patch)
+        pixels = decoder(latents)
+        full.append(new)
+        tokens, extra = model.compressor(latents, pixels)
+        centres = compressed_positions(config, start, span)
+        _, small, _, key = call(tokens, 0.0, centres, extra)
+        packed.append(small)
+        pooled.append(key.numpy())
+        videos.append((pixels * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2))
+
+        candidates = np.arange(policy.sink, max(policy.sink, index + 1 - policy.recent))
+        chosen = np.stack([
+            select(policy, candidates,
+                   affinity(query[b].numpy(), np.stack([pooled[i][b] for i in candidates]))
+                   if len(candidates) else None, seeds[b], index)
+            for b in range(batch)
+        ])  # fmt: skip
+    return torch.cat(videos, 1)[:, config.trimmed_frames :]
+
+
+class StreamingDecoder:
+    """The autoencoder's decoder, latent frame by latent frame, for many videos at once."""
+
+    def __init__(self, model: Model, batch: int) -> None:
+        self.layers = model.autoencoder.decoder
+        self.patch = model.config.vae_patch
+        self.state = [s.expand(batch, -1, -1, -1) for s in model.autoencoder.decoder_state()]
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """[B, T, C, h, w] to [B, 4T, 3, H, W] in 0..1."""
+        batch, x, state = latents.shape[0], latents.flatten(0, 1), iter(self.state)
+        after = []
+        for layer in self.layers:
+            if isinstance(layer, MemBlock):
+                clip = x.unflatten(0, (batch, -1))
+                past = torch.cat((next(state)[:, None], clip[:, :-1]), 1)
+                after.append(clip[:, -1])
+                x = layer(x, past.flatten(0, 1))
+            else:
+                x = layer(x)
+        self.state = after
+        return torch.nn.functional.pixel_shuffle(x, self.patch).clamp(0, 1).unflatten(0, (batch, -1))
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    config = model_config("demo")
+    if args.timesteps:
+        config = msgspec.structs.replace(config, timesteps=tuple(args.timesteps))
+    if args.shift:
+        config = msgspec.structs.replace(config, shift=args.shift)
+    if args.sampler:
+        config = msgspec.structs.replace(config, sampler=args.sampler)
+    model = load_model(config, args.weights)
+    model.autoencoder.requires_grad_(False)
+    rng = np.random.default_rng(args.seed)
+    prompts = [make_prompt(**random_attributes(rng)) for _ in range(args.prompts)]
+    begun, results = time.monotonic(), []
+    for first in range(rank * PER_BATCH, args.prompts, args.workers * PER_BATCH):
+        numbers = list(range(first, min(first + PER_BATCH, args.prompts)))
+        frames = config.frames(args.seconds)
+        videos = roll(model, [prompts[i] for i in numbers], numbers, config.blocks(frames))
+        for i, video in zip(numbers, videos[:, :frames].numpy()):
+            words = set(prompts[i].split())
+            seen = judge.judge(video)
+            right = judge.matches(prompts[i], video, seen)
+            present = np.array([colour in words for colour in seen["colour"]])
+            results.append((i, prompts[i], right, present, video[:: max(1, frames // 8)][:8]))
+    everyone: list = [None] * args.workers
+    dist.gather_object(results, everyone if rank == 0 else None)
+    if rank == 0:
+        report(sorted(sum(everyone, []), key=lambda r: r[0]), config, args, time.monotonic() - begun)
+
+
+def report(results: list, config: Config, args: argparse.Namespace, seconds: float) -> None:
+    """Prints the shares of videos that are right and draws the first 24 as a sheet."""
+    steps = f"{config.sampler}, {len(config.timesteps)} steps, shift {config.shift}"
+    shares = {kind: np.mean([r[2][kind] for r in results])
+              for kind in ("colour", "ground", "both", "shape")}  # fmt: skip
+    print(f"{args.weights.name}, {len(results)} prompts, {args.seconds} s, {steps}: "
+          + ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
+          + f" ({seconds:.0f} s)")  # fmt: skip
+    present = np.stack([r[3] for r in results]).mean(0)
+    halves = [present[i : i + config.fps // 2].mean() for i in range(0, len(present), config.fps // 2)]
+    print("subject colour seen, by half second: " + " ".join(f"{share:.2f}" for share in halves))
+    if args.list:
+        for _, prompt, right, _, _ in results:
+            print(" ".join(f"{kind}:{'yes' if ok else 'NO'}" for kind, ok in right.items()), prompt)
+    if args.sheet:
+        rows = []
+        for _, prompt, right, _, frames in results[:24]:
+            row = np.concatenate(list(frames), 1).copy()
+            colour = (255, 255, 255) if right["both"] and right["shape"] else (255, 0, 255)
+            cv2.putText(row, prompt, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+            rows.append(row)
+        if len(rows) > 12:
+            rows = [np.concatenate(pair, 1) for pair in zip(rows[::2], rows[1::2])]
+        cv2.imwrite(str(args.sheet), np.concatenate(rows)[..., ::-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts")
+    parser.add_argument("--timesteps", type=float, nargs="+", help="instead of the preset's")
+    parser.add_argument("--shift", type=float, help="instead of the preset's")
+    parser.add_argument("--sampler", choices=("euler", "renoise"), help="instead of the preset's")
+    parser.add_argument("--sheet", type=Path, help="PNG of the first 24 videos, 8 frames each")
+    parser.add_argument("--list", action="store_true", help="print the verdict of each prompt")
+    parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
+    args = parser.parse_args()
+    team.run(args.workers, work, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""Trains the demo's transformer and compressor together, for a given number of minutes.
+
+Teacher forcing, a whole clip in one pass. Every block is there clean, compressed and noised.
+A noised block reads itself and its history as in a rollout: clean sink, clean recent blocks,
+compressed blocks between. Clean and compressed blocks (timestep 0) read the same history and
+themselves, so the commit and the mid pass are trained as they are used. The loss is on the
+noised blocks; the compressor learns through what they read.
+
+Each step also trains blocks without any history: a rollout begins with one, and a subject that
+is missing there stays missing. For the same reason tokens that the subject covers weigh more,
+and the history is noised, at times strongly, so that the prompt stays worth reading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import team
+import torch
+import torch.nn.functional as F
+from optim import Muon, make_optimisers, rate_factor, set_rate
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from train_autoencoder import load_autoencoder
+
+from packforcing import model_config
+from packforcing.compressor import Compressor
+from packforcing.config import Config
+from packforcing.model import Model, save_model
+from packforcing.rope import block_positions, compressed_positions, rope_table
+from packforcing.transformer import Transformer, patchify, rotate
+
+SHIFT = 3.0  # of the noise levels drawn in training
+
+
+@dataclass
+class Layout:
+    """Who reads whom in one pass over G blocks, for one size of sink and recent.
+
+    Every block has `groups` groups of `size` tokens: group 0 holds the clean block and its
+    compressed tokens, each other group a noised copy (padded with tokens that do nothing).
+    """
+
+    blocks: int
+    groups: int
+    size: int
+    tokens: int
+    sink: int
+    recent: int
+    rope: tuple[Tensor, Tensor]  # [G, 1, 1, size, d / 2]
+    mask: Tensor  # bool [G, groups * size, keys]
+
+    @classmethod
+    def make(cls, config: Config, blocks: int, copies: int, sink: int, recent: int) -> Layout:
+        n, m = config.block_tokens, config.compressed_tokens
+        size, groups, span = n + m, 1 + copies, config.block_frames
+        places = [
+            np.concatenate((block_positions(config, i * span),
+                            compressed_positions(config, i * span, span)))
+            for i in range(blocks)
+        ]  # fmt: skip
+        tables = [rope_table(p, config.head_dim) for p in places]
+        cos, sin = (torch.from_numpy(np.stack(t))[:, None, None] for t in zip(*tables))
+
+        mask = torch.zeros(blocks, groups * size, (sink + recent) * n + blocks * m + groups * size,
+                           dtype=torch.bool)  # fmt: skip
+        for i in range(blocks):
+            for j in range(sink):
+                mask[i, :, j * n : (j + 1) * n] = j < i
+            for j in range(1, recent + 1):
+                at = (sink + j - 1) * n
+                mask[i, :, at : at + n] = i - j >= sink
+            for j in range(sink, i - recent):
+                at = (sink + recent) * n + j * m
+                mask[i, :, at : at + m] = True
+            own = (sink + recent) * n + blocks * m
+            for g in range(groups):
+                a = g * size
+                mask[i, a : a + n, own + a : own + a + n] = True
+                mask[i, a + n : a + size, own + a + n : own + a + size] = True
+        return cls(blocks, groups, size, n, sink, recent, (cos, sin), mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """q, k, v [B G groups, H, size, d]; bias, the mask for all B. Returns what q is."""
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, self.blocks, self.groups))  # [B, G, groups, H, size, d]
+
+        q, k = rotate(split(q), self.rope), rotate(split(k), self.rope)
+        out = F.scaled_dot_product_attention(
+            q.transpose(2, 3).flatten(0, 1).flatten(2, 3), self._read(k), self._read(split(v)), bias
+        )
+        out = out.unflatten(2, (self.groups, self.size)).transpose(1, 2)
+        return out.flatten(0, 1)
+
+    def _read(self, x: Tensor) -> Tensor:
+        """Keys or values [B, G, groups, H, size, d] to those each block reads, [B G, H, keys, d]."""
+        full, small = x[:, :, 0, :, : self.tokens], x[:, :, 0, :, self.tokens :]
+        shared = [full[:, j] for j in range(self.sink)]
+        parts = [part[:, None].expand(-1, self.blocks, -1, -1, -1) for part in shared]
+        for j in range(1, self.recent + 1):
+            parts.append(F.pad(full[:, :-j], (0, 0, 0, 0, 0, 0, j, 0)))
+        middle = small.transpose(1, 2).flatten(2, 3)
+        parts.append(middle[:, None].expand(-1, self.blocks, -1, -1, -1))
+        parts.append(x.transpose(2, 3).flatten(3, 4))
+        return torch.cat(parts, 3).flatten(0, 1)
+
+
+def clip_flow(
+    model: Model, layout: Layout, clean: Tensor, low: Tensor, noisy: Tensor, sigma: Tensor,
+    text: Tensor,
+) -> Tensor:  # fmt: skip
+    """Flow of every noised block of whole clips, [B, G, copies, N, P].
+
+    clean [B, G, B_f, C, h, w] latents, the history; low [B, G, N_c, P], the compressor's low
+    branch; noisy [B, G, copies, N, P]; sigma [B, G, copies]; text [B, T, text_dim].
+    """
+    config, transformer = model.config, model.transformer
+    n, m = config.block_tokens, config.compressed_tokens
+    tokens = patchify(clean.flatten(0, 1), config.patch).unflatten(0, clean.shape[:2])
+    first = torch.cat((tokens, low), 2)[:, :, None]
+    x = torch.cat((first, F.pad(noisy, (0, 0, 0, m))), 2).flatten(0, 2)
+    high = model.compressor.high_branch(clean.flatten(0, 1)).unflatten(0, clean.shape[:2])
+    extra = F.pad(high[:, :, None], (0, 0, n, 0, 0, layout.groups - 1)).flatten(0, 2)
+    timestep = 1000 * F.pad(sigma, (1, 0)).reshape(-1, 1)
+    count = layout.blocks * layout.groups
+    cross = [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0))
+             for k, v in transformer.cross_kv(text)]  # fmt: skip
+    bias = layout.mask.repeat(clean.shape[0], 1, 1)[:, None]
+    flow = transformer._run(
+        x, extra, *transformer._time(timestep), cross,
+        lambda q, k, v: layout.attend(q, k, v, bias),
+    )  # fmt: skip
+    return flow.unflatten(0, (-1, layout.blocks, layout.groups))[:, :, 1:, :n]
+
+
+def lone_flow(model: Model, noisy: Tensor, sigma: Tensor, text: Tensor, rope) -> Tensor:
+    """Flow of first blocks, which have no history: noisy [B, N, P], sigma [B]."""
+    transformer = model.transformer
+    return transformer._run(
+        noisy, None, *transformer._time(1000 * sigma[:, None]), transformer.cross_kv(text),
+        lambda q, k, v: F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v),
+    )  # fmt: skip
+
+
+class Data:
+    """The encoded clips of a folder, by kind ("short", "long")."""
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.config = config
+        self.clips: dict[str, dict[str, Tensor]] = {}
+        for kind in ("short", "long"):
+            files = sorted(folder.glob(f"{kind}*.safetensors"))
+            if not files:
+                raise SystemExit(f"no {kind}*.safetensors in {folder}: run encode_dataset.py first")
+            parts = [load_file(file) for file in files]
+            self.clips[kind] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def draw(self, rng: np.random.Generator, kind: str, count: int, blocks: int) -> list[Tensor]:
+        """Latents [count, blocks, B_f, C, h, w], low [count, blocks, N_c, P], text and loss
+        weights' cover [count, blocks, N] in 0..1, each clip from a random latent frame on."""
+        clips, span = self.clips[kind], self.config.block_frames
+        frames = blocks * span
+        pick = rng.integers(len(clips["latents"]), size=count)
+        starts = rng.integers(clips["latents"].shape[1] - frames + 1, size=count)
+        where = torch.from_numpy(starts[:, None] + np.arange(frames))
+        rows = torch.from_numpy(pick)[:, None]
+        latents = clips["latents"][rows, where].float().unflatten(1, (blocks, span))
+        low = clips["low"][rows, where[:, ::span]].float()[:, :, None]
+        cover = clips["cover"][rows, where].float().reshape(count, blocks, -1) / 255
+        text = clips["words"][torch.from_numpy(pick)].float()
+        keep = torch.from_numpy(rng.random(text.shape[:2]) >= 0.1)  # a word in ten is left out
+        return [latents, low, text * keep[..., None], cover]
+
+
+def draw_sigma(shape: tuple[int, ...]) -> Tensor:
+    """Noise levels as the sampler meets them: its shift, and one in twelve pure noise."""
+    s = torch.rand(shape)
+    sigma = SHIFT * s / (1 + (SHIFT - 1) * s)
+    return torch.where(torch.rand(shape) < 1 / 12, torch.ones(()), sigma)
+
+
+def weighted_error(flow: Tensor, target: Tensor, cover: Tensor, weight: float) -> Tensor:
+    """Mean square error; a token wholly covered by the subject counts 1 + `weight` times."""
+    w = 1 + weight * cover
+    return (w * (flow - target).square().mean(-1)).sum() / w.sum()
+
+
+def initialise(transformer: Transformer) -> None:
+    """Wan's habits: Xavier, zero head; gates open a little, so that every layer learns at once."""
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(transformer.text_embedding[0].weight)  # words are one-hot rows
+    nn.init.normal_(transformer.time_projection[1].weight, std=0.02)
+    nn.init.zeros_(transformer.head.head.weight)
+    with torch.no_grad():
+        transformer.head.modulation.zero_()
+        for layer in transformer.blocks:
+            layer.modulation.zero_()
+            layer.modulation[:, [2, 5]] = 0.3
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    config = model_config("demo")
+    torch.manual_seed(args.seed)
+    autoencoder = load_autoencoder(args.autoencoder)
+    model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder))
+    initialise(model.transformer)
+    parts = nn.ModuleDict({"transformer": model.transformer, "compressor": model.compressor})
+    average = {name: p.detach().clone() for name, p in parts.named_parameters()}
+    muon = [p for name, p in parts.named_parameters()
+            if p.ndim == 2 and "head" not in name and "embedding.0" not in name]  # fmt: skip
+    chosen = {id(p) for p in muon}
+    others = [p for p in parts.parameters() if id(p) not in chosen]
+    optimisers = make_optimisers(muon, others, args.lr, args.lr / 2, weight_decay=0.01)
+    if rank == 0:
+        print(f"{sum(p.numel() for p in parts.parameters()) / 1e6:.2f} M parameters, "
+              f"{sum(p.numel() for p in autoencoder.parameters()) / 1e6:.2f} M autoencoder")  # fmt: skip
+
+    progress = args.out.with_suffix(".resume.pt")
+    step, seconds = 0, 0.0
+    if progress.exists():
+        saved = torch.load(progress, weights_only=True)
+        parts.load_state_dict(saved["model"])
+        average = saved["average"]
+        for optimiser, state in zip(optimisers, saved["optimisers"]):
+            optimiser.load_state_dict(state)
+            for group in optimiser.param_groups:  # the rate asked for now
+                group["peak"] = args.lr if isinstance(optimiser, Muon) else args.lr / 2
+        step, seconds = saved["step"], saved["seconds"]
+
+    data = Data(args.data, config)
+    cos, sin = rope_table(block_positions(config, 0), config.head_dim)
+    first_rope = torch.from_numpy(cos), torch.from_numpy(sin)
+    layouts: dict[tuple[int, int], Layout] = {}
+    length, clock = args.minutes * 60, torch.zeros(1)
+    bar = tqdm(total=round(length), initial=round(seconds), unit="s", mininterval=20,
+               disable=rank > 0)  # fmt: skip
+    last_save, shown = seconds, {"clip": 0.0, "lone": 0.0}
+    while seconds < length:
+        begun = time.monotonic()
+        done = seconds / length
+        set_rate(optimisers, rate_factor(done, decay=args.decay))
+        rng = np.random.default_rng([args.seed, step, rank])
+        torch.manual_seed(int(rng.integers(2**62)))
+        with_clips = done >= args.lone_first
+        count = args.lone if with_clips else args.lone + args.clips * 30
+        loss = torch.zeros(())
+
+        fresh = count // 3  # true first blocks; the rest are taken from anywhere in a clip
+        halves = [data.draw(rng, "short", fresh, 1), data.draw(rng, "long", count - fresh, 1)]
+        latents, _, text, cover = (torch.cat(pair) for pair in zip(*halves))
+        x0 = patchify(latents.flatten(0, 1), config.patch)
+        noise, sigma = torch.randn_like(x0), draw_sigma((count,))
+        flow = lone_flow(model, torch.lerp(x0, noise, sigma[:, None, None]), sigma, text, first_rope)
+        lone = weighted_error(flow, noise - x0, cover[:, 0], args.subject_weight)
+        loss = lone
+        shown["lone"] = 0.98 * shown["lone"] + 0.02 * lone.item()
+
+        if with_clips:
+            loss = lone * args.lone_share
+            key = int(rng.choice([1, 1, 2])), int(rng.choice([1, 2, 2, 3]))
+            if key not in layouts:
+                layouts[key] = Layout.make(config, args.blocks, 1, *key)
+            latents, low, text, cover = data.draw(rng, "long", args.clips, args.blocks)
+            x0 = patchify(latents.flatten(0, 1), config.patch)
+            x0 = x0.unflatten(0, latents.shape[:2])[:, :, None]
+            noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3])
+            noisy = torch.lerp(x0, noise, sigma[..., None, None])
+            harm = torch.from_numpy(  # how noisy the history is, per clip
+                np.where(rng.random(args.clips) < 0.25, rng.uniform(0.2, 0.9, args.clips),
+                         rng.uniform(0, 0.2, args.clips))
+            ).float()  # fmt: skip
+            clean = torch.lerp(latents, torch.randn_like(latents), harm.view(-1, 1, 1, 1, 1, 1))
+            low = torch.lerp(low, torch.randn_like(low), harm.view(-1, 1, 1, 1))
+            flow = clip_flow(model, layouts[key], clean, low, noisy, sigma, text)
+            error = weighted_error(flow, noise - x0, cover[:, :, None], args.subject_weight)
+            loss = loss + error * (1 - args.lone_share)
+            shown["clip"] = 0.98 * shown["clip"] + 0.02 * error.item()
+
+        loss.backward()
+        team.average_gradients(parts.parameters())
+        norm = nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        step += 1
+        with torch.no_grad():
+            keep = min(0.995, step / (step + 10))
+            for name, p in parts.named_parameters():
+                average[name].lerp_(p, 1 - keep)
+        clock.fill_(time.monotonic() - begun)
+        team.add_up([clock], 1 / args.workers)
+        seconds += clock.item()
+        bar.update(round(seconds) - bar.n)
+        if step % 25 == 0 and rank == 0:
+            print(f"step {step}, {seconds:.0f} s, {clock.item():.2f} s a step: lone "
+                  f"{shown['lone'] / (1 - 0.98**step):.3f}, clip {shown['clip']:.3f}, "
+                  f"gradient {norm:.2f}", flush=True)  # fmt: skip
+        if rank == 0 and (seconds - last_save > args.save * 60 or seconds >= length):
+            last_save = seconds
+            state = {"model": parts.state_dict(), "average": average, "step": step,
+                     "seconds": seconds, "optimisers": [o.state_dict() for o in optimisers]}  # fmt: skip
+            torch.save(state, progress.with_suffix(".partial"))
+            progress.with_suffix(".partial").replace(progress)
+            save_average(model, parts, average, args.out)
+    bar.close()
+
+
+@torch.no_grad()
+def save_average(model: Model, parts: nn.Module, average: dict[str, Tensor], out: Path) -> None:
+    """Writes the averaged weights, fp16, with the autoencoder: a checkpoint of the model."""
+    current = {name: p.clone() for name, p in parts.named_parameters()}
+    for name, p in parts.named_parameters():
+        p.copy_(average[name])
+    save_model(model, out, torch.float16)
+    for name, p in parts.named_parameters():
+        p.copy_(current[name])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--autoencoder", type=Path, required=True, help="trained weights")
+    parser.add_argument("--data", type=Path, required=True, help="folder of encode_dataset.py")
+    parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
+    parser.add_argument("--minutes", type=float, default=60, help="length of the whole run")
+    parser.add_argument("--clips", type=int, default=2, help="clips per step and worker")
+    parser.add_argument("--lone", type=int, default=32, help="lone blocks per step and worker")
+    parser.add_argument("--lone-share", type=float, default=0.4, help="of the loss")
+    parser.add_argument("--lone-first", type=float, default=0.2,
+                        help="share of the run that trains lone blocks only")  # fmt: skip
+    parser.add_argument("--blocks", type=int, default=10, help="blocks of a clip")
+    parser.add_argument("--subject-weight", type=float, default=3.0)
+    parser.add_argument("--lr", type=float, default=4e-3, help="Muon's; AdamW's is half")
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the run, at the end")
+    parser.add_argument("--save", type=float, default=4, help="minutes between checkpoints")
+    parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    team.run(args.workers, train, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The command line as people meet it: results, and one clear line for every mistake."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from packforcing import MODELS
+from packforcing.cli import main
+from packforcing.runtime.rollout import Rollout
+
+PROMPT = "a red star over navy stripes"
+HEAVY = "torch", "onnx", "onnxruntime", "av", "cv2"
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def run_without(module: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """The command in a fresh interpreter in which `module` is not installed."""
+    code = f"import sys; sys.modules[{module!r}] = None; from packforcing.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def assert_one_line(code: int, stdout: str, stderr: str, message: str) -> None:
+    assert code == 2, stderr
+    assert stdout == ""
+    assert stderr.count("\n") == 1 and stderr.startswith("error: ")
+    assert re.search(message, stderr), stderr
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path) -> Path:
+    """A bundle to damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """An empty folder, for results."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+# What the commands do
+
+
+def test_render_writes_the_frames_asked_for_and_reports_them(tiny_bundle, tiny_config, out):
+    result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", out / "a.mkv",
+                 "--seconds", 2.5, "--json")  # fmt: skip
+    assert (result.exit_code, result.stderr) == (0, "")
+    summary = json.loads(result.stdout)
+    assert summary["path"] == str(out / "a.mkv")
+    assert summary["frames"] == round(2.5 * tiny_config.fps)
+    assert summary["seconds_graphs"].keys() >= {"prompt", "denoiser", "vae_decoder"}
+    with av.open(out / "a.mkv") as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == summary["frames"]
+    assert (frames[0].width, frames[0].height) == (tiny_config.width, tiny_config.height)
+
+
+def test_render_says_how_fast_it_was(tiny_bundle, out):
+    result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", out / "a.mp4", "--seconds", 1)
+    assert result.exit_code == 0, result.stderr
+    assert re.fullmatch(r".*a\.mp4: 8 frames, 1\.0 s of video in .*real time\n", result.stdout)
+
+
+def test_one_seed_gives_one_video(tiny_bundle, out):
+    for name, seed in (("a/", 3), ("b/", 3), ("c/", 4)):
+        result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", f"{out}/{name}",
+                     "--seconds", 1, "--seed", seed)  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+    first, same, other = ((out / name / "frame_000007.png").read_bytes() for name in "abc")
+    assert first == same != other
+
+
+@pytest.mark.parametrize("policy", ["packforcing", "sliding-window", "sink-window", "full-history"])
+def test_render_takes_every_policy_by_name(tiny_bundle, out, policy):
+    result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", out / "a.mp4",
+                 "--seconds", 8, "--policy", policy, "--threads", 1)  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+
+
+def test_render_starts_from_a_picture(tiny_bundle, tmp_path, out):
+    cv2.imwrite(str(tmp_path / "start.png"), np.full((40, 60, 3), 200, np.uint8))
+    videos = {}
+    for name, start in (("without", ()), ("with", ("--start", tmp_path / "start.png"))):
+        result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", f"{out}/{name}/",
+                     "--seconds", 2, *start)  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        videos[name] = [path.read_bytes() for path in sorted((out / name).iterdir())]
+    assert len(videos["with"]) == len(videos["without"]) == 16
+    assert videos["with"] != videos["without"]
+
+
+def test_demo_writes_a_video_and_a_page_that_loads_nothing(tiny_bundle, out):
+    result = run("demo", "--bundle", tiny_bundle, "--out", out / "new" / "folder",
+                 "--prompt", "a <b>red</b> star", "--seconds", 6)  # fmt: skip
+    assert result.exit_code == 2  # 'b' is no word of the model; < and > are not read
+    result = run("demo", "--bundle", tiny_bundle, "--out", out / "new" / "folder",
+                 "--prompt", "a <red> star", "--seconds", 6)  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    video, page = out / "new" / "folder" / "demo.mp4", out / "new" / "folder" / "demo.html"
+    assert str(video) in result.stdout and str(page) in result.stdout
+    assert sorted(path.name for path in page.parent.iterdir()) == ["demo.html", "demo.mp4"]
+    text = page.read_text()
+    assert "a &lt;red&gt; star" in text and "<red>" not in text
+    loaded = re.findall(r'(?:src|href)="([^"]{5})|url\(|@import|<script|<link', text)
+    assert set(loaded) == {"data:", "demo."}  # the link to the video is not loaded
+    assert text.count("<figure>") == 12
+
+
+def test_export_writes_a_bundle_that_inspect_describes(tiny_config, out, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", tiny_config)
+    result = run("export", "--model", "tiny", "--random-weights", "--out", out / "b", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    exported = json.loads(result.stdout)
+    assert exported["bytes"] == sum(path.stat().st_size for path in (out / "b").glob("*.onnx"))
+
+    described = json.loads(run("inspect", out / "b", "--json").stdout)
+    assert described["files"] == exported["files"]
+    assert described["config"]["name"] == "tiny"
+    assert described["tokens"]["of context"] == tiny_config.context_tokens
+    assert described["memory"]["context"] > 0
+    text = run("inspect", out / "b").stdout
+    assert "tiny: 96x64 at 8 frames/s" in text and "all intact" in text
+
+
+@pytest.mark.parametrize("command", ["demo", "render", "export", "inspect"])
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert re.search(rf"Examples?:\n +packforcing {command} ", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "code", ["import packforcing", "import packforcing.runtime", "main(['--help'])"]
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code):
+    program = f"""
+import atexit, sys
+atexit.register(lambda: print("loaded:", *sorted(set(sys.modules) & set({HEAVY!r}))))
+from packforcing.cli import main
+{code}
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "loaded:", result.stderr
+
+
+# What people get wrong: exit code 2, one line, nothing under the final name
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt", "a red stra over the see"], r"'stra' \(did you mean 'star'\?\), 'see'"),
+        (["--prompt", "the"], "names nothing to draw"),
+        (["--seconds", "0"], "seconds': 0 is not a length above 0 and up to 86400"),
+        (["--seconds", "-3"], "-3 is not a length"),
+        (["--seconds", "nan"], "nan is not a length"),
+        (["--seconds", "inf"], "inf is not a length"),
+        (["--seconds", "1e9"], r"1e\+09 is not a length"),
+        (["--seconds", "0.01"], "at least one frame"),
+        (["--seconds", "ten"], "'ten' is not a valid float"),
+        (["--seed", "-1"], "seed must be from 0"),
+        (["--threads", "0"], "'--threads': 0 is not in the range"),
+        (["--policy", "forget"], "unknown policy 'forget'; known policies: packforcing, sliding"),
+        (["--start", "missing.png"], r"cannot start from missing\.png: No such file"),
+        (["--sekonds", "3"], r"No such option.*--sekonds.*packforcing render --help"),
+        (["--bundle", "missing"], "missing is not a bundle.*packforcing export"),
+    ],
+)
+def test_render_explains_a_mistake(tiny_bundle, out, args, message):
+    given = dict(zip(args[::2], args[1::2]))
+    prompt = given.pop("--prompt", PROMPT)
+    options = {"--bundle": str(tiny_bundle), "--seconds": "1", "--out": f"{out}/a.mp4", **given}
+    result = run("render", prompt, *(word for pair in options.items() for word in pair))
+    assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+    assert not any(out.iterdir())
+
+
+def test_render_without_a_prompt_or_an_output_is_explained():
+    result = run("render", "--out", "a.mp4")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "Missing argument 'PROMPT'")
+    result = run("render", PROMPT)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "Missing option '--out'")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.gif", r"'\.gif' is not a kind of video"),
+        ("missing/a.mp4", "there is no folder"),
+        ("taken.mp4", "a folder has that name"),
+        ("full/", "not empty"),
+    ],
+)
+def test_an_output_that_cannot_work_is_explained(tiny_bundle, tmp_path, name, message):
+    (tmp_path / "taken.mp4").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+    result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", f"{tmp_path}/{name}")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("render", PROMPT, "--out", "/proc/a.mp4"),
+        ("demo", "--out", "/proc/demo"),
+        ("demo", "--out", "/proc"),
+    ],
+)
+def test_an_unwritable_output_is_explained(tiny_bundle, command):
+    result = run(*command, "--bundle", tiny_bundle)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "cannot (write|make)")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
+def test_an_unwritable_export_is_explained(tiny_config, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", tiny_config)
+    result = run("export", "--model", "tiny", "--random-weights", "--out", "/proc/bundle")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "cannot write")
+
+
+def test_a_full_disk_is_explained_before_rendering(tiny_bundle, out, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", out / "a.mp4")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "the disk has 1 MB left")
+    assert not any(out.iterdir())
+
+
+def test_a_damaged_bundle_is_explained(bundle, out):
+    data = bytearray((bundle / "denoiser.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / "denoiser.onnx").write_bytes(data)
+    for command in (
+        ("inspect", bundle),
+        ("render", PROMPT, "--bundle", bundle, "--out", out / "a.mp4"),
+    ):
+        result = run(*command)
+        assert_one_line(
+            result.exit_code, result.stdout, result.stderr, r"denoiser\.onnx is damaged"
+        )
+    assert not any(out.iterdir())
+
+
+def test_an_incomplete_bundle_is_explained(bundle):
+    (bundle / "vae_decoder.onnx").unlink()
+    result = run("inspect", bundle)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, r"lacks .*vae_decoder\.onnx")
+
+
+def test_a_bundle_of_another_release_is_explained(bundle):
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["schema_version"] = 99
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    result = run("inspect", bundle)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "schema version 99.*export")
+
+
+def test_a_damaged_manifest_is_explained(bundle):
+    text = (bundle / "manifest.json").read_text()
+    (bundle / "manifest.json").write_text(text[: len(text) // 2])
+    result = run("inspect", bundle)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, r"manifest\.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "wan-13b"], "unknown model 'wan-13b'; known models: demo, wan-1.3b"),
+        (["--model", "wan-1.3b"], "no weights of 'wan-1.3b' come along; name a file"),
+        (["--weights", "missing.safetensors"], r"cannot read weights from missing\.safetensors"),
+        (["--weights", __file__], "cannot read weights from .*test_cli.py"),
+        (["--weights", "a", "--random-weights"], "choose one of"),
+    ],
+)
+def test_export_explains_a_mistake(out, args, message):
+    result = run("export", "--out", out / "bundle", *args)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+    assert not any(out.iterdir())
+
+
+def test_export_does_not_replace_what_is_no_bundle(tiny_config, out, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", tiny_config)
+    (out / "notes.txt").touch()
+    result = run("export", "--model", "tiny", "--random-weights", "--out", out)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "not empty and not a bundle")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_rendering_without_onnxruntime_says_what_to_install(tiny_bundle, out):
+    result = run_without("onnxruntime", "render", PROMPT, "--bundle", tiny_bundle,
+                         "--out", out / "a.mp4")  # fmt: skip
+    message = r"ONNX Runtime is not installed: pip install .packforcing\[cpu\]"
+    assert_one_line(result.returncode, result.stdout, result.stderr, message)
+    assert not any(out.iterdir())
+
+
+def test_exporting_without_torch_says_what_to_install(out):
+    result = run_without("torch", "export", "--out", out / "bundle", "--random-weights")
+    message = r"needs torch, which is not installed: pip install .packforcing\[export\]"
+    assert_one_line(result.returncode, result.stdout, result.stderr, message)
+    assert not any(out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "frames/"])
+def test_an_interrupted_render_leaves_nothing(tiny_bundle, out, monkeypatch, name):
+    commit, blocks = Rollout.commit, []
+
+    def interrupted(rollout: Rollout) -> None:
+        blocks.append(rollout)
+        if len(blocks) == 3:
+            raise KeyboardInterrupt  # as from Ctrl-C, in the middle of the third block
+        commit(rollout)
+
+    monkeypatch.setattr(Rollout, "commit", interrupted)
+    result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", f"{out}/{name}")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == (
+        "interrupted: finished files are kept, the unfinished one is gone"
+    )
+    assert not any(out.iterdir())
