@@ -12,6 +12,7 @@ from packforcing import Config, Policy
 from packforcing.model import random_model
 from packforcing.rollout import rollout
 from packforcing.transformer import patchify, unpatchify
+from tests import golden
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 ALL = 100  # more blocks than the clip has
@@ -29,7 +30,7 @@ CONFIG = Config(
     ("case", "sink", "recent"), [("full", 0, ALL), ("window9", 0, 2), ("sink3_window12", 1, 2)]
 )
 def test_rollout_equals_self_forcing(case, sink, recent):
-    golden = np.load(GOLDEN / "self_forcing_tiny.npz")
+    published = np.load(GOLDEN / "self_forcing_tiny.npz")
     policy = Policy(sink=sink, mid=0, recent=recent, positions="absolute")
     config = msgspec.structs.replace(CONFIG, policy=policy)
     model = random_model(config)
@@ -38,14 +39,24 @@ def test_rollout_equals_self_forcing(case, sink, recent):
 
     def noise(block: int, step: int) -> np.ndarray:
         frames = slice(block * 3, block * 3 + 3)
-        given = golden["noise"][:, frames] if step == 0 else golden["renoise"][block, step - 1]
+        given = (
+            published["noise"][:, frames] if step == 0 else published["renoise"][block, step - 1]
+        )
         return patchify(torch.from_numpy(given), config.patch)[0].numpy()
 
-    blocks = list(rollout(model, torch.from_numpy(golden["text"]), 7, noise))
+    blocks = list(rollout(model, torch.from_numpy(published["text"]), 7, noise))
 
     latents = torch.cat([block.latents for block in blocks]).numpy()
-    np.testing.assert_allclose(latents, golden[f"{case}_latents"][0], atol=1e-4)
+    np.testing.assert_allclose(latents, published[f"{case}_latents"][0], atol=1e-4)
     for block in blocks:
         flow = unpatchify(block.first_flow[None], config.grid, config.patch)
-        expected = golden[f"{case}_flow_first"][block.index]
+        expected = published[f"{case}_flow_first"][block.index]
         np.testing.assert_allclose(flow.numpy(), expected, atol=1e-4)
+
+
+def test_rollout_equals_its_own_written_numbers():
+    """PackForcing's policy on a tiny model, block of 3, fractional span: latents, frames, reads."""
+    written, found = np.load(golden.FILE), golden.compute()
+    np.testing.assert_array_equal(found["reads"], written["reads"])
+    np.testing.assert_allclose(found["latents"], written["latents"], atol=1e-4)
+    np.testing.assert_allclose(found["frames"], written["frames"], atol=1e-4)

@@ -1,0 +1,168 @@
+"""Time per block: the runtime against the PyTorch reference, eager and compiled, side by side.
+
+    python -m benchmarks.bench_runtime [--json FILE] [--only demo|middle|long|import]
+
+All three generate the same video in turn, block by block, in one process on the same cores;
+blocks before every partition is full are not counted. The middle size is a transformer of dim
+768 with 12 layers and 390 tokens a frame, random weights. `long` renders 120 s of demo video and
+fits how time per block and resident memory grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from packforcing import Config, Policy, model_config
+from packforcing.runtime import Session, demo_bundle
+from packforcing.text import encode_words
+
+PROMPT = "a red star over navy stripes"
+THREADS = os.cpu_count() or 1
+MIDDLE = Config(
+    name="middle", height=240, width=416, fps=16, dim=768, heads=12, layers=12, ffn_dim=3072,
+    block_frames=2, text_encoder="words", text_len=8, text_dim=22,
+    compressor_widths=(32, 64, 128, 256), vae_encoder_width=8, vae_decoder_widths=(16, 8, 8, 8),
+    timesteps=(1000, 500), policy=Policy(sink=1, mid=2, recent=1),
+)  # fmt: skip
+
+
+def side_by_side(config: Config, weights: Path | None, bundle: Path, blocks: int) -> dict:
+    """Median milliseconds per block of each, once every partition is full."""
+    import torch
+
+    from packforcing.model import Model, load_model, random_model
+    from packforcing.rollout import rollout
+    from packforcing.sampler import draw_noise
+
+    torch.set_num_threads(THREADS)
+    model = load_model(config, weights) if weights else random_model(config)
+    compiled = Model(
+        config, torch.compile(model.transformer, dynamic=True),
+        model.autoencoder, torch.compile(model.compressor),
+    )  # fmt: skip
+    text = torch.from_numpy(encode_words(PROMPT, config))
+
+    def reference(model: Model) -> Iterator[object]:
+        return rollout(model, text, blocks, lambda b, s: draw_noise(config, 0, b, s))
+
+    with Session.open(bundle, threads=THREADS) as session:
+        frames = blocks * config.block_pixel_frames - config.trimmed_frames
+        inside: list[float] = []
+        runs = {
+            "runtime": session.stream(PROMPT, frames / config.fps),
+            "eager": reference(model),
+            "compiled": reference(compiled),
+        }
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for block in range(blocks):
+            for name, run in runs.items():
+                graphs = sum(session._graph_seconds().values())
+                began = time.perf_counter()
+                next(run)
+                if block >= config.policy.capacity + 2:
+                    times[name].append(time.perf_counter() - began)
+                    if name == "runtime":
+                        graphs = sum(session._graph_seconds().values()) - graphs
+                        inside.append(graphs / times[name][-1])
+    median = {name: 1000 * statistics.median(values) for name, values in times.items()}
+    return {
+        "ms_per_block": {name: round(value, 2) for name, value in median.items()},
+        "eager_over_runtime": round(median["eager"] / median["runtime"], 2),
+        "compiled_over_runtime": round(median["compiled"] / median["runtime"], 2),
+        "percent_outside_graphs": round(100 * (1 - statistics.median(inside)), 2),
+    }
+
+
+def demo() -> dict:
+    """The shipped model and bundle."""
+    weights = demo_bundle().parent / "model.safetensors"
+    return side_by_side(model_config("demo"), weights, demo_bundle(), blocks=40)
+
+
+def middle() -> dict:
+    """dim 768, 12 layers, 390 tokens a frame, random weights."""
+    from packforcing.export import export_bundle
+    from packforcing.model import random_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(random_model(MIDDLE), bundle)
+        return side_by_side(MIDDLE, None, bundle, blocks=9)
+
+
+def long() -> dict:
+    """120 s of demo video, rendered to h264."""
+    times: list[float] = []
+    resident: list[int] = []
+
+    def watch(info) -> None:
+        times.append(info.seconds)
+        resident.append(_resident_bytes())
+
+    with tempfile.TemporaryDirectory() as folder, Session.open(demo_bundle()) as session:
+        summary = session.render(PROMPT, 120, Path(folder) / "long.mp4", on_block=watch)
+        full = session.config.policy.capacity + 10
+        per_block = session.memory()["archive_per_block"]
+    at = np.arange(len(times))[full:]
+    slope_time = np.polyfit(at, times[full:], 1)[0] / statistics.median(times[full:])
+    slope_bytes = np.polyfit(at, resident[full:], 1)[0]
+    return {
+        "video_seconds": 120,
+        "render_seconds": round(summary.seconds_total, 1),
+        "times_real_time": round(120 / summary.seconds_total, 2),
+        "percent_slower_per_100_blocks": round(100 * 100 * slope_time, 2),
+        "resident_mb_per_100_blocks": round(100 * slope_bytes / 1e6, 3),
+        "of_which_archive_mb": round(100 * per_block / 1e6, 3),
+    }
+
+
+def imports() -> dict:
+    """Seconds of `import packforcing.runtime` in a fresh interpreter, best of five."""
+    script = (
+        "import time; t = time.perf_counter(); import packforcing.runtime; "
+        "print(time.perf_counter() - t)"
+    )
+    runs = [
+        float(
+            subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
+        )
+        for _ in range(5)
+    ]
+    return {"import_seconds": round(min(runs), 3)}
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+BENCHES = {"import": imports, "demo": demo, "long": long, "middle": middle}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=BENCHES, help="one benchmark instead of all")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args()
+    results = {}
+    for name, bench in BENCHES.items():
+        if args.only in (None, name):
+            results[name] = bench()
+            print(name, json.dumps(results[name], indent=1), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The demo model as shipped: the bundle is its weights, and its videos say what was asked."""
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from packforcing import model_config
+from packforcing.model import load_model
+from packforcing.rollout import rollout
+from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.bundle import check_files, read_manifest
+from packforcing.runtime.rollout import Rollout
+from packforcing.sampler import draw_noise
+from packforcing.text import encode_words
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a yellow star over maroon stripes"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(model_config("demo"), demo_bundle().parent / "model.safetensors")
+
+
+def expected_blocks(model, blocks):
+    text = torch.from_numpy(encode_words(PROMPT, model.config))
+    return rollout(model, text, blocks, lambda b, s: draw_noise(model.config, 0, b, s))
+
+
+def test_the_bundle_is_small_sound_and_of_the_shipped_weights(model):
+    manifest = read_manifest(demo_bundle())
+    check_files(demo_bundle(), manifest)
+    assert manifest.config == model.config == model_config("demo")
+    assert sum(path.stat().st_size for path in demo_bundle().iterdir()) <= 12_000_000
+    block = next(expected_blocks(model, 1))
+    with Session.open(demo_bundle()) as session:
+        frames = np.concatenate(list(session.stream(PROMPT, 5 / 16)))
+    wanted = block.frames[3:].permute(0, 2, 3, 1).numpy()
+    assert np.abs(frames / 255 - wanted).max() < 0.01
+
+
+@pytest.mark.full
+def test_sixty_blocks_of_demo_video_stay_with_the_reference(model):
+    """At least 40 dB on frames, the reference's selections replayed."""
+    expected = list(expected_blocks(model, 60))
+    with Session.open(demo_bundle()) as session:
+        run = Rollout(session.config, session._graphs)
+        run.begin(encode_words(PROMPT, session.config), 60, seed=0)
+        run.select = lambda block, _: np.array(expected[min(block + 1, 59)].read, int)
+        for block in expected:
+            run.next_block()
+            error = np.square(run.buffers.pixels[0] - block.frames.numpy()).mean()
+            assert error < 1e-4, f"block {block.index}: {-10 * np.log10(error):.1f} dB"
+
+
+@pytest.mark.full
+def test_hundred_prompts_are_followed():
+    """Subject colour and ground both right in at least 70 of 100 random prompts at 5 s."""
+    script = ROOT / "examples" / "demo_model" / "evaluate.py"
+    command = [sys.executable, script, "--prompts", "100", "--require", "0.7"]
+    subprocess.run(command, check=True)
+
+
+@pytest.mark.full
+def test_long_renders_stay_flat():
+    """Beyond the archive, at most 1 MB more resident memory per 100 blocks."""
+    from benchmarks.bench_runtime import long
+
+    result = long()
+    assert result["resident_mb_per_100_blocks"] <= 1 + result["of_which_archive_mb"]
+
+
+@pytest.mark.full
+def test_a_fresh_environment_renders_without_torch(tmp_path):
+    """`pip install packforcing[cpu]` and nothing else; torch and onnx are not there."""
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[cpu]"], check=True)
+    for module in ("torch", "onnx"):
+        assert subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode
+    command = [python, "-m", "packforcing.cli", "demo", "--seconds", "2", "--out", tmp_path / "out"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    assert (tmp_path / "out" / "demo.mp4").stat().st_size > 0
