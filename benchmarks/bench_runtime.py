@@ -25,6 +25,7 @@ import numpy as np
 
 from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.buffers import memory
 from packforcing.text import encode_words
 
 PROMPT = "a red star over navy stripes"
@@ -113,7 +114,7 @@ def long() -> dict:
     with tempfile.TemporaryDirectory() as folder, Session.open(demo_bundle()) as session:
         summary = session.render(PROMPT, 120, Path(folder) / "long.mp4", on_block=watch)
         full = session.config.policy.capacity + 10
-        per_block = session.memory()["archive_per_block"]
+        per_block = memory(session.config)["archive_per_block"]
     at = np.arange(len(times))[full:]
     slope_time = np.polyfit(at, times[full:], 1)[0] / statistics.median(times[full:])
     slope_bytes = np.polyfit(at, resident[full:], 1)[0]

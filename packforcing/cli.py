@@ -7,7 +7,6 @@ message explains, 130 interrupted.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -46,14 +45,6 @@ class _Commands(click.Group):
             ctx.exit(130)
 
 
-def _seconds(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
-    from packforcing.runtime.session import LONGEST
-
-    if not (math.isfinite(value) and 0 < value <= LONGEST):
-        raise click.BadParameter(f"{value:g} is not a length above 0 and up to {LONGEST:g} seconds")
-    return value
-
-
 _bundle_option = click.option(
     "--bundle", metavar="DIR", help="Exported model to use.  [default: the demo model]"
 )
@@ -79,9 +70,7 @@ def main() -> None:
     show_default=True,
     help="What to show. An unknown word makes the command list the known ones.",
 )
-@click.option(
-    "--seconds", default=8.0, show_default=True, callback=_seconds, help="Length of the video."
-)
+@click.option("--seconds", default=8.0, show_default=True, help="Length of the video.")
 @_seed_option
 @click.option(
     "--out", metavar="DIR", default="out/demo", show_default=True, help="Folder for the results."
@@ -101,6 +90,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     """
     from packforcing.errors import OutputError
     from packforcing.report import write_report
+    from packforcing.runtime.buffers import memory
 
     folder = Path(out)
     try:
@@ -109,7 +99,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
     video, page = folder / "demo.mp4", folder / "demo.html"
     blocks: list[BlockInfo] = []
-    with _session(bundle, prompt, seconds, str(video)) as session:
+    with _session(bundle, prompt, seconds, seed, str(video)) as session:
         with _rendering(session.config.frames(seconds)) as progress:
 
             def on_block(info: BlockInfo) -> None:
@@ -118,7 +108,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 
             summary = session.render(prompt, seconds, video, seed, on_block=on_block)
         write_report(
-            page, video, prompt, seed, session.config, blocks, summary, session.memory(),
+            page, video, prompt, seed, session.config, blocks, summary, memory(session.config),
             session.manifest.tools,
         )  # fmt: skip
     click.echo(f"video:  {video} ({_speed(summary.frames, session.config, summary.seconds_total)})")
@@ -134,9 +124,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     help="What to write: NAME.mp4 (H.264), NAME.mkv (lossless), or FOLDER/ for PNG files.",
 )
 @_bundle_option
-@click.option(
-    "--seconds", default=10.0, show_default=True, callback=_seconds, help="Length of the video."
-)
+@click.option("--seconds", default=10.0, show_default=True, help="Length of the video.")
 @_seed_option
 @click.option(
     "--start",
@@ -172,7 +160,7 @@ def render(
       packforcing render "a blue square over sand checks" --out square.mp4 --seconds 60
       packforcing render "a red star" --start photo.jpg --out frames/
     """
-    with _session(bundle, prompt, seconds, out, policy, threads, quiet=as_json) as session:
+    with _session(bundle, prompt, seconds, seed, out, policy, threads, quiet=as_json) as session:
         clip = None if start is None else _read_start(start, session.config)
         with _rendering(session.config.frames(seconds), quiet=as_json) as progress:
             summary = session.render(prompt, seconds, out, seed, start=clip, on_block=progress)
@@ -209,8 +197,8 @@ def export(
 ) -> None:
     """Turn a PyTorch model into a bundle.
 
-    A bundle is the folder that `packforcing render` reads. Making one needs the export extra,
-    pip install "packforcing[export]"; rendering does not.
+    A bundle is the folder that `packforcing render` reads. Making one needs PyTorch and ONNX, from
+    `pip install ".[export]"` in the checkout; rendering does not.
 
     \b
     Example:
@@ -236,7 +224,7 @@ def export(
     except ModuleNotFoundError as error:
         raise ExportError(
             f"exporting needs {error.name}, which is not installed: "
-            "pip install 'packforcing[export]'"
+            "pip install '.[export]' in the checkout"
         ) from error
     model = load_model(config, weights) if weights else random_model(config)
     with _exporting(quiet=as_json) as progress, warnings.catch_warnings():
@@ -267,15 +255,15 @@ def inspect(bundle: str | None, as_json: bool) -> None:
     """
     import msgspec
 
-    from packforcing.runtime import Session, demo_bundle
+    from packforcing.runtime import demo_bundle
+    from packforcing.runtime.buffers import memory
     from packforcing.runtime.bundle import check_files, read_manifest
 
     directory = Path(bundle) if bundle is not None else demo_bundle()
     manifest = read_manifest(directory)
     check_files(directory, manifest)
-    with Session.open(directory) as session:
-        memory = session.memory()
     config = manifest.config
+    sizes = memory(config)
     if as_json:
         _print_json(
             {
@@ -285,7 +273,7 @@ def inspect(bundle: str | None, as_json: bool) -> None:
                 "tokens": _tokens(config),
                 "files": msgspec.to_builtins(manifest.files),
                 "files_match": True,
-                "memory": memory,
+                "memory": sizes,
                 "tools": manifest.tools,
             }
         )
@@ -307,7 +295,7 @@ def inspect(bundle: str | None, as_json: bool) -> None:
     for name, text in rows.items():
         click.echo(f"{name:<10} {text}")
     _table("files, all intact", {name: record.bytes for name, record in manifest.files.items()})
-    _table("memory while rendering", memory)
+    _table("memory while rendering", sizes)
 
 
 def _tokens(config: Config) -> dict[str, int]:
@@ -323,6 +311,7 @@ def _session(
     bundle: str | None,
     prompt: str,
     seconds: float,
+    seed: int,
     out: str,
     policy_name: str | None = None,
     threads: int | None = None,
@@ -332,12 +321,12 @@ def _session(
     from packforcing.config import policies
     from packforcing.runtime import Session, demo_bundle
     from packforcing.runtime.bundle import read_manifest
+    from packforcing.runtime.session import check_request
     from packforcing.runtime.video import check_output
-    from packforcing.text import encode_words
 
     directory = Path(bundle) if bundle is not None else demo_bundle()
     config = read_manifest(directory).config
-    encode_words(prompt, config)
+    check_request(config, prompt, seconds, seed)
     check_output(out, config.frames(seconds), config.width, config.height)
     known = policies(config)
     if policy_name is not None and policy_name not in known:
@@ -362,7 +351,7 @@ def _rendering(frames: int, quiet: bool = False) -> Iterator[Callable[[BlockInfo
     """A progress bar in frames, with the time left; only for a person who watches."""
     from tqdm import tqdm
 
-    with tqdm(total=frames, unit=" frames", disable=quiet or None, leave=False) as bar:
+    with tqdm(total=frames, unit="frame", disable=quiet or None, leave=False) as bar:
         yield lambda info: bar.update(info.frames - bar.n) and None
 
 
@@ -371,7 +360,7 @@ def _exporting(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar in graphs."""
     from tqdm import tqdm
 
-    with tqdm(unit=" graphs", disable=quiet or None, leave=False) as bar:
+    with tqdm(unit="graph", disable=quiet or None, leave=False) as bar:
 
         def on_graph(name: str, number: int, total: int) -> None:
             bar.total = total

@@ -21,9 +21,7 @@ def sigmas(config: Config) -> list[float]:
     return [config.shift * s / (1 + (config.shift - 1) * s) for s in levels] + [0.0]
 
 
-def advance(
-    config: Config, x: Array, flow: Array, noise: Array, now: float, then: float
-) -> Array:
+def advance(config: Config, x: Array, flow: Array, noise: Array, now: float, then: float) -> Array:
     """The sample at noise level `then` from the one at `now` and the flow predicted there.
 
     "renoise" (distilled models: Self-Forcing's few-step loop) goes to the predicted x0 and adds

@@ -61,7 +61,7 @@ def _onnxruntime():
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            "ONNX Runtime is not installed: pip install 'packforcing[cpu]' "
-            "(or [gpu]; install exactly one of the two)"
+            "ONNX Runtime is not installed: pip install onnxruntime "
+            "(or onnxruntime-gpu; install exactly one of the two)"
         ) from error
     return onnxruntime

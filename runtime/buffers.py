@@ -136,6 +136,16 @@ class Archive:
         return self.key_values.nbytes + self.pooled_keys.nbytes
 
 
+def memory(config: Config) -> dict[str, int]:
+    """Bytes a rollout needs beside the weights, by purpose, once every partition is full.
+
+    All but `archive_per_block` is allocated once; the archive grows by that much with every
+    block beyond the sink.
+    """
+    per_block = Archive(config, config.policy.sink + 1).nbytes
+    return {**Buffers(config).memory(), "archive_per_block": per_block}
+
+
 def _named(name: str, stacked: np.ndarray, after: bool = False) -> Arrays:
     """Per-layer views of stacked keys and values: cross_k.0, or with `after`, k_ctx.0."""
     return {

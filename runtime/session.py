@@ -12,9 +12,10 @@ from types import TracebackType
 import msgspec
 import numpy as np
 
-from packforcing.config import TEMPORAL_FACTOR, Policy
+from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError
 from packforcing.runtime.backend import Graph
+from packforcing.runtime.buffers import Archive
 from packforcing.runtime.bundle import (
     check_files,
     contract,
@@ -50,6 +51,22 @@ class RenderSummary:
     seconds_graphs: dict[str, float]
     seconds_video: float
     archive_bytes: int
+
+
+def check_request(config: Config, prompt: str, seconds: float, seed: int) -> np.ndarray:
+    """The prompt's embedding, float32 [1, T, text_dim], if a video like this can be made.
+
+    Needs no graph, so it can come before a session is opened. Raises `PromptError` and
+    `ConfigError`.
+    """
+    if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and config.frames(seconds)):
+        raise ConfigError(
+            f"seconds must be above 0, at least one frame and at most {LONGEST:.0f}; "
+            f"it is {seconds:g}"
+        )
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
+    return encode_words(prompt, config)
 
 
 class Session:
@@ -98,13 +115,6 @@ class Session:
         self._closed = True
         self._graphs, self._rollout = {}, None
 
-    def memory(self) -> dict[str, int]:
-        """Bytes of the buffers by purpose, for a video that fills every partition; the archive
-        grows by `archive_per_block`."""
-        rollout = self._rollout_for(self.config.policy.capacity + 1)
-        per_block = self._archive_per_block()
-        return {**rollout.buffers.memory(), "archive_per_block": per_block}
-
     def stream(
         self,
         prompt: str,
@@ -126,14 +136,7 @@ class Session:
         """
         if self._closed:
             raise BackendError("the session is closed; open another one")
-        if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and self.config.frames(seconds)):
-            raise ConfigError(
-                f"seconds must be above 0, at least one frame, and at most {LONGEST:.0f}; "
-                f"it is {seconds}"
-            )
-        if not 0 <= seed < 2**64:
-            raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
-        text = encode_words(prompt, self.config)
+        text = check_request(self.config, prompt, seconds, seed)
         frames = self.config.frames(seconds)
         clip = None if start is None else self._encode(start)
         return self._run(text, frames, seed, clip, on_block)
@@ -175,7 +178,7 @@ class Session:
                 for name, after in self._graph_seconds().items()
             },
             seconds_video=in_video,
-            archive_bytes=max(0, blocks - config.policy.sink) * self._archive_per_block(),
+            archive_bytes=Archive(config, blocks).nbytes,
         )
 
     def _run(
@@ -252,13 +255,6 @@ class Session:
 
     def _graph_seconds(self) -> dict[str, float]:
         return {name: graph.seconds for name, graph in self._graphs.items()}
-
-    def _archive_per_block(self) -> int:
-        config = self.config
-        if not config.policy.mid:
-            return 0
-        vectors = 2 * config.compressed_tokens + 1  # keys, values and the pooled key
-        return vectors * config.layers * config.dim * 4
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -131,7 +131,10 @@ class _Encoder:
         if kind == "mp4":
             # the index moves to the front, so that a browser plays while it loads
             self._container = av.open(path, "w", options={"movflags": "+faststart"})
-            codec, layout, options = "libx264", "yuv420p", {"crf": "16", "preset": "veryfast"}
+            codec, layout = "libx264", "yuv420p"
+            options = {"crf": "16", "preset": "veryfast"}
+            # what the conversion from RGB uses; untagged, players guess it from the height
+            options |= {"colorspace": "smpte170m", "color_range": "tv"}
         else:
             self._container = av.open(path, "w")
             codec, layout, options = "ffv1", "bgr0", {"level": "3"}

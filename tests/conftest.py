@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,5 +34,7 @@ def tiny_bundle(tiny_model, tmp_path_factory) -> Path:
     from packforcing.export import export_bundle
 
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(tiny_model, directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's exporter warns of its own insides
+        export_bundle(tiny_model, directory)
     return directory

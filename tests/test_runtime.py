@@ -12,6 +12,7 @@ from packforcing.errors import BackendError, ConfigError
 from packforcing.rollout import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.backend import Graph
+from packforcing.runtime.buffers import memory
 from packforcing.runtime.bundle import contract, graph_file
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.rollout import Rollout
@@ -178,7 +179,7 @@ def test_nothing_is_allocated_or_moved_between_blocks(session):
     for _ in range(10):
         run.next_block()
     assert where == [array.ctypes.data for group in groups for array in group.values()]
-    assert run.archive.nbytes == 9 * session._archive_per_block()
+    assert run.archive.nbytes == 9 * memory(run.config)["archive_per_block"]
 
 
 @pytest.mark.parametrize("n", [1, 2, TINY.block_tokens])

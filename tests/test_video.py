@@ -64,6 +64,7 @@ def test_mp4_has_the_size_rate_and_frame_count_asked_for(tmp_path):
     with av.open(tmp_path / "clip.mp4") as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.pix_fmt) == ("h264", "yuv420p")
+        assert stream.codec_context.colorspace == 6  # SMPTE 170M
         assert (stream.width, stream.height, stream.average_rate) == (WIDTH, HEIGHT, FPS)
         assert stream.duration * stream.time_base == 21 / FPS
     shown = decode(tmp_path / "clip.mp4")

@@ -25,7 +25,7 @@ from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.text import encode_words
 
-LONG, SHORT = 21, 2  # latent frames
+LENGTHS = {"long": 21, "short": 2}  # latent frames
 BATCH = 4  # clips encoded together
 
 
@@ -64,22 +64,22 @@ def encode(compressor: Compressor, rng: np.random.Generator, latent_frames: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained weights")
-    parser.add_argument("--out", type=Path, required=True, help="folder; one file per kind")
-    parser.add_argument("--long", type=int, default=1200, help="clips of 21 latent frames")
-    parser.add_argument("--short", type=int, default=4000, help="clips of one block")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True, help="folder; one file per call")
+    parser.add_argument("--kind", choices=LENGTHS, required=True)
+    parser.add_argument("--clips", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1, help="other seeds draw other clips")
     args = parser.parse_args()
 
+    torch.set_num_threads(1)  # run several with different seeds instead
     compressor = Compressor(model_config("demo"), load_autoencoder(args.autoencoder))
+    rng = np.random.default_rng([args.seed, LENGTHS[args.kind]])
+    parts = [
+        encode(compressor, rng, LENGTHS[args.kind], BATCH)
+        for _ in tqdm(range(0, args.clips, BATCH), desc=args.kind, mininterval=5)
+    ]
     args.out.mkdir(parents=True, exist_ok=True)
-    for kind, length, count in (("short", SHORT, args.short), ("long", LONG, args.long)):
-        rng = np.random.default_rng([args.seed, length])
-        parts = [
-            encode(compressor, rng, length, BATCH)
-            for _ in tqdm(range(0, count, BATCH), desc=kind, mininterval=5)
-        ]
-        together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        save_file(together, args.out / f"{kind}.safetensors")
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    save_file(together, args.out / f"{args.kind}-{args.seed}.safetensors")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The rollout is `packforcing.rollout` for many prompts at once: the same calls in
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, draw_noise, sigmas
 from packforcing.selection import affinity, select
 from packforcing.text import encode_words
-from packforcing.transformer import KV, patchify, unpatchify
+from packforcing.transformer import KV, unpatchify
 
 PER_BATCH = 10  # prompts rolled out together, per worker
 
@@ -79,21 +80,20 @@ def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Ten
                 pair.append(torch.cat([empty, *parts], 2))
             context.append((pair[0], pair[1]))
 
-        def call(tokens, timestep, positions, extra=None):
+        def call(tokens, timestep, positions, extra=None, history=(context, context_rope)):
             extra = torch.zeros(*tokens.shape[:2], config.dim) if extra is None else extra
             return model.transformer(
                 tokens, extra, torch.full((batch,), float(timestep)), cross,
-                rope(config, positions), context, context_rope,
+                rope(config, positions), *history,
             )  # fmt: skip
 
-        def noise(step):
-            return torch.from_numpy(
-                np.stack([draw_noise(config, seed, index, step) for seed in seeds])
-            )
+        def noise(step, index=index):
+            drawn = [draw_noise(config, seed, index, step) for seed in seeds]
+            return torch.from_numpy(np.stack(drawn))
 
         places_now = block_positions(config, start)
         x = noise(0)
-        for step, (now, then) in enumerate(zip(levels, levels[1:])):
+        for step, (now, then) in enumerate(itertools.pairwise(levels)):
             flow = call(x, 1000 * now, places_now)[0]
             x = advance(config, x, flow, noise(step + 1) if then else None, now, then)
         _, new, query, _ = call(x, 0.0, places_now)
@@ -138,7 +138,8 @@ class StreamingDecoder:
             else:
                 x = layer(x)
         self.state = after
-        return torch.nn.functional.pixel_shuffle(x, self.patch).clamp(0, 1).unflatten(0, (batch, -1))
+        x = torch.nn.functional.pixel_shuffle(x, self.patch).clamp(0, 1)
+        return x.unflatten(0, (batch, -1))
 
 
 def work(rank: int, args: argparse.Namespace) -> None:
@@ -167,7 +168,12 @@ def work(rank: int, args: argparse.Namespace) -> None:
     everyone: list = [None] * args.workers
     dist.gather_object(results, everyone if rank == 0 else None)
     if rank == 0:
-        report(sorted(sum(everyone, []), key=lambda r: r[0]), config, args, time.monotonic() - begun)
+        report(
+            sorted(itertools.chain(*everyone), key=lambda r: r[0]),
+            config,
+            args,
+            time.monotonic() - begun,
+        )
 
 
 def report(results: list, config: Config, args: argparse.Namespace, seconds: float) -> None:
@@ -179,7 +185,8 @@ def report(results: list, config: Config, args: argparse.Namespace, seconds: flo
           + ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
           + f" ({seconds:.0f} s)")  # fmt: skip
     present = np.stack([r[3] for r in results]).mean(0)
-    halves = [present[i : i + config.fps // 2].mean() for i in range(0, len(present), config.fps // 2)]
+    half = config.fps // 2
+    halves = [present[i : i + half].mean() for i in range(0, len(present), half)]
     print("subject colour seen, by half second: " + " ".join(f"{share:.2f}" for share in halves))
     if args.list:
         for _, prompt, right, _, _ in results:

@@ -19,7 +19,8 @@ from packforcing.text import COLOURS, GROUNDS, SHAPES
 MIN_AREA = 350  # pixels; the smallest subject drawn covers 480
 FPS = 16
 _PALETTE = np.float32(
-    [SUBJECT_RGB[name] for name in COLOURS] + [tone for name in GROUNDS for tone in GROUND_RGB[name]]
+    [SUBJECT_RGB[name] for name in COLOURS]
+    + [tone for name in GROUNDS for tone in GROUND_RGB[name]]
 )
 
 

@@ -25,6 +25,9 @@ def run(workers: int, job: Callable, *args) -> None:
 
 def _start(rank: int, workers: int, job: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # else the system may put both on one core
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo", rank=rank, world_size=workers)
     try:
         job(rank, *args)

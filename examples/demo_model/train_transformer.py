@@ -99,7 +99,7 @@ class Layout:
         return out.flatten(0, 1)
 
     def _read(self, x: Tensor) -> Tensor:
-        """Keys or values [B, G, groups, H, size, d] to those each block reads, [B G, H, keys, d]."""
+        """Keys or values [B, G, groups, H, size, d] to what a block reads, [B G, H, keys, d]."""
         full, small = x[:, :, 0, :, : self.tokens], x[:, :, 0, :, self.tokens :]
         shared = [full[:, j] for j in range(self.sink)]
         parts = [part[:, None].expand(-1, self.blocks, -1, -1, -1) for part in shared]
@@ -221,8 +221,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     others = [p for p in parts.parameters() if id(p) not in chosen]
     optimisers = make_optimisers(muon, others, args.lr, args.lr / 2, weight_decay=0.01)
     if rank == 0:
-        print(f"{sum(p.numel() for p in parts.parameters()) / 1e6:.2f} M parameters, "
-              f"{sum(p.numel() for p in autoencoder.parameters()) / 1e6:.2f} M autoencoder")  # fmt: skip
+        sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (parts, autoencoder)]
+        print(f"{sizes[0]:.2f} M parameters, {sizes[1]:.2f} M in the autoencoder", flush=True)
 
     progress = args.out.with_suffix(".resume.pt")
     step, seconds = 0, 0.0
@@ -259,7 +259,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         latents, _, text, cover = (torch.cat(pair) for pair in zip(*halves))
         x0 = patchify(latents.flatten(0, 1), config.patch)
         noise, sigma = torch.randn_like(x0), draw_sigma((count,))
-        flow = lone_flow(model, torch.lerp(x0, noise, sigma[:, None, None]), sigma, text, first_rope)
+        noisy = torch.lerp(x0, noise, sigma[:, None, None])
+        flow = lone_flow(model, noisy, sigma, text, first_rope)
         lone = weighted_error(flow, noise - x0, cover[:, 0], args.subject_weight)
         loss = lone
         shown["lone"] = 0.98 * shown["lone"] + 0.02 * lone.item()
@@ -306,8 +307,13 @@ def train(rank: int, args: argparse.Namespace) -> None:
                   f"gradient {norm:.2f}", flush=True)  # fmt: skip
         if rank == 0 and (seconds - last_save > args.save * 60 or seconds >= length):
             last_save = seconds
-            state = {"model": parts.state_dict(), "average": average, "step": step,
-                     "seconds": seconds, "optimisers": [o.state_dict() for o in optimisers]}  # fmt: skip
+            state = {
+                "model": parts.state_dict(),
+                "average": average,
+                "step": step,
+                "optimisers": [o.state_dict() for o in optimisers],
+                "seconds": seconds,
+            }
             torch.save(state, progress.with_suffix(".partial"))
             progress.with_suffix(".partial").replace(progress)
             save_average(model, parts, average, args.out)

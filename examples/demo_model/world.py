@@ -122,9 +122,7 @@ def _second_tone(pattern: str) -> np.ndarray:
     return np.clip(distance + 0.5, 0, 1)
 
 
-def _draw(
-    mask: np.ndarray, shape: str, centre: np.ndarray, radius: float, angle: float
-) -> None:
+def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float, angle: float) -> None:
     """Fills the shape with 255, anti-aliased."""
     if shape == "circle":
         corner = np.rint(centre * 2**_SHIFT).astype(int)
