@@ -11,8 +11,8 @@ from packforcing.runtime.bundle import GraphSpec, Shape, TensorSpec
 # one of them (or their sum) in a finished graph means that it was baked in.
 TRACE_SIZES = {"N": 1009, "C": 2003}
 
-# What the five graphs are made of. All of it runs on ONNX Runtime's CPU provider and is mapped
-# by TensorRT's parser; anything new has to be tried on both before it joins the list.
+# What the five graphs are made of. All of it runs on ONNX Runtime's CPU provider and is taken by
+# TensorRT-RTX's parser (1.7); anything new has to be tried on both before it joins the list.
 OPS = frozenset({
     "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "DepthToSpace",
     "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Pad", "RMSNormalization",

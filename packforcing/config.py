@@ -162,9 +162,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def mid_span(self) -> float:
-        """Latent frames a compressed block takes up in packed positions."""
+        """Latent frames a compressed block takes up: absolute positions know only its own."""
         span = self.policy.mid_span
-        return float(self.block_frames) if span is None else span
+        own = span is None or self.policy.positions == "absolute"
+        return float(self.block_frames if own else span)
 
     def frames(self, seconds: float) -> int:
         """Pixel frames of a video of this length."""

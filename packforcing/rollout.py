@@ -149,8 +149,7 @@ def gather(config: Config, history: list[Past], chosen: list[int]) -> tuple[list
     policy, frames = config.policy, config.block_frames
     sink = history[: policy.sink]
     recent = history[policy.sink + len(past_recent(config, history)) :]
-    packed = policy.positions == "packed"
-    span = config.mid_span if packed else float(frames)
+    packed, span = policy.positions == "packed", config.mid_span
     parts: list[list[KV]] = []
     positions = [np.zeros((0, 3))]
     start = 0.0

@@ -25,8 +25,14 @@ FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
 def encode_words(prompt: str, config: Config) -> np.ndarray:
     """Prompt to embedding, float32 [1, text_len, text_dim].
 
-    Raises `PromptError` for a word outside the vocabulary, an empty or an overlong prompt.
+    Raises `PromptError` for a word outside the vocabulary, an empty or an overlong prompt, and
+    for a model that reads another encoder's embeddings.
     """
+    if config.text_encoder != "words":
+        raise PromptError(
+            f"the {config.name} model reads {config.text_encoder} embeddings, "
+            "which this release cannot make"
+        )
     words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
     unknown = [word for word in words if word not in VOCABULARY]
     if unknown:

@@ -56,14 +56,13 @@ class Cache:
         config, policy = self.config, self.config.policy
         full = [*range(min(self.committed, policy.sink)), *self._recent()]
         absolute = policy.positions == "absolute"
-        span = float(config.block_frames) if absolute else config.mid_span
         slots, position = [], 0.0
         for block in sorted((*full, *self.mids)):
             compressed = block in self.mids
             first = self._mid_first(self.mids.index(block)) if compressed else self._first(block)
             start = float(block * config.block_frames) if absolute else position
             slots.append(Slot(block, compressed, first, start))
-            position += span if compressed else config.block_frames
+            position += config.mid_span if compressed else config.block_frames
         if absolute:
             position = float(self.committed * config.block_frames)
         valid = len(full) * config.block_tokens + len(self.mids) * config.compressed_tokens

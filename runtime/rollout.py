@@ -66,9 +66,12 @@ class Rollout:
         config, denoiser, mid_pass = self.config, self.buffers.denoiser, self.buffers.mid_pass
         layout = self.cache.layout()
         for slot in layout.slots:
-            place = compressed_positions if slot.compressed else block_positions
-            span = (self._span,) if slot.compressed else ()
-            self._table(denoiser, "ctx", slot.first, place(config, slot.start, *span))
+            positions = (
+                compressed_positions(config, slot.start, config.mid_span)
+                if slot.compressed
+                else block_positions(config, slot.start)
+            )
+            self._table(denoiser, "ctx", slot.first, positions)
         self._table(denoiser, "rope", 0, block_positions(config, layout.start))
         centres = compressed_positions(config, layout.start, config.block_frames)
         self._table(mid_pass, "rope", 0, centres)
@@ -118,11 +121,6 @@ class Rollout:
             query = self.buffers.denoiser["q_pool"]
             scores = affinity(query, self.archive.keys(candidates))
         return select(policy, np.asarray(candidates), scores, self.seed, block)
-
-    @property
-    def _span(self) -> float:
-        absolute = self.config.policy.positions == "absolute"
-        return float(self.config.block_frames) if absolute else self.config.mid_span
 
     def _table(self, arrays: dict, name: str, first: int, positions: np.ndarray) -> None:
         cos, sin = rope_table(positions, self.config.head_dim)

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import Policy, model_config
+from packforcing.errors import ConfigError, PromptError
 from packforcing.rope import axis_pairs, block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, draw_noise, sigmas
 from packforcing.selection import affinity, select
+from packforcing.text import VOCABULARY, encode_words
 
 WAN = model_config("wan-1.3b")
 
@@ -152,7 +154,35 @@ def test_selection_is_the_best_in_time_order(scores, mid, selection):
     {"timesteps": (500, 750)}, {"compressor_widths": (1, 2)}, {"height": 32, "width": 32},
 ])  # fmt: skip
 def test_impossible_configs_are_refused(change):
-    from packforcing.errors import ConfigError
-
     with pytest.raises(ConfigError):
         msgspec.structs.replace(WAN, **change).__post_init__()
+
+
+def test_prompts_become_one_hot_rows_in_any_order():
+    config = model_config("demo")
+    first = encode_words("A red star, over the NAVY stripes!", config)
+    assert first.shape == (1, config.text_len, config.text_dim) and first.sum() == 4
+    names = [VOCABULARY[i] for i in first[0].argmax(1)[:4]]
+    assert names == ["red", "star", "navy", "stripes"] and not first[0, 4:].any()
+    swapped = encode_words("navy stripes red star", config)
+    assert {row.tobytes() for row in first[0]} == {row.tobytes() for row in swapped[0]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a red stra over navy stripes", "'stra' .did you mean 'star'"),
+        ("a red star over navy zzz", "does not know 'zzz'"),
+        ("", "names nothing"),
+        ("over the", "names nothing"),
+        ("red " * 9, "9 words, at most 8"),
+    ],
+)
+def test_prompts_the_model_cannot_read_are_explained(prompt, message):
+    with pytest.raises(PromptError, match=message):
+        encode_words(prompt, model_config("demo"))
+
+
+def test_other_encoders_are_not_faked():
+    with pytest.raises(PromptError, match="umt5-xxl"):
+        encode_words("a red star", WAN)
