@@ -24,6 +24,7 @@ from packforcing.runtime.bundle import (
     write_manifest,
 )
 
+LARGEST_INSIDE = 1 << 30  # bytes of weights; a protobuf ends at two GiB
 TOOLS = ("packforcing", "torch", "onnx", "onnxscript")
 
 
@@ -54,12 +55,12 @@ def export_bundle(
         for number, name in enumerate(WRAPPERS):
             if on_graph:
                 on_graph(name, number, len(WRAPPERS))
-            ir.save(export_graph(model, name), partial / graph_file(name))
+            save(export_graph(model, name), partial / graph_file(name))
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             config=model.config,
             graphs=contract(model.config),
-            files={graph_file(name): file_record(partial / graph_file(name)) for name in WRAPPERS},
+            files={path.name: file_record(path) for path in sorted(partial.iterdir())},
             tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
         )
         write_manifest(partial, manifest)
@@ -76,6 +77,14 @@ def export_bundle(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def save(graph: ir.Model, path: Path) -> None:
+    """Writes a graph, its weights beside it where one file could not hold them."""
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values()
+               if value.const_value is not None)  # fmt: skip
+    beside = f"{path.name}.data" if size > LARGEST_INSIDE else None
+    ir.save(graph, path, external_data=beside)
 
 
 def any_entry(path: Path) -> bool:

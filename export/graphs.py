@@ -6,6 +6,8 @@ them and says which axes stay symbolic.
 
 from __future__ import annotations
 
+import warnings
+
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -88,16 +90,18 @@ def export_graph(model: Model, name: str) -> ir.Model:
     Raises `ExportError` if the graph breaks the contract.
     """
     spec = contract(model.config)[name]
-    program = torch.onnx.export(
-        WRAPPERS[name](model).eval(),
-        example_inputs(spec),
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=[tensor.name for tensor in spec.inputs],
-        output_names=[tensor.name for tensor in spec.outputs],
-        dynamic_shapes=_dynamic_shapes(name, spec),
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns of its own insides
+        program = torch.onnx.export(
+            WRAPPERS[name](model).eval(),
+            example_inputs(spec),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=_dynamic_shapes(name, spec),
+            verbose=False,
+        )
     assert program is not None
     halve_weights(program.model)
     # stack traces: as large as the graph itself, and they name the exporting machine's folders

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,8 +226,7 @@ def export(
             "pip install '.[export]' in the checkout"
         ) from error
     model = load_model(config, weights) if weights else random_model(config)
-    with _exporting(quiet=as_json) as progress, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's exporter warns of its own insides
+    with _exporting(quiet=as_json) as progress:
         manifest = export_bundle(model, out, progress)
     size = sum(record.bytes for record in manifest.files.values())
     if as_json:

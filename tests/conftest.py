@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,5 @@ def tiny_bundle(tiny_model, tmp_path_factory) -> Path:
     from packforcing.export import export_bundle
 
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's exporter warns of its own insides
-        export_bundle(tiny_model, directory)
+    export_bundle(tiny_model, directory)
     return directory

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
@@ -12,6 +13,7 @@ from packforcing.errors import BundleError, ExportError, OutputError
 from packforcing.export import export_bundle
 from packforcing.export.graphs import WRAPPERS, example_inputs, export_graph
 from packforcing.export.lint import TRACE_SIZES, lint
+from packforcing.runtime import Session
 from packforcing.runtime.bundle import (
     SCHEMA_VERSION,
     GraphSpec,
@@ -141,6 +143,18 @@ def test_damaged_files_are_refused(copy):
     graph.unlink()
     with pytest.raises(BundleError, match=r"lacks .*denoiser\.onnx"):
         check_files(copy, manifest)
+
+
+def test_large_weights_lie_beside_their_graph(tiny_bundle, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("packforcing.export.bundle.LARGEST_INSIDE", 10_000)
+    manifest = export_bundle(tiny_model, tmp_path / "large")
+    check_files(tmp_path / "large", manifest)
+    assert "denoiser.onnx.data" in manifest.files
+    videos = []
+    for bundle in (tiny_bundle, tmp_path / "large"):
+        with Session.open(bundle) as session:
+            videos.append(next(session.stream("a red star", 1)))
+    assert np.array_equal(*videos)
 
 
 def test_a_failed_export_leaves_the_old_bundle(copy, tiny_model, monkeypatch):
