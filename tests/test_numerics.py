@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packforcing import Policy, model_config
+from packforcing import MODELS, Policy, model_config
+from packforcing.config import policies
 from packforcing.errors import ConfigError, PromptError
 from packforcing.rope import axis_pairs, block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, draw_noise, sigmas
@@ -147,6 +148,19 @@ def test_selection_is_the_best_in_time_order(scores, mid, selection):
         assert list(chosen) == list(candidates[len(candidates) - len(chosen) :])
     again = select(policy, candidates, np.array(scores), seed=5, block=7)
     assert np.array_equal(chosen, again)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_policies_compare_at_equal_memory(name):
+    """A window holds as many full blocks as the model's own sink, mid and recent take up."""
+    config = model_config(name)
+    presets = policies(config)
+    room = config.context_tokens
+    for window in ("sliding-window", "sink-window"):
+        used = msgspec.structs.replace(config, policy=presets[window]).context_tokens
+        assert room - config.block_tokens < used <= room
+    assert presets["sink-window"].sink == config.policy.sink
+    assert presets["packforcing"] == config.policy
 
 
 @pytest.mark.parametrize("change", [
