@@ -13,7 +13,7 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.runtime.backend import Graph
-from packforcing.runtime.buffers import Archive, Buffers
+from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.sampler import advance, draw_noise, sigmas
 from packforcing.selection import affinity, select
@@ -28,6 +28,11 @@ class Rollout:
         self.config = config
         self.buffers = buffers = Buffers(config)
         self.levels = sigmas(config)
+        # positions relative to a block's start: full, compressed in the mid pass, and as read
+        self._grid = block_positions(config, 0)
+        self._centres = compressed_positions(config, 0, config.block_frames)
+        self._read_centres = compressed_positions(config, 0, config.mid_span)
+        self._context_positions = np.zeros((config.context_tokens, 3))
         self._prompt = graphs["prompt"].bind(buffers.prompt)
         self._denoise = graphs["denoiser"].bind(buffers.denoiser)
         self._compress = graphs["compressor"].bind(buffers.compressor)
@@ -63,20 +68,17 @@ class Rollout:
 
     def place(self) -> None:
         """Writes the position tables and lengths that every call of this block reads."""
-        config, denoiser, mid_pass = self.config, self.buffers.denoiser, self.buffers.mid_pass
+        denoiser, mid_pass = self.buffers.denoiser, self.buffers.mid_pass
         layout = self.cache.layout()
         for slot in layout.slots:
-            positions = (
-                compressed_positions(config, slot.start, config.mid_span)
-                if slot.compressed
-                else block_positions(config, slot.start)
-            )
-            self._table(denoiser, "ctx", slot.first, positions)
-        self._table(denoiser, "rope", 0, block_positions(config, layout.start))
-        centres = compressed_positions(config, layout.start, config.block_frames)
-        self._table(mid_pass, "rope", 0, centres)
-        denoiser["kv_len"][0] = config.block_tokens + layout.valid
-        mid_pass["kv_len"][0] = config.compressed_tokens + layout.valid
+            grid = self._read_centres if slot.compressed else self._grid
+            rows = self._context_positions[slot.first : slot.first + len(grid)]
+            np.add(grid, (slot.start, 0, 0), out=rows)
+        self._table(denoiser, "ctx", self._context_positions[: layout.valid])
+        self._table(denoiser, "rope", self._grid + np.array((layout.start, 0, 0)))
+        self._table(mid_pass, "rope", self._centres + np.array((layout.start, 0, 0)))
+        denoiser["kv_len"][0] = self.config.block_tokens + layout.valid
+        mid_pass["kv_len"][0] = self.config.compressed_tokens + layout.valid
 
     def denoise(self) -> None:
         """The few steps from noise to a clean block, in the `tokens` buffer. Reads only."""
@@ -122,7 +124,7 @@ class Rollout:
             scores = affinity(query, self.archive.keys(candidates))
         return select(policy, np.asarray(candidates), scores, self.seed, block)
 
-    def _table(self, arrays: dict, name: str, first: int, positions: np.ndarray) -> None:
+    def _table(self, arrays: Arrays, name: str, positions: np.ndarray) -> None:
         cos, sin = rope_table(positions, self.config.head_dim)
-        arrays[f"{name}_cos"][first : first + len(cos)] = cos
-        arrays[f"{name}_sin"][first : first + len(sin)] = sin
+        arrays[f"{name}_cos"][: len(cos)] = cos
+        arrays[f"{name}_sin"][: len(sin)] = sin
