@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import onnx_ir as ir
 
 from packforcing.errors import OutputError
@@ -40,17 +41,15 @@ def export_bundle(
     Raises `ExportError` when a graph breaks the contract and `OutputError` when the directory
     cannot be written or holds something that is not a bundle.
     """
-    target = Path(directory)
-    if target.exists() and not (target / MANIFEST).is_file() and any_entry(target):
-        raise OutputError(f"{target} is not empty and not a bundle; choose another directory")
-    logging.getLogger("torch.onnx").setLevel(
-        logging.ERROR
-    )  # it reports every absent torchvision op
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports absent torchvision ops
     try:
+        target = Path(directory).resolve()  # so that '.' has a name and a link stays a link
+        if target.exists() and not replaceable(target):
+            raise OutputError(f"{target} is not empty and not just a bundle; choose another folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-    except OSError as error:
-        raise OutputError(f"cannot write beside {target}: {error.strerror}") from error
+    except (OSError, RuntimeError) as error:  # pathlib reports a loop of links as the latter
+        raise OutputError(f"cannot write a bundle to {directory}: {error}") from error
     try:
         for number, name in enumerate(WRAPPERS):
             if on_graph:
@@ -65,13 +64,7 @@ def export_bundle(
         )
         write_manifest(partial, manifest)
         partial.chmod(0o755)
-        if target.exists():
-            retired = partial.with_name(partial.name + ".old")
-            target.rename(retired)
-            partial.rename(target)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(target)
+        replace(target, partial)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error}") from error
     finally:
@@ -87,6 +80,33 @@ def save(graph: ir.Model, path: Path) -> None:
     ir.save(graph, path, external_data=beside)
 
 
-def any_entry(path: Path) -> bool:
-    """Whether the path is a file or a directory with something in it."""
-    return not path.is_dir() or next(path.iterdir(), None) is not None
+def replaceable(path: Path) -> bool:
+    """Whether a folder is empty or holds a bundle of any schema version and nothing else."""
+    if not path.is_dir():
+        return False
+    found = {entry.name for entry in path.iterdir()}
+    try:
+        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Listed)
+    except (OSError, ValueError):
+        return not found
+    return found <= {MANIFEST, *manifest.files}
+
+
+class _Listed(msgspec.Struct):
+    schema_version: int
+    files: dict[str, object]
+
+
+def replace(target: Path, new: Path) -> None:
+    """Gives a folder another one's name; on an error the old one stays or comes back."""
+    if not target.exists():
+        new.rename(target)
+        return
+    retired = new.with_name(f"{new.name}.old")
+    target.rename(retired)
+    try:
+        new.rename(target)
+    except OSError:
+        retired.rename(target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)

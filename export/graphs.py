@@ -51,8 +51,9 @@ class Compressor(nn.Module):
         super().__init__()
         self.autoencoder, self.compressor = model.autoencoder, model.compressor
 
-    def forward(self, latents: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return self.compressor(latents, pixels)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *latents, pixels = inputs  # without a high branch nothing reads the latents
+        return self.compressor(latents[0] if latents else None, pixels)
 
 
 class Decoder(nn.Module):

@@ -14,10 +14,10 @@ TRACE_SIZES = {"N": 1009, "C": 2003}
 # What the five graphs are made of. All of it runs on ONNX Runtime's CPU provider and is taken by
 # TensorRT-RTX's parser (1.7); anything new has to be tried on both before it joins the list.
 OPS = frozenset({
-    "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "Conv", "Cos", "DepthToSpace",
-    "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Pad", "RMSNormalization",
-    "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding", "Sigmoid", "Sin", "Slice",
-    "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv", "Cos",
+    "DepthToSpace", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Pad",
+    "RMSNormalization", "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding", "Sigmoid",
+    "Sin", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 })  # fmt: skip
 
 

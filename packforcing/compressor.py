@@ -35,17 +35,22 @@ class Compressor(nn.Module):
             layers.append(nn.Conv3d(channels[-1], config.dim, 1))
         self.high = nn.Sequential(*layers)
 
-    def forward(self, latents: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor | None, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """latents [B, B_f, C, h, w]; pixels [B, 4 B_f, 3, H, W] in 0..1, the same block decoded.
 
         Returns tokens [B, N_c, P] and extra [B, N_c, D]. An odd B_f repeats its last frame.
+        Without a high branch the latents are not read and extra is zero.
         """
-        if self.config.block_frames % 2:
-            latents = _repeat_last(latents, 1)
-            pixels = _repeat_last(pixels, TEMPORAL_FACTOR)
-        return self.low_branch(pixels), self.high_branch(latents)
+        tokens = self.low_branch(pixels)
+        if not self.high:
+            return tokens, tokens.new_zeros(*tokens.shape[:2], self.config.dim)
+        assert latents is not None
+        return tokens, self.high_branch(latents)
 
     def low_branch(self, pixels: Tensor) -> Tensor:
+        """Pixels of a block to tokens [B, N_c, P]."""
+        if self.config.block_frames % 2:
+            pixels = _repeat_last(pixels, TEMPORAL_FACTOR)
         _, rows, columns = self.config.compressed_grid
         small = F.avg_pool3d(pixels.transpose(1, 2), (2, 4, 4)).transpose(1, 2)
         patch = self.config.patch
@@ -53,9 +58,9 @@ class Compressor(nn.Module):
         return patchify(latents, patch)
 
     def high_branch(self, latents: Tensor) -> Tensor:
-        if not self.high:
-            size = (latents.shape[0], self.config.compressed_tokens, self.config.dim)
-            return latents.new_zeros(size)
+        """Latents of a block to features [B, N_c, D]."""
+        if self.config.block_frames % 2:
+            latents = _repeat_last(latents, 1)
         return self.high(latents.transpose(1, 2)).flatten(2).transpose(1, 2)
 
 

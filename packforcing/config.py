@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from packforcing.errors import ConfigError
+from packforcing.text import VOCABULARY
 
 TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV alike
 
@@ -94,6 +95,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self.policy.mid == 0 or min(self.grid) >= 4,
             f"a {self.grid[0]}x{self.grid[1]} token grid is too small to compress: 4x4 at least",
         )
+        _require(
+            self.text_encoder != "words" or self.text_dim >= len(VOCABULARY),
+            f"the words encoder needs a text_dim of {len(VOCABULARY)} or more",
+        )
         steps = self.timesteps
         _require(
             len(steps) > 0
@@ -164,8 +169,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def mid_span(self) -> float:
         """Latent frames a compressed block takes up: absolute positions know only its own."""
         span = self.policy.mid_span
-        own = span is None or self.policy.positions == "absolute"
-        return float(self.block_frames if own else span)
+        if span is None or self.policy.positions == "absolute":
+            return float(self.block_frames)
+        return float(span)
 
     def frames(self, seconds: float) -> int:
         """Pixel frames of a video of this length."""
@@ -196,7 +202,7 @@ MODELS: dict[str, Config] = {
             block_frames=2,
             text_encoder="words",
             text_len=8,
-            text_dim=22,
+            text_dim=len(VOCABULARY),
             compressor_widths=(32, 64, 128, 128),
             vae_patch=2,
             vae_encoder_width=32,

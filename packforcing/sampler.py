@@ -39,6 +39,6 @@ def draw_noise(config: Config, seed: int, block: int, step: int) -> np.ndarray:
     Counter-based: it depends on (seed, block, step) alone, so a resumed or reordered rollout
     draws the same.
     """
-    bits = np.random.Philox(key=[seed, 0], counter=[0, 0, step, block])
+    bits = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=[0, 0, step, block])
     size = (config.block_tokens, config.token_dim)
     return np.random.Generator(bits).standard_normal(size, dtype=np.float32)

@@ -34,7 +34,9 @@ def select(
     if count == len(candidates) or policy.selection == "recency":
         return candidates[len(candidates) - count :]
     if policy.selection == "random":
-        rng = np.random.Generator(np.random.Philox(key=[seed, 1], counter=[0, 0, 0, block]))
+        rng = np.random.Generator(
+            np.random.Philox(key=np.array([seed, 1], np.uint64), counter=[0, 0, 0, block])
+        )
         return np.sort(rng.choice(candidates, count, replace=False))
     assert scores is not None
     return np.sort(candidates[np.argsort(scores, kind="stable")[len(candidates) - count :]])

@@ -5,6 +5,7 @@ ONNX Runtime on the CPU. All that knows of the library is in this file.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,17 @@ import numpy as np
 from packforcing.errors import BackendError, BundleError
 from packforcing.runtime.bundle import GraphSpec
 
+TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}  # as the library names them
+
 
 class Graph:
     """A loaded graph; `seconds` adds up the time spent inside it."""
 
     def __init__(self, path: Path, spec: GraphSpec, threads: int | None) -> None:
         ort = _onnxruntime()
+        cores = os.cpu_count() or 1
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
+        options.intra_op_num_threads = min(threads or cores, cores)
         options.log_severity_level = 3
         # graphs take turns: one must not spin on the cores that the next one needs
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -32,8 +36,8 @@ class Graph:
         self.spec, self.seconds = spec, 0.0
         loaded = (self._session.get_inputs(), self._session.get_outputs())
         for found, wanted in zip(loaded, (spec.inputs, spec.outputs)):
-            have = [(tensor.name, tuple(tensor.shape)) for tensor in found]
-            want = [(tensor.name, tensor.shape) for tensor in wanted]
+            have = [(tensor.name, tuple(tensor.shape), tensor.type) for tensor in found]
+            want = [(tensor.name, tensor.shape, TYPES[tensor.dtype]) for tensor in wanted]
             if have != want:
                 raise BundleError(f"{path} does not have the tensors its manifest lists")
 
@@ -61,9 +65,11 @@ class Graph:
 def _onnxruntime():
     try:
         import onnxruntime
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise BackendError(
             "ONNX Runtime is not installed: pip install onnxruntime "
             "(or onnxruntime-gpu; install exactly one of the two)"
         ) from error
+    except ImportError as error:
+        raise BackendError(f"ONNX Runtime is installed but does not load: {error}") from error
     return onnxruntime

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.runtime.bundle import GraphSpec, contract
+from packforcing.runtime.bundle import GraphSpec, contract, decoder_state_shapes
 
 Arrays = dict[str, np.ndarray]
 
@@ -54,7 +56,9 @@ class Buffers:
             },
             N=config.compressed_tokens,
         )
-        self.latents = self.compressor["latents"]
+        # without a high branch the compressor does not read the latents; the decoder still does
+        size = (1, config.block_frames, config.latent_channels, *config.latent_size)
+        self.latents = self.compressor.get("latents", np.zeros(size, np.float32))
         self.pixels = self.compressor["pixels"]
         # The tokens' memory seen as latents: what patchify and its inverse copy through.
         h, w = config.grid
@@ -87,24 +91,6 @@ class Buffers:
             for old, new in ((even, odd), (odd, even))
         ]
 
-    def memory(self) -> dict[str, int]:
-        """Bytes by purpose; arrays shared between graphs count once."""
-        state = 2 * sum(array.nbytes for array in self.decoder_state)
-        named = {
-            "context": self.context.nbytes,
-            "staging": self.new.nbytes + self.new_compressed.nbytes,
-            "cross_attention": self.cross.nbytes,
-            "autoencoder_state": state,
-        }
-        bases: dict[int, int] = {}
-        for arrays in (self.prompt, self.compressor, self.denoiser, self.mid_pass):
-            for array in arrays.values():
-                base = array
-                while isinstance(base.base, np.ndarray):
-                    base = base.base
-                bases[id(base)] = base.nbytes
-        return {**named, "inputs_outputs": sum(bases.values()) - sum(named.values()) + state}
-
 
 class Archive:
     """Every compressed block so far, in host memory, with the pooled keys that selection reads."""
@@ -131,19 +117,48 @@ class Archive:
         """Pooled keys of consecutive blocks, [blocks, L, H, d]; a view."""
         return self.pooled_keys[blocks.start - self.first : blocks.stop - self.first]
 
-    @property
-    def nbytes(self) -> int:
-        return self.key_values.nbytes + self.pooled_keys.nbytes
-
 
 def memory(config: Config) -> dict[str, int]:
-    """Bytes a rollout needs beside the weights, by purpose, once every partition is full.
+    """Bytes a rollout needs beside the weights, by purpose, from the config alone.
 
     All but `archive_per_block` is allocated once; the archive grows by that much with every
     block beyond the sink.
     """
-    per_block = Archive(config, config.policy.sink + 1).nbytes
-    return {**Buffers(config).memory(), "archive_per_block": per_block}
+    item = np.dtype(np.float32).itemsize
+    token = 2 * config.layers * config.dim * item  # keys and values of all layers
+    graphs = contract(config)
+
+    def rest(graph: str, *shared: str, **axes: int) -> int:
+        spec = graphs[graph]
+        return sum(
+            math.prod(_shape(tensor.shape, **axes)) * np.dtype(tensor.dtype).itemsize
+            for tensor in (*spec.inputs, *spec.outputs)
+            if "." not in tensor.name and tensor.name not in shared
+        )
+
+    full = {"N": config.block_tokens, "C": config.context_tokens}
+    mid = {"N": config.compressed_tokens, "C": config.context_tokens}
+    return {
+        "context": token * config.context_tokens,
+        "staging": token * (config.block_tokens + config.compressed_tokens),
+        "cross_attention": token * config.text_len,
+        "autoencoder_state": 2 * item * sum(map(math.prod, decoder_state_shapes(config))),
+        "inputs_outputs": rest("prompt")
+        + rest("compressor")
+        + (0 if config.compressor_widths else rest("vae_decoder", "frames") * config.block_frames)
+        + rest("denoiser", **full)
+        + rest("denoiser", "tokens", "extra", "ctx_cos", "ctx_sin", **mid),
+        "archive_per_block": archive_bytes(config, config.policy.sink + 1),
+    }
+
+
+def archive_bytes(config: Config, blocks: int) -> int:
+    """Bytes of the archive of a video of this many blocks."""
+    if not config.policy.mid:
+        return 0
+    vectors = 2 * config.compressed_tokens + 1  # keys, values and the pooled key
+    rows = max(0, blocks - config.policy.sink)
+    return rows * vectors * config.layers * config.dim * np.dtype(np.float32).itemsize
 
 
 def _named(name: str, stacked: np.ndarray, after: bool = False) -> Arrays:

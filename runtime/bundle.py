@@ -17,7 +17,7 @@ symbolic in ONNX):
                  out  flow                  [1, N, P]
                       k_new.l, v_new.l      [1, H, N, d]       keys before RoPE
                       q_pool, k_pool        [L, H, d]          means over N, before RoPE
-    compressor   in   latents               [1, B_f, C, h, w]  clean block
+    compressor   in   latents               [1, B_f, C, h, w]  clean block (with a high branch)
                       pixels                [1, 4 B_f, 3, H, W] the same, decoded, 0 to 1
                  out  tokens                [1, N_c, P]
                       extra                 [1, N_c, D]
@@ -100,6 +100,7 @@ def contract(config: Config) -> dict[str, GraphSpec]:
     )
     pool = (config.layers, config.heads, config.head_dim)
     decoder, encoder = decoder_state_shapes(config), encoder_state_shapes(config)
+    high_branch = (TensorSpec("latents", (1, config.block_frames, *latent[1:])),)
     return {
         "prompt": GraphSpec(
             inputs=(TensorSpec("text", (1, config.text_len, config.text_dim)),),
@@ -127,7 +128,7 @@ def contract(config: Config) -> dict[str, GraphSpec]:
         ),
         "compressor": GraphSpec(
             inputs=(
-                TensorSpec("latents", (1, config.block_frames, *latent[1:])),
+                *(high_branch if config.compressor_widths else ()),
                 TensorSpec("pixels", (1, config.block_pixel_frames, *frames[1:])),
             ),
             outputs=(
@@ -201,7 +202,7 @@ def read_manifest(directory: str | Path) -> Manifest:
                 "export the bundle anew"
             )
         manifest = msgspec.json.decode(text, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     expected = contract(manifest.config)
     for name in expected.keys() | manifest.graphs.keys():
@@ -213,8 +214,8 @@ def read_manifest(directory: str | Path) -> Manifest:
         if graph_file(name) not in manifest.files:
             raise BundleError(f"{path} does not list {graph_file(name)}; export the bundle anew")
     for name in manifest.files:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise BundleError(f"{path} names '{name}', which is not a file inside the bundle")
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+            raise BundleError(f"{path} names {name!r}, which is not a file inside the bundle")
     return manifest
 
 
@@ -223,7 +224,13 @@ class _Version(msgspec.Struct):
 
 
 def check_files(directory: str | Path, manifest: Manifest) -> None:
-    """Compares every file with the manifest; raises `BundleError` naming the first that differs."""
+    """Compares every file with the manifest; raises `BundleError` naming the first that differs.
+
+    A file that is not listed is refused too: a graph could read its weights from there.
+    """
+    for path in sorted(Path(directory).iterdir()):
+        if path.name not in manifest.files and path.name != MANIFEST:
+            raise BundleError(f"{path} is not part of the bundle; remove it")
     for name, record in manifest.files.items():
         path = Path(directory) / name
         try:

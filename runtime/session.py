@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +18,7 @@ import numpy as np
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError
 from packforcing.runtime.backend import Graph
-from packforcing.runtime.buffers import Archive
+from packforcing.runtime.buffers import archive_bytes, memory
 from packforcing.runtime.bundle import (
     check_files,
     contract,
@@ -64,13 +67,16 @@ def check_request(config: Config, prompt: str, seconds: float, seed: int) -> np.
             f"seconds must be above 0, at least one frame and at most {LONGEST:.0f}; "
             f"it is {seconds:g}"
         )
-    if not 0 <= seed < 2**64:
+    if not 0 <= operator.index(seed) < 2**64:
         raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
     return encode_words(prompt, config)
 
 
 class Session:
-    """Renders videos with one bundle. One video at a time; use it as a context manager."""
+    """Renders videos with one bundle; use it as a context manager.
+
+    One video at a time: beginning another ends the one before, from whichever thread.
+    """
 
     @classmethod
     def open(
@@ -89,13 +95,11 @@ class Session:
         config = self.manifest.config
         self.config = msgspec.structs.replace(config, policy=policy) if policy else config
         specs = contract(config)
-        self._directory, self._threads = directory, threads
         self._graphs = {
-            name: Graph(directory / graph_file(name), spec, threads)
-            for name, spec in specs.items()
-            if name != "vae_encoder"  # needed by start frames alone
+            name: Graph(directory / graph_file(name), spec, threads) for name, spec in specs.items()
         }
         self._rollout: Rollout | None = None
+        self._lock = threading.Lock()  # one block at a time, whichever thread asks for it
         self._videos = 0
         self._closed = False
 
@@ -134,11 +138,11 @@ class Session:
         Arguments are checked here and now, the work is done while iterating. Raises
         `PromptError` and `ConfigError`.
         """
-        if self._closed:
-            raise BackendError("the session is closed; open another one")
+        self._require_open()
         text = check_request(self.config, prompt, seconds, seed)
+        clip = None if start is None else self._check_start(start)
         frames = self.config.frames(seconds)
-        clip = None if start is None else self._encode(start)
+        self._check_memory(self.config.blocks(frames))
         return self._run(text, frames, seed, clip, on_block)
 
     def render(
@@ -178,7 +182,7 @@ class Session:
                 for name, after in self._graph_seconds().items()
             },
             seconds_video=in_video,
-            archive_bytes=Archive(config, blocks).nbytes,
+            archive_bytes=archive_bytes(config, blocks),
         )
 
     def _run(
@@ -189,22 +193,27 @@ class Session:
         clip: np.ndarray | None,
         on_block: Callable[[BlockInfo], None] | None,
     ) -> Iterator[np.ndarray]:
-        blocks = self.config.blocks(frames_total)
-        rollout = self._rollout_for(blocks)
-        rollout.begin(text, blocks, seed)
-        self._videos += 1
-        video = self._videos
+        blocks, size = self.config.blocks(frames_total), self.config.block_frames
+        with self._lock:
+            self._require_open()
+            latents = [] if clip is None else self._encode(clip, blocks)
+            rollout = self._rollout_for(blocks)
+            rollout.begin(text, blocks, seed)
+            self._videos += 1
+            video = self._videos
         delivered = 0
-        size = self.config.block_frames
         for index in range(blocks):
-            if self._closed or video != self._videos:
-                raise BackendError("the session was closed or began another video meanwhile")
-            began = time.perf_counter()
-            read = sorted(rollout.cache.mids)
-            given = None if clip is None else clip[index * size : (index + 1) * size]
-            rollout.next_block(given if given is not None and len(given) else None)
-            skip = self.config.trimmed_frames if index == 0 else 0
-            frames = _to_bytes(rollout.buffers.pixels[0, skip : skip + frames_total - delivered])
+            with self._lock:
+                self._require_open()
+                if video != self._videos:
+                    raise BackendError("the session began another video meanwhile")
+                began = time.perf_counter()
+                read = sorted(rollout.cache.mids)
+                given = latents[index * size : (index + 1) * size]
+                rollout.next_block(np.stack(given) if given else None)
+                skip = self.config.trimmed_frames if index == 0 else 0
+                fresh = rollout.buffers.pixels[0, skip : skip + frames_total - delivered]
+                frames = _to_bytes(fresh)
             delivered += len(frames)
             if on_block:
                 seconds = time.perf_counter() - began
@@ -213,45 +222,71 @@ class Session:
 
     def _rollout_for(self, blocks: int) -> Rollout:
         """Bound buffers, kept from video to video; full history alone depends on the length."""
-        policy = self.config.policy
-        recent = min(policy.recent, max(1, blocks - 1))
-        bounded = msgspec.structs.replace(policy, recent=recent)
-        if self._rollout is None or self._rollout.config.policy != bounded:
+        policy = self._bounded(blocks)
+        if self._rollout is None or self._rollout.config.policy != policy:
             self._rollout = None  # free the old buffers first
-            config = msgspec.structs.replace(self.config, policy=bounded)
-            self._rollout = Rollout(config, self._graphs)
+            config = msgspec.structs.replace(self.config, policy=policy)
+            try:
+                self._rollout = Rollout(config, self._graphs)
+            except MemoryError as error:
+                needed = sum(memory(config).values()) / 1e9
+                raise BackendError(
+                    f"not enough memory: the buffers need {needed:.1f} GB"
+                ) from error
         return self._rollout
 
-    def _encode(self, start: np.ndarray) -> np.ndarray:
-        """Start frames to clean latents of whole blocks, [blocks B_f, C, h, w]."""
-        config = self.config
+    def _bounded(self, blocks: int) -> Policy:
+        policy = self.config.policy
+        return msgspec.structs.replace(policy, recent=min(policy.recent, max(1, blocks - 1)))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BackendError("the session is closed; open another one")
+
+    def _check_memory(self, blocks: int) -> None:
+        """Refuses what this machine cannot hold: a long video under full history."""
+        config = msgspec.structs.replace(self.config, policy=self._bounded(blocks))
+        needed = sum(memory(config).values()) + archive_bytes(config, blocks)
+        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
+            present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if needed > present:
+                raise ConfigError(
+                    f"this video needs {needed / 1e9:.1f} GB under its policy, the machine has "
+                    f"{present / 1e9:.1f} GB; make it shorter or choose another policy"
+                )
+
+    def _check_start(self, start: np.ndarray) -> np.ndarray:
         clip = start[None] if start.ndim == 3 else start
-        size = (config.height, config.width, 3)
+        size = (self.config.height, self.config.width, 3)
         if clip.ndim != 4 or not len(clip) or clip.shape[1:] != size or clip.dtype != np.uint8:
             raise ConfigError(
                 f"start frames must be uint8 [T, {size[0]}, {size[1]}, 3]; "
                 f"they are {start.dtype} {list(start.shape)}"
             )
+        return clip
+
+    def _encode(self, clip: np.ndarray, blocks: int) -> list[np.ndarray]:
+        """Start frames to clean latents [C, h, w] of whole blocks, at most `blocks` of them."""
+        config = self.config
         # As in Wan, the first latent frame stands for one pixel frame, each later one for four.
-        latents = max(1, (1 + (len(clip) - 1) // TEMPORAL_FACTOR) // config.block_frames)
-        latents *= config.block_frames
+        given = (1 + (len(clip) - 1) // TEMPORAL_FACTOR) // config.block_frames
+        latents = min(max(1, given), blocks) * config.block_frames
         frames = np.arange(latents * TEMPORAL_FACTOR) - config.trimmed_frames
         clip = clip[np.clip(frames, 0, len(clip) - 1)]
-        spec = contract(config)["vae_encoder"]
-        graph = Graph(self._directory / graph_file("vae_encoder"), spec, self._threads)
+        graph = self._graphs["vae_encoder"]
         arrays = {
             tensor.name: np.zeros([int(n) for n in tensor.shape], np.float32)
-            for tensor in (*spec.inputs, *spec.outputs)
+            for tensor in (*graph.spec.inputs, *graph.spec.outputs)
         }
         encode = graph.bind(arrays)
         encoded = []
-        for group in clip.reshape(latents, TEMPORAL_FACTOR, *size):
+        for group in clip.reshape(latents, TEMPORAL_FACTOR, *clip.shape[1:]):
             arrays["frames"][...] = group.transpose(0, 3, 1, 2) / np.float32(255)
             encode()
             encoded.append(arrays["latent"][0].copy())
             for i in range(len(encoder_state_shapes(config))):
                 arrays[f"state.{i}"][...] = arrays[f"new_state.{i}"]
-        return np.stack(encoded)
+        return encoded
 
     def _graph_seconds(self) -> dict[str, float]:
         return {name: graph.seconds for name, graph in self._graphs.items()}

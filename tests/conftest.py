@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from packforcing import Config, Policy
@@ -21,11 +22,28 @@ def tiny_config() -> Config:
     return TINY
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tiny_config):
+def make_tiny_model():
+    """Weights from a seeded numpy generator, scaled so that every part of the model matters:
+    torch's own initialisation lets the autoencoder's pictures come out all but black."""
+    import torch
+
     from packforcing.model import random_model
 
-    return random_model(tiny_config)
+    model = random_model(TINY)
+    rng = np.random.Generator(np.random.Philox(7))
+    for part in model.parts().values():
+        state = part.state_dict()
+        for name, tensor in state.items():
+            values = rng.standard_normal(tensor.shape, dtype=np.float32)
+            scale = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.ndim > 1 else 0.1
+            state[name] = torch.from_numpy(values * np.float32(scale)) + (tensor.ndim == 1)
+        part.load_state_dict(state)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return make_tiny_model()
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from packforcing.model import random_model
 from packforcing.rollout import rollout
 from packforcing.sampler import draw_noise
 from packforcing.text import encode_words
-from tests.conftest import TINY
+from tests.conftest import TINY, make_tiny_model
 
 FILE = Path(__file__).with_name("golden.npz")
 BLOCKS = 10
@@ -25,15 +24,7 @@ BLOCKS = 10
 
 def compute() -> dict[str, np.ndarray]:
     """Latents [blocks, B_f, C, h, w], thumbnails of the frames and what each block read."""
-    model = random_model(TINY)
-    rng = np.random.Generator(np.random.Philox(7))
-    for part in model.parts().values():
-        state = part.state_dict()
-        for name, tensor in state.items():
-            values = rng.standard_normal(tensor.shape, dtype=np.float32)
-            scale = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.ndim > 1 else 0.1
-            state[name] = torch.from_numpy(values * np.float32(scale)) + (tensor.ndim == 1)
-        part.load_state_dict(state)
+    model = make_tiny_model()
     text = torch.from_numpy(encode_words("a cyan star over teal dots", TINY))
     blocks = list(rollout(model, text, BLOCKS, lambda b, s: draw_noise(TINY, 11, b, s)))
     reads = np.full((BLOCKS, TINY.policy.mid), -1)

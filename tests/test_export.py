@@ -4,16 +4,21 @@ import json
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 
+from packforcing.compressor import Compressor
 from packforcing.errors import BundleError, ExportError, OutputError
 from packforcing.export import export_bundle
+from packforcing.export.bundle import replace
 from packforcing.export.graphs import WRAPPERS, example_inputs, export_graph
 from packforcing.export.lint import TRACE_SIZES, lint
+from packforcing.model import Model
 from packforcing.runtime import Session
+from packforcing.runtime.backend import Graph
 from packforcing.runtime.bundle import (
     SCHEMA_VERSION,
     GraphSpec,
@@ -31,13 +36,13 @@ SPEC = GraphSpec(
 
 
 def exported(function, spec=SPEC) -> ir.Model:
-    class Graph(torch.nn.Module):
+    class Plain(torch.nn.Module):
         def forward(self, a, b):
             return function(a, b)
 
     n = torch.export.Dim("N")
     program = torch.onnx.export(
-        Graph(), example_inputs(spec), dynamo=True, opset_version=24, verbose=False,
+        Plain().eval(), example_inputs(spec), dynamo=True, opset_version=24, verbose=False,
         input_names=["a", "b"], output_names=["y"], dynamic_shapes=({1: n}, {1: n}),
     )  # fmt: skip
     return program.model
@@ -125,11 +130,27 @@ def edit(bundle, change):
     (lambda m: m["graphs"].pop("prompt"), "graph 'prompt'"),
     (lambda m: m["files"].pop("prompt.onnx"), "does not list prompt.onnx"),
     (lambda m: m["files"].update({"../x": m["files"]["prompt.onnx"]}), "not a file inside"),
+    (lambda m: m["files"].update({"a\0b": m["files"]["prompt.onnx"]}), "not a file inside"),
+    (lambda m: m["config"].update(text_dim=4), "text_dim of 22"),
 ])  # fmt: skip
 def test_damaged_manifests_are_refused(copy, change, message):
     edit(copy, change)
     with pytest.raises(BundleError, match=message):
         read_manifest(copy)
+
+
+def test_bytes_that_are_not_text_are_refused(copy):
+    path = copy / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"words", b"wo\xffds"))
+    with pytest.raises(BundleError, match="damaged"):
+        read_manifest(copy)
+
+
+def test_a_graph_of_another_dtype_is_refused(copy):
+    spec = contract(read_manifest(copy).config)["prompt"]
+    integers = tuple(TensorSpec(t.name, t.shape, "int64") for t in spec.outputs)
+    with pytest.raises(BundleError, match="does not have the tensors"):
+        Graph(copy / "prompt.onnx", GraphSpec(spec.inputs, integers), threads=1)
 
 
 def test_damaged_files_are_refused(copy):
@@ -143,6 +164,13 @@ def test_damaged_files_are_refused(copy):
     graph.unlink()
     with pytest.raises(BundleError, match=r"lacks .*denoiser\.onnx"):
         check_files(copy, manifest)
+
+
+def test_files_that_are_not_listed_are_refused(copy):
+    """A graph could read weights from there that no hash covers."""
+    (copy / "weights.data").touch()
+    with pytest.raises(BundleError, match=r"weights\.data is not part of the bundle"):
+        check_files(copy, read_manifest(copy))
 
 
 def test_large_weights_lie_beside_their_graph(tiny_bundle, tiny_model, tmp_path, monkeypatch):
@@ -170,10 +198,41 @@ def test_a_failed_export_leaves_the_old_bundle(copy, tiny_model, monkeypatch):
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
-def test_export_does_not_replace_what_is_not_a_bundle(tiny_model, tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(OutputError, match="not empty and not a bundle"):
-        export_bundle(tiny_model, tmp_path)
+@pytest.mark.parametrize("manifest", [None, "{}", "bundle"])
+def test_export_does_not_replace_what_is_not_just_a_bundle(tiny_model, tmp_path, copy, manifest):
+    folder = copy if manifest == "bundle" else tmp_path / "web"
+    folder.mkdir(exist_ok=True)
+    if manifest == "{}":  # web applications have a manifest.json too
+        (folder / "manifest.json").write_text(manifest)
+    (folder / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="not empty and not just a bundle"):
+        export_bundle(tiny_model, folder)
+    assert (folder / "thesis.tex").exists()
+
+
+def test_export_explains_a_path_that_cannot_be(tiny_model, tmp_path):
+    with pytest.raises(OutputError, match="cannot write a bundle"):
+        export_bundle(tiny_model, tmp_path / ("x" * 300))
+
+
+def test_the_old_bundle_comes_back_if_the_new_one_cannot_take_its_name(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "kept").touch()
+    with pytest.raises(OSError):
+        replace(old, new)  # there is no new one
+    assert (old / "kept").exists()
+
+
+def test_a_model_without_high_branch_exports_and_renders(tiny_model, tmp_path):
+    """Training-free: the compressed block is the low branch alone."""
+    config = msgspec.structs.replace(tiny_model.config, compressor_widths=())
+    autoencoder = tiny_model.autoencoder
+    bare = Model(config, tiny_model.transformer, autoencoder, Compressor(config, autoencoder))
+    export_bundle(bare, tmp_path / "bare")
+    with Session.open(tmp_path / "bare") as session:
+        assert sum(map(len, session.stream("a red star", 12))) == 96
+        assert not session._rollout.buffers.mid_pass["extra"].any()
 
 
 def test_a_render_needs_neither_torch_nor_onnx(tiny_bundle, tmp_path):

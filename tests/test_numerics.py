@@ -3,10 +3,11 @@
 import msgspec
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packforcing import MODELS, Policy, model_config
+from packforcing import MODELS, Policy, model_config, transformer
 from packforcing.config import policies
 from packforcing.errors import ConfigError, PromptError
 from packforcing.rope import axis_pairs, block_positions, compressed_positions, rope_table
@@ -18,10 +19,10 @@ WAN = model_config("wan-1.3b")
 
 
 def rotate(keys: np.ndarray, positions: np.ndarray, dtype=np.float64) -> np.ndarray:
-    """Keys [n, d] rotated to positions [n, 3], each step rounded to `dtype`."""
-    cos, sin = (table.astype(np.float64) for table in rope_table(positions, keys.shape[-1]))
-    a, b = keys[:, ::2].astype(np.float64), keys[:, 1::2].astype(np.float64)
-    return np.stack((a * cos - b * sin, a * sin + b * cos), -1).reshape(keys.shape).astype(dtype)
+    """Keys [n, d] rotated to positions [n, 3] by the model's own rotation, rounded to `dtype`."""
+    tables = [torch.from_numpy(table).double() for table in rope_table(positions, keys.shape[-1])]
+    rotated = transformer.rotate(torch.from_numpy(keys).double()[None, None], tuple(tables))
+    return rotated[0, 0].numpy().astype(dtype)
 
 
 def test_rope_splits_a_head_as_wan_does():

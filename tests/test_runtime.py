@@ -1,5 +1,9 @@
 """The runtime against the reference, through exported graphs, and the rules it keeps."""
 
+import copy
+import os
+import threading
+
 import msgspec
 import numpy as np
 import pytest
@@ -8,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import Config, Policy
+from packforcing.config import policies
 from packforcing.errors import BackendError, ConfigError
 from packforcing.rollout import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.backend import Graph
-from packforcing.runtime.buffers import memory
+from packforcing.runtime.buffers import Buffers, archive_bytes, memory
 from packforcing.runtime.bundle import contract, graph_file
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.rollout import Rollout
@@ -100,11 +105,15 @@ def test_a_step_leaves_the_history_untouched(session):
     run = begin(session, 8)
     for _ in range(7):
         run.next_block()
-    before = run.buffers.context.tobytes(), run.archive.key_values.tobytes(), vars(run.cache).copy()
+
+    def history():
+        archive = run.archive.key_values.tobytes(), run.archive.pooled_keys.tobytes()
+        return run.buffers.context.tobytes(), archive, copy.deepcopy(vars(run.cache))
+
+    before = history()
     run.place()
     run.denoise()
-    after = run.buffers.context.tobytes(), run.archive.key_values.tobytes(), vars(run.cache).copy()
-    assert before == after
+    assert history() == before
 
 
 def test_one_seed_gives_one_video(session):
@@ -140,6 +149,8 @@ def test_start_from_frames_equals_the_reference(session, tiny_model, frames, giv
     found = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
     assert found.shape == wanted.shape
     assert np.abs(found / 255 - wanted).max() < 0.01
+    other = np.concatenate(list(session.stream(PROMPT, seconds, SEED)))
+    assert np.abs(found[-1].astype(int) - other[-1]).max() > 10, "the start made no difference"
 
 
 def test_a_single_image_starts_a_video(session):
@@ -163,10 +174,34 @@ def test_a_second_video_ends_the_first(session):
         next(first)
 
 
+def test_two_threads_get_one_right_video_and_one_error(session):
+    """Whichever thread begins last has the session; it gets the video it would get alone."""
+    alone = np.concatenate(list(session.stream(PROMPT, 6, 1)))
+    results: list[object] = []
+
+    def watch():
+        try:
+            results.append(np.concatenate(list(session.stream(PROMPT, 6, 1))))
+        except BackendError as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=watch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    videos = [result for result in results if isinstance(result, np.ndarray)]
+    assert len(results) == 2 and videos
+    assert all(np.array_equal(video, alone) for video in videos)
+
+
 def test_a_closed_session_says_so(tiny_bundle):
     session = Session.open(tiny_bundle)
+    begun = session.stream(PROMPT, 1)
     session.close()
     session.close()
+    with pytest.raises(BackendError, match="closed"):
+        next(begun)
     with pytest.raises(BackendError, match="closed"):
         session.stream(PROMPT, 1)
 
@@ -179,7 +214,40 @@ def test_nothing_is_allocated_or_moved_between_blocks(session):
     for _ in range(10):
         run.next_block()
     assert where == [array.ctypes.data for group in groups for array in group.values()]
-    assert run.archive.nbytes == 9 * memory(run.config)["archive_per_block"]
+    archive = run.archive.key_values.nbytes + run.archive.pooled_keys.nbytes
+    assert archive == archive_bytes(run.config, 10) == 9 * memory(run.config)["archive_per_block"]
+
+
+@pytest.mark.parametrize("widths", [TINY.compressor_widths, ()], ids=["both", "low branch"])
+def test_memory_is_what_is_allocated(widths):
+    """The arithmetic from the config equals the bytes of all arrays that own their memory."""
+    config = msgspec.structs.replace(TINY, compressor_widths=widths)
+    buffers = Buffers(config)
+    calls = (buffers.prompt, buffers.compressor, buffers.denoiser, buffers.mid_pass)
+    decoder = [arrays for parity in buffers.decoder for arrays in parity]
+    owners = {}
+    for array in (array for arrays in (*calls, *decoder) for array in arrays.values()):
+        while isinstance(array.base, np.ndarray):
+            array = array.base
+        owners[id(array)] = array.nbytes
+    stated = memory(config)
+    assert sum(owners.values()) == sum(stated.values()) - stated["archive_per_block"]
+
+
+def test_videos_beyond_the_machine_are_refused(tiny_bundle, monkeypatch):
+    with Session.open(tiny_bundle, policy=policies(TINY)["full-history"]) as session:
+        assert sum(map(len, session.stream(PROMPT, 5))) == 40
+        monkeypatch.setattr(os, "sysconf", lambda _: 3000, raising=False)  # 9 MB
+        session.stream(PROMPT, 5)
+        with pytest.raises(ConfigError, match="GB under its policy"):
+            session.stream(PROMPT, 500)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**63 + 1, 2**64 - 1])
+def test_large_seeds_are_seeds_of_their_own(seed):
+    """No two collide, as they would if the key passed through float64."""
+    others = [draw_noise(TINY, other, 0, 0) for other in (seed - 1, 0)]
+    assert not any(np.array_equal(draw_noise(TINY, seed, 0, 0), other) for other in others)
 
 
 @pytest.mark.parametrize("n", [1, 2, TINY.block_tokens])
