@@ -6,6 +6,7 @@ message explains, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packforcing import __version__
-from packforcing.errors import ConfigError, ExportError, PackForcingError
+from packforcing.errors import ConfigError, ExportError, OutputError, PackForcingError
 
 if TYPE_CHECKING:
-    from packforcing.config import Config
+    from packforcing.config import Config, Policy
     from packforcing.runtime import BlockInfo, Session
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
@@ -28,20 +29,27 @@ START_SECONDS = 2.0  # of a clip to start from; more would leave the model littl
 class _Commands(click.Group):
     """A group whose commands end in one line instead of a traceback."""
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in sys.stdout, sys.stderr:
+            if isinstance(stream, io.TextIOWrapper):  # a file name may hold what it cannot encode
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "packforcing"
-            message = error.format_message().rstrip(".")
-            click.echo(f"error: {message} (see {where} --help)", err=True)
-            ctx.exit(2)
+            code = _explain(f"{error.format_message().rstrip('.')} (see {where} --help)")
         except PackForcingError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
+            code = _explain(str(error))
+        except click.Abort:  # made from a KeyboardInterrupt
             click.echo("interrupted: finished files are kept, the unfinished one is gone", err=True)
-            ctx.exit(130)
+            code = 130
+        sys.exit(code)
+
+
+def _explain(message: str) -> int:
+    """One line about a mistake, and the exit code for it."""
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
 
 
 _bundle_option = click.option(
@@ -53,13 +61,21 @@ _seed_option = click.option(
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-@click.group("packforcing", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "packforcing",
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
 @click.version_option(__version__, prog_name="packforcing")
-def main() -> None:
-    """Long videos from text, in an amount of memory that does not grow with their length.
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Long videos from text, in fixed memory plus a small archive of the past.
 
     Start with `packforcing demo`: it needs no download, no GPU and a few seconds.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @main.command()
@@ -87,19 +103,21 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     Example:
       packforcing demo --prompt "a green circle over sand dots" --seconds 12
     """
-    from packforcing.errors import OutputError
     from packforcing.report import write_report
     from packforcing.runtime.buffers import memory
+    from packforcing.runtime.video import check_output
 
+    directory, config, _ = _checked(bundle, prompt, seconds, seed)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
     video, page = folder / "demo.mp4", folder / "demo.html"
+    check_output(video, config.frames(seconds), config.width, config.height)
     blocks: list[BlockInfo] = []
-    with _session(bundle, prompt, seconds, seed, str(video)) as session:
-        with _rendering(session.config.frames(seconds)) as progress:
+    with _session(directory) as session:
+        with _rendering(config.frames(seconds)) as progress:
 
             def on_block(info: BlockInfo) -> None:
                 blocks.append(info)
@@ -107,10 +125,10 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 
             summary = session.render(prompt, seconds, video, seed, on_block=on_block)
         write_report(
-            page, video, prompt, seed, session.config, blocks, summary, memory(session.config),
+            page, video, prompt, seed, config, blocks, summary, memory(config),
             session.manifest.tools,
         )  # fmt: skip
-    click.echo(f"video:  {video} ({_speed(summary.frames, session.config, summary.seconds_total)})")
+    click.echo(f"video:  {video} ({_speed(summary.frames, config, summary.seconds_total)})")
     click.echo(f"report: {page}")
 
 
@@ -136,7 +154,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     help="How the past is remembered: packforcing, sliding-window, sink-window or full-history.  "
     "[default: as the model was made]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all cores]")
+@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
 @_json_option
 def render(
     prompt: str,
@@ -159,11 +177,16 @@ def render(
       packforcing render "a blue square over sand checks" --out square.mp4 --seconds 60
       packforcing render "a red star" --start photo.jpg --out frames/
     """
-    with _session(bundle, prompt, seconds, seed, out, policy, threads, quiet=as_json) as session:
-        clip = None if start is None else _read_start(start, session.config)
-        with _rendering(session.config.frames(seconds), quiet=as_json) as progress:
-            summary = session.render(prompt, seconds, out, seed, start=clip, on_block=progress)
-        config = session.config
+    from packforcing.runtime.video import check_output
+
+    directory, config, chosen = _checked(bundle, prompt, seconds, seed, policy)
+    check_output(out, config.frames(seconds), config.width, config.height)
+    clip = None if start is None else _read_start(start, config)
+    with (
+        _session(directory, chosen, threads, quiet=as_json) as session,
+        _rendering(config.frames(seconds), quiet=as_json) as progress,
+    ):
+        summary = session.render(prompt, seconds, out, seed, start=clip, on_block=progress)
     if as_json:
         import msgspec
 
@@ -304,35 +327,31 @@ def _tokens(config: Config) -> dict[str, int]:
     }
 
 
-@contextmanager
-def _session(
-    bundle: str | None,
-    prompt: str,
-    seconds: float,
-    seed: int,
-    out: str,
-    policy_name: str | None = None,
-    threads: int | None = None,
-    quiet: bool = False,
-) -> Iterator[Session]:
-    """An open session, after the checks that need none of its graphs."""
+def _checked(
+    bundle: str | None, prompt: str, seconds: float, seed: int, policy_name: str | None = None
+) -> tuple[Path, Config, Policy | None]:
+    """The bundle, its config and the policy asked for, once the request is known to be possible."""
     from packforcing.config import policies
-    from packforcing.runtime import Session, demo_bundle
+    from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.session import check_request
-    from packforcing.runtime.video import check_output
 
     directory = Path(bundle) if bundle is not None else demo_bundle()
     config = read_manifest(directory).config
     check_request(config, prompt, seconds, seed)
-    check_output(out, config.frames(seconds), config.width, config.height)
     known = policies(config)
     if policy_name is not None and policy_name not in known:
         raise ConfigError(f"unknown policy '{policy_name}'; known policies: {', '.join(known)}")
+    return directory, config, None if policy_name is None else known[policy_name]
+
+
+def _session(
+    directory: Path, policy: Policy | None = None, threads: int | None = None, quiet: bool = False
+) -> Session:
+    from packforcing.runtime import Session
+
     _say(f"loading {directory} ...", quiet)
-    policy = known[policy_name] if policy_name is not None else None
-    with Session.open(directory, policy=policy, threads=threads) as session:
-        yield session
+    return Session.open(directory, policy=policy, threads=threads)
 
 
 def _read_start(path: str, config: Config) -> Any:

@@ -10,6 +10,7 @@ import html
 import importlib.metadata
 import platform
 import statistics
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import OutputError
+from packforcing.runtime.video import partial_path
 
 if TYPE_CHECKING:
     from packforcing.runtime import BlockInfo, RenderSummary
@@ -89,13 +91,16 @@ def write_report(
             }
         ),
     )
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     try:
-        partial.write_text(page, encoding="utf-8")
+        # arguments may hold bytes that are no text
+        partial.write_text(page, encoding="utf-8", errors="replace")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)  # renamed already if all went well
 
 
 def _pictures(video: Path, frames: int, fps: int) -> str:

@@ -2,7 +2,8 @@
 
 The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and keeps every
 byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
-and takes the target's name when it is whole, so whatever stands there can be trusted.
+and takes the target's name when it is whole, so whatever stands there can be trusted. Frames
+for an empty folder grow in a partial folder inside, and move up when all are there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import secrets
 import shutil
 import tempfile
 from collections import deque
@@ -28,6 +30,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # H.264 at this quality stays well under two bits a pixel on anything but noise.
 _BYTES_PER_PIXEL = {"mp4": 0.25, "mkv": 4.0, "png": 3.1}
 _BYTES_SPARE = 1 << 20
+_GONE = "nothing is left of it"
 
 Kind = Literal["mp4", "mkv", "png"]
 
@@ -42,47 +45,63 @@ class Video(Protocol):
 def check_output(path: str | os.PathLike[str], frames: int, width: int, height: int) -> None:
     """Checks, before anything is computed, that a video of this size can be written here.
 
-    Raises `OutputError` for an unknown suffix, a folder that is missing or not writable, a
-    target that is in the way, or a disk with too little room.
+    Raises `OutputError` for an unknown suffix, a name the system refuses, a folder that is
+    missing or not writable, a target that is in the way, or a disk with too little room.
     """
-    kind, target = _target(path)
-    if kind == "mp4" and (width % 2 or height % 2):
-        raise OutputError(
-            f"cannot write {target}: H.264 needs an even width and height, not {width}x{height}; "
-            "write .mkv or a folder of PNG files instead"
-        )
-    if kind == "png":
-        if target.is_dir() and any(target.iterdir()):
+    with _refusals(path, "choose another name or folder"):
+        kind, target = _target(path)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # raises for a name that is too long, or out of reach
+        if kind == "mp4" and (width % 2 or height % 2):
             raise OutputError(
-                f"cannot write PNG files to {target}: the folder is not empty; "
-                "empty it or name a new one"
+                f"cannot write {target}: H.264 needs an even width and height, not "
+                f"{width}x{height}; write .mkv or a folder of PNG files instead"
             )
-        if target.exists() and not target.is_dir():
+        if kind == "png":
+            _check_folder(target)
+        elif target.is_dir():
+            raise OutputError(f"cannot write {target}: a folder has that name; choose another name")
+        folder = target if target.is_dir() else target.parent
+        if not folder.is_dir():
+            raise OutputError(
+                f"cannot write {target}: there is no folder {folder}; create it first"
+            )
+        try:
+            # permission bits would overlook a read-only disk and mislead an administrator
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {target}: the folder {folder} is not writable ({_why(error)}); "
+                "choose another"
+            ) from error
+        needed = int(frames * width * height * _BYTES_PER_PIXEL[kind]) + _BYTES_SPARE
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OutputError(
+                f"cannot write {target}: {frames} frames may need {_megabytes(needed)} and the "
+                f"disk has {_megabytes(free)} left; free some space or choose another folder"
+            )
+
+
+def _check_folder(target: Path) -> None:
+    """Refuses what is in the way of a folder of PNG files."""
+    if not target.is_dir():
+        if os.path.lexists(target):
             raise OutputError(
                 f"cannot write PNG files to {target}: a file has that name; "
                 "name a folder, or a file ending in .mp4 or .mkv"
             )
-    elif target.is_dir():
-        raise OutputError(f"cannot write {target}: a folder has that name; choose another name")
-    folder = target.parent
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {target}: there is no folder {folder}; create it first")
-    try:
-        # permission bits would overlook a read-only disk and mislead an administrator
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    elif entry := next(target.iterdir(), None):
         raise OutputError(
-            f"cannot write {target}: the folder {folder} is not writable ({_why(error)}); "
-            "choose another"
-        ) from error
-    needed = int(frames * width * height * _BYTES_PER_PIXEL[kind]) + _BYTES_SPARE
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"cannot write {target}: {frames} frames may need {_megabytes(needed)} and the disk "
-            f"has {_megabytes(free)} left; free some space or choose another folder"
+            f"cannot write PNG files to {target}: the folder is not empty, it has {entry.name}; "
+            "empty it or name a new one"
         )
+
+
+def partial_path(target: Path) -> Path:
+    """A name beside `target` that no other run has, not too long, with the suffix muxers go by."""
+    return target.with_name(f".{target.stem[:40]}.partial-{secrets.token_hex(4)}{target.suffix}")
 
 
 @contextmanager
@@ -95,22 +114,22 @@ def open_video(path: str | os.PathLike[str], width: int, height: int, fps: int) 
     """
     check_output(path, 0, width, height)
     kind, target = _target(path)
-    suffix = "" if kind == "png" else target.suffix  # by which the muxer is chosen
-    partial = target.with_name(f".{target.name.removesuffix(suffix)}.partial{suffix}")
-    _remove(partial)  # left by a run that was killed
+    filling = target.is_dir()  # an empty folder; it stays, for it may be somebody's current one
+    partial = partial_path(target / "frames" if filling else target)
     video: _PngFolder | _Encoder | None = None
     try:
-        with _refusals(target):
+        with _refusals(target, _GONE):
             if kind == "png":
                 video = _PngFolder(partial, target, width, height)
             else:
                 video = _Encoder(partial, target, kind, width, height, fps)
         yield video
-        with _refusals(target):
+        with _refusals(target, _GONE):
             video.finish()
-            if kind == "png" and target.is_dir():
-                target.rmdir()  # empty, as checked; Windows does not rename over a folder
-            partial.replace(target)
+            if filling:
+                _move_up(partial)
+            else:
+                partial.replace(target)
     except BaseException:
         if video is not None:
             video.abandon()
@@ -128,6 +147,7 @@ class _Encoder:
 
         self._target, self._shape = target, (height, width, 3)
         self._time_base, self._count = Fraction(1, fps), 0
+        path = path.absolute()  # FFmpeg takes what is before a colon for a protocol
         if kind == "mp4":
             # the index moves to the front, so that a browser plays while it loads
             self._container = av.open(path, "w", options={"movflags": "+faststart"})
@@ -148,7 +168,7 @@ class _Encoder:
         import av
 
         _check_frames(frames, self._shape)
-        with _refusals(self._target):
+        with _refusals(self._target, _GONE):
             for pixels in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
                 frame.pts, frame.time_base = self._count, self._time_base
@@ -177,7 +197,7 @@ class _PngFolder:
         import cv2
 
         _check_frames(frames, self._shape)
-        with _refusals(self._target):
+        with _refusals(self._target, _GONE):
             for pixels in frames:
                 # encoded in memory: OpenCV's own file writing does not say why it failed
                 _, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
@@ -225,7 +245,9 @@ def _read_image(path: Path) -> Iterator[np.ndarray]:
     import cv2
 
     data = np.frombuffer(path.read_bytes(), np.uint8)  # OpenCV cannot open every name on Windows
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    image = None
+    with suppress(cv2.error):  # no data, or more pixels than it takes
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if image is not None:
         yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
@@ -234,7 +256,7 @@ def _read_clip(path: Path, fps: int, limit: int) -> Iterator[np.ndarray]:
     """The clip's frames at `fps`, uint8 RGB [H, W, 3]: each the first that is due."""
     import av
 
-    with av.open(path) as container:
+    with av.open(path.absolute()) as container:  # no protocol before a colon in it
         given, start = 0, None
         for frame in container.decode(video=0) if container.streams.video else ():
             time = given / fps if frame.time is None else frame.time
@@ -271,15 +293,20 @@ def _target(path: str | os.PathLike[str]) -> tuple[Kind, Path]:
     """What a path asks for, and the file or folder it names."""
     text = os.fspath(path)
     target = Path(text)
-    is_folder = text.endswith(("/", os.sep)) or not target.suffix
-    if is_folder:
-        return "png", target.resolve()  # resolved, so that '.' has a name and a parent
+    if text.endswith(("/", os.sep)):
+        return "png", target
+    if target.name.lower() in (".mp4", ".mkv"):
+        raise OutputError(
+            f"cannot write {target}: that is a suffix without a name; name it 'video{target.name}'"
+        )
+    if not target.suffix:
+        return "png", target
     if target.suffix.lower() == ".mp4":
         return "mp4", target
     if target.suffix.lower() == ".mkv":
         return "mkv", target
     if target.is_dir():
-        return "png", target.resolve()
+        return "png", target
     raise OutputError(
         f"cannot write {target}: '{target.suffix}' is not a kind of video written here; use .mp4, "
         ".mkv (lossless) or a folder for PNG files, such as 'frames/'"
@@ -295,12 +322,12 @@ def _check_frames(frames: np.ndarray, shape: tuple[int, int, int]) -> None:
 
 
 @contextmanager
-def _refusals(target: Path) -> Iterator[None]:
-    """Turns what the disk or the encoder raises into an `OutputError`."""
+def _refusals(target: str | os.PathLike[str], then: str) -> Iterator[None]:
+    """Turns what the disk or the encoder raises into an `OutputError` that ends in `then`."""
     try:
         yield
     except _failures() as error:
-        raise OutputError(f"cannot write {target}: {_why(error)}; nothing is left of it") from error
+        raise OutputError(f"cannot write {target}: {_why(error)}; {then}") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -311,6 +338,19 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _why(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def _move_up(partial: Path) -> None:
+    """Moves a folder's files into its parent, all or none, and removes it."""
+    moved: list[Path] = []
+    try:
+        for file in sorted(partial.iterdir()):
+            moved.append(file.rename(partial.parent / file.name))
+        partial.rmdir()
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _megabytes(count: int) -> str:

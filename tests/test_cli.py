@@ -1,6 +1,7 @@
 """The command line as people meet it: results, and one clear line for every mistake."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -140,6 +141,37 @@ def test_export_writes_a_bundle_that_inspect_describes(tiny_config, out, monkeyp
     assert "tiny: 96x64 at 8 frames/s" in text and "all intact" in text
 
 
+def test_a_page_that_cannot_be_written_leaves_the_video_alone(tiny_bundle, out):
+    (out / "demo.html").mkdir()
+    result = run("demo", "--bundle", tiny_bundle, "--out", out, "--seconds", 1)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, r"cannot write .*demo\.html")
+    assert sorted(path.name for path in out.iterdir()) == ["demo.html", "demo.mp4"]
+
+
+def test_a_prompt_that_is_no_text_can_be_shown(tiny_bundle, out):
+    result = run("demo", "--bundle", tiny_bundle, "--out", out, "--seconds", 1,
+                 "--prompt", "a red star \udcff")  # as Python reads a byte 0xFF  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["demo.html", "demo.mp4"]
+    assert "<h1>a red star ?</h1>" in (out / "demo.html").read_text(encoding="utf-8")
+
+
+def test_a_name_that_the_console_cannot_show_is_shown_escaped(tiny_bundle, out):
+    command = [sys.executable, "-m", "packforcing.cli", "render", PROMPT, "--bundle", tiny_bundle,
+               "--out", out / "\u8996.mp4", "--seconds", "1"]  # fmt: skip
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    result = subprocess.run(command, capture_output=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"\u8996.mp4: 8 frames" in result.stdout
+    assert [path.name for path in out.iterdir()] == ["\u8996.mp4"]
+
+
+def test_no_command_shows_the_help():
+    result = run()
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == run("--help").stdout
+
+
 @pytest.mark.parametrize("command", ["demo", "render", "export", "inspect"])
 def test_help_shows_an_example(command):
     result = run(command, "--help")
@@ -178,6 +210,7 @@ from packforcing.cli import main
         (["--seconds", "ten"], "'ten' is not a valid float"),
         (["--seed", "-1"], "seed must be from 0"),
         (["--threads", "0"], "'--threads': 0 is not in the range"),
+        (["--threads", "3000000000"], "'--threads': 3000000000 is not in the range"),
         (["--policy", "forget"], "unknown policy 'forget'; known policies: packforcing, sliding"),
         (["--start", "missing.png"], r"cannot start from missing\.png: No such file"),
         (["--sekonds", "3"], r"No such option.*--sekonds.*packforcing render --help"),
@@ -190,6 +223,18 @@ def test_render_explains_a_mistake(tiny_bundle, out, args, message):
     options = {"--bundle": str(tiny_bundle), "--seconds": "1", "--out": f"{out}/a.mp4", **given}
     result = run("render", prompt, *(word for pair in options.items() for word in pair))
     assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+    assert not any(out.iterdir())
+
+
+@pytest.mark.parametrize("word", ["--bogus", "bogus"])
+def test_what_is_no_command_is_explained(word):
+    result = run(word)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, f"No such .*{word}")
+
+
+def test_demo_makes_no_folder_for_a_request_that_cannot_work(tiny_bundle, out):
+    result = run("demo", "--prompt", "zzz", "--bundle", tiny_bundle, "--out", out / "new")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "does not know 'zzz'")
     assert not any(out.iterdir())
 
 
@@ -207,6 +252,8 @@ def test_render_without_a_prompt_or_an_output_is_explained():
         ("missing/a.mp4", "there is no folder"),
         ("taken.mp4", "a folder has that name"),
         ("full/", "not empty"),
+        (".mp4", "a suffix without a name"),
+        ("x" * 300 + ".mp4", "File name too long"),
     ],
 )
 def test_an_output_that_cannot_work_is_explained(tiny_bundle, tmp_path, name, message):
@@ -303,7 +350,7 @@ def test_export_does_not_replace_what_is_no_bundle(tiny_config, out, monkeypatch
     monkeypatch.setitem(MODELS, "tiny", tiny_config)
     (out / "notes.txt").touch()
     result = run("export", "--model", "tiny", "--random-weights", "--out", out)
-    assert_one_line(result.exit_code, result.stdout, result.stderr, "not empty and not a bundle")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "not just a bundle")
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
@@ -322,6 +369,7 @@ def test_rendering_without_onnxruntime_says_what_to_install(tiny_bundle, out):
         ([PROMPT, "--out", "a.gif"], "is not a kind of video"),
         ([PROMPT, "--out", "a.mp4", "--seconds", "0"], "seconds must be above 0"),
         ([PROMPT, "--out", "a.mp4", "--policy", "forget"], "unknown policy"),
+        ([PROMPT, "--out", "a.mp4", "--start", "missing.png"], "cannot start from missing"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_loaded(tiny_bundle, args, message):
@@ -368,6 +416,14 @@ def test_the_readmes_program_runs(tiny_bundle, tmp_path, monkeypatch, capsys):
     exec(program, {})
     assert "16 frames in" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["circle.mp4"]
+
+
+def test_the_readme_is_filled_in_and_its_links_lead_somewhere():
+    assert "<MEASURE" not in README
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+    assert len(links) >= 3
+    root = Path(__file__).parents[1]
+    assert [link for link in links if not (root / link).exists()] == []
 
 
 def test_the_readmes_commands_exist():

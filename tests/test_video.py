@@ -1,9 +1,12 @@
 """Writing videos: what comes out, what is refused, and that nothing half-written stays."""
 
 import gc
+import os
 import shutil
+import struct
 import sys
 import weakref
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,12 +107,26 @@ def test_an_interrupted_video_leaves_the_older_one(tmp_path):
     np.testing.assert_array_equal(decode(tmp_path / "clip.mkv"), noise(2))
 
 
-def test_a_finished_video_replaces_the_older_one_and_what_a_killed_run_left(tmp_path):
-    (tmp_path / "clip.mkv").write_text("older")
-    (tmp_path / ".clip.partial.mkv").write_text("of a run that was killed")
-    write(tmp_path / "clip.mkv", noise(2))
-    np.testing.assert_array_equal(decode(tmp_path / "clip.mkv"), noise(2))
-    assert len(list(tmp_path.iterdir())) == 1
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
+def test_two_runs_with_one_name_do_not_touch_each_other(tmp_path, name):
+    with open_video(tmp_path / name, WIDTH, HEIGHT, FPS) as first:
+        first.write(noise(2))
+        write(tmp_path / name, noise(5, seed=1))
+        assert len(decode(tmp_path / name)) == 5
+        first.write(noise(2))
+    assert len(decode(tmp_path / name)) == 4
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_of_two_runs_with_one_folder_the_first_to_end_has_it(tmp_path):
+    folder = tmp_path / "frames"
+    with (
+        pytest.raises(OutputError, match="nothing"),
+        open_video(folder, WIDTH, HEIGHT, FPS) as late,
+    ):
+        late.write(noise(2))
+        write(folder, noise(1))
+    assert sorted(tmp_path.rglob("*")) == [folder, folder / "frame_000000.png"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no file size limit to hit")
@@ -164,8 +181,11 @@ def test_memory_does_not_grow_with_length(tmp_path):
         ("clip.avi", r"'\.avi' is not a kind of video.*\.mp4, \.mkv"),
         ("missing/clip.mp4", "there is no folder .*missing; create it"),
         ("folder.mp4", "a folder has that name"),
-        ("used/", "not empty; empty it or name a new one"),
+        ("used/", r"not empty, it has notes\.txt; empty it or name a new one"),
         ("file", "a file has that name"),
+        (".mp4", "a suffix without a name; name it 'video.mp4'"),
+        ("x" * 300 + ".mp4", "File name too long"),
+        ("x" * 300, "File name too long"),
     ],
 )
 def test_a_target_that_cannot_work_is_refused_at_once(tmp_path, target, why):
@@ -187,10 +207,61 @@ def test_an_unwritable_folder_is_refused_even_to_an_administrator():
         check_output("/proc/clip.mp4", 10, WIDTH, HEIGHT)
 
 
-def test_an_empty_folder_takes_png_frames(tmp_path):
-    (tmp_path / "frames.v2").mkdir()
-    write(tmp_path / "frames.v2", noise(1))
-    assert [file.name for file in (tmp_path / "frames.v2").iterdir()] == ["frame_000000.png"]
+@pytest.mark.skipif(sys.platform == "win32", reason="has another kind of link")
+def test_a_name_that_leads_nowhere_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    (tmp_path / "dangling").symlink_to("missing")
+    for name in ("loop", "loop/", "loop.mp4", "loop/a.mp4", "dangling", "dangling/a.mkv"):
+        with pytest.raises(OutputError, match=r"symbolic links|a file has that name|no folder"):
+            check_output(f"{tmp_path}/{name}", 10, WIDTH, HEIGHT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has other permissions")
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_folder_that_is_out_of_reach_is_refused(tmp_path, target):
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # permissions do not stop an administrator
+        with pytest.raises(OutputError, match="Permission denied"):
+            check_output(f"{tmp_path}/closed/{target}", 10, WIDTH, HEIGHT)
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has shorter names, without colons")
+@pytest.mark.parametrize("name", ["x" * 251 + ".mkv", "a:b.mkv"])
+def test_a_name_that_the_system_takes_works(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(name, noise(2))
+    np.testing.assert_array_equal(read_start(name, WIDTH, HEIGHT, FPS, limit=8), noise(2))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["frames.v2", "frames.v2/", "."])
+def test_an_empty_folder_takes_png_frames_and_stays_itself(tmp_path, name, monkeypatch):
+    folder = tmp_path / "frames.v2"
+    folder.mkdir()
+    monkeypatch.chdir(folder if name == "." else tmp_path)
+    before = folder.stat().st_ino
+    with pytest.raises(RuntimeError), open_video(name, WIDTH, HEIGHT, FPS) as video:
+        video.write(noise(1))
+        raise RuntimeError
+    assert not any(folder.iterdir())
+    write(name, noise(2))
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "frame_000000.png", "frame_000001.png"
+    ]  # fmt: skip
+    assert folder.stat().st_ino == before
+
+
+def test_a_folder_gets_all_frames_or_none(tmp_path):
+    with pytest.raises(OutputError), open_video(tmp_path, WIDTH, HEIGHT, FPS) as video:
+        video.write(noise(3))
+        (tmp_path / "frame_000001.png").mkdir()  # comes into the way
+    assert [path.name for path in tmp_path.iterdir()] == ["frame_000001.png"]
 
 
 def test_too_small_a_disk_is_refused_with_what_is_needed(tmp_path, monkeypatch):
@@ -255,9 +326,25 @@ def test_a_clip_of_another_rate_is_read_at_the_models(tmp_path, fps, expected):
     assert found == expected
 
 
+def claiming_png(width: int, height: int) -> bytes:
+    """A small file that says it is a picture of this size."""
+    header = struct.pack(">2L5B", width, height, 8, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.png", b""), ("a.png", b"not a picture"), ("a.mp4", b""), ("a.mp4", b"not a video")],
+    [
+        ("a.png", b""),
+        ("a.png", b"not a picture"),
+        ("a.png", claiming_png(40_000, 40_000)),
+        ("a.mp4", b""),
+        ("a.mp4", b"not a video"),
+    ],
 )
 def test_a_damaged_start_is_refused(tmp_path, name, content, capfd):
     (tmp_path / name).write_bytes(content)
