@@ -194,9 +194,11 @@ def report(results: list, config: Config, args: argparse.Namespace, seconds: flo
     if args.sheet:
         rows = []
         for _, prompt, right, _, frames in results[:24]:
-            row = np.concatenate(list(frames), 1).copy()
-            colour = (255, 255, 255) if right["both"] and right["shape"] else (255, 0, 255)
-            cv2.putText(row, prompt, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, colour, 1, cv2.LINE_AA)
+            row = np.pad(np.concatenate(list(frames), 1), ((16, 0), (0, 0), (0, 0)))
+            wrong = " ".join(kind for kind, ok in right.items() if not ok)
+            label = f"{prompt}  {f'wrong: {wrong}' if wrong else ''}"
+            ink = (255, 120, 120) if not right["both"] else (255, 255, 255)
+            cv2.putText(row, label, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, 1, cv2.LINE_AA)
             rows.append(row)
         if len(rows) > 12:
             rows = [np.concatenate(pair, 1) for pair in zip(rows[::2], rows[1::2])]

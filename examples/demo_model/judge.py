@@ -78,16 +78,19 @@ def matches(
 
 
 def _shape(outline: np.ndarray) -> str:
+    """How well the outline fills the triangle, circle and rectangle around it.
+
+    The thresholds lie between what drawn and what autoencoded (rounder) shapes measure.
+    """
     area = cv2.contourArea(outline)
-    hull = cv2.convexHull(outline)
-    hull_area = cv2.contourArea(hull)
-    if area < 0.83 * hull_area:
-        return "star"
+    triangle, _ = cv2.minEnclosingTriangle(outline)
     _, radius = cv2.minEnclosingCircle(outline)
-    round_fill = area / (np.pi * radius**2)  # circle 1, square 0.64, triangle 0.41
-    if round_fill > 0.8:
+    width, height = cv2.minAreaRect(outline)[1]
+    if area > 0.7 * triangle:
+        return "triangle"
+    if area > 0.83 * np.pi * radius**2:
         return "circle"
-    return "square" if round_fill > 0.53 else "triangle"
+    return "square" if area > 0.8 * width * height else "star"
 
 
 def _score(name: str, clips: list[tuple[str, np.ndarray]]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,6 +27,7 @@ def run(workers: int, job: Callable, *args) -> None:
 
 def _start(rank: int, workers: int, job: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     if hasattr(os, "sched_setaffinity"):  # else the system may put both on one core
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
@@ -33,6 +36,13 @@ def _start(rank: int, workers: int, job: Callable, args: tuple) -> None:
         job(rank, *args)
     finally:
         dist.destroy_process_group()
+
+
+def _leave_with(parent: int) -> None:
+    """A worker whose parent was killed would train on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def size() -> int:

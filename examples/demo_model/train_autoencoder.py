@@ -92,10 +92,12 @@ def fold_scale(model: TinyAutoencoder, latents: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
-    parser.add_argument("--minutes", type=float, default=25, help="length of the whole run")
+    parser.add_argument("--start", type=Path, help="weights to refine: only the decoder trains, "
+                        "so data encoded with them stays good")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=22, help="length of the whole run")
     parser.add_argument("--clips", type=int, default=4, help="crops per step and worker")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
-    parser.add_argument("--lr", type=float, default=5e-3, help="Muon's; AdamW's is half")
+    parser.add_argument("--lr", type=float, default=2e-3, help="Muon's; AdamW's is half")
     parser.add_argument("--noise", type=float, default=0.1, help="added to latents in training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -107,12 +109,16 @@ def train(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = TinyAutoencoder(model_config("demo"))
     initialise(model)
+    if args.start:
+        model.load_state_dict(load_file(args.start))
+        model.encoder.requires_grad_(False)
     torch.manual_seed(args.seed * 1000 + rank)
-    matrices = [p for p in model.parameters() if p.ndim == 4]
-    others = [p for p in model.parameters() if p.ndim != 4]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim == 4]
+    others = [p for p in trained if p.ndim != 4]
     optimisers = make_optimisers(matrices, others, args.lr, args.lr / 2)
     progress = args.out.with_suffix(".resume.pt")
-    step, seconds, folded = 0, 0.0, False
+    step, seconds, folded = 0, 0.0, bool(args.start)
     if progress.exists():
         saved = torch.load(progress, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -131,8 +137,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         if not folded and seconds > 0.7 * length:  # early enough to mend what it disturbs
             fold_scale(model, sample_latents(model, np.random.default_rng(777)))
             folded = True
-        set_rate(optimisers, rate_factor(seconds / length))
-        sharpness = min(1.0, seconds / (0.2 * length))
+        set_rate(optimisers, rate_factor(seconds / length, decay=0.8 if args.start else 0.4))
+        sharpness = 1.0 if args.start else min(1.0, seconds / (0.2 * length))
         rng = np.random.default_rng([args.seed, step, rank])
         whole = step % 5 == 4
         frames = draw_batch(rng, max(1, args.clips // 4) if whole else args.clips,
@@ -142,8 +148,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
         output = model.decode(latents + noise)
         loss = reconstruction_loss(output, frames, sharpness) + 0.1 * scale_penalty(latents)
         loss.backward()
-        team.average_gradients(model.parameters())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        team.average_gradients(trained)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for optimiser in optimisers:
             optimiser.step()
             optimiser.zero_grad()
@@ -170,7 +176,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             progress.with_suffix(".partial").replace(progress)
     bar.close()
     if rank == 0:
-        finish(model, args.out)
+        finish(model, args.out, fold=not args.start)
 
 
 def initialise(model: TinyAutoencoder) -> None:
@@ -191,9 +197,10 @@ def initialise(model: TinyAutoencoder) -> None:
 
 
 @torch.no_grad()
-def finish(model: TinyAutoencoder, out: Path) -> None:
+def finish(model: TinyAutoencoder, out: Path, fold: bool = True) -> None:
     """Folds the scale, saves, and prints the PSNR of 24 clips never seen."""
-    fold_scale(model, sample_latents(model, np.random.default_rng(778)))
+    if fold:
+        fold_scale(model, sample_latents(model, np.random.default_rng(778)))
     rng = np.random.default_rng(12345)
     clips = [draw_batch(rng, 4, SIZE, frames=16) for _ in range(6)]
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out)

@@ -8,7 +8,8 @@ noised blocks; the compressor learns through what they read.
 
 Each step also trains blocks without any history: a rollout begins with one, and a subject that
 is missing there stays missing. For the same reason tokens that the subject covers weigh more,
-and the history is noised, at times strongly, so that the prompt stays worth reading.
+and the history is noised, at times strongly, or another clip's, so that the prompt stays worth
+reading.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ from packforcing.config import Config
 from packforcing.model import Model, save_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.transformer import Transformer, patchify, rotate
-
-SHIFT = 3.0  # of the noise levels drawn in training
 
 
 @dataclass
@@ -178,10 +177,10 @@ class Data:
         return [latents, low, text * keep[..., None], cover]
 
 
-def draw_sigma(shape: tuple[int, ...]) -> Tensor:
-    """Noise levels as the sampler meets them: its shift, and one in twelve pure noise."""
+def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:
+    """Noise levels as the sampler meets them: shifted up, and one in twelve pure noise."""
     s = torch.rand(shape)
-    sigma = SHIFT * s / (1 + (SHIFT - 1) * s)
+    sigma = shift * s / (1 + (shift - 1) * s)
     return torch.where(torch.rand(shape) < 1 / 12, torch.ones(()), sigma)
 
 
@@ -258,7 +257,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         halves = [data.draw(rng, "short", fresh, 1), data.draw(rng, "long", count - fresh, 1)]
         latents, _, text, cover = (torch.cat(pair) for pair in zip(*halves))
         x0 = patchify(latents.flatten(0, 1), config.patch)
-        noise, sigma = torch.randn_like(x0), draw_sigma((count,))
+        noise, sigma = torch.randn_like(x0), draw_sigma((count,), args.shift)
         noisy = torch.lerp(x0, noise, sigma[:, None, None])
         flow = lone_flow(model, noisy, sigma, text, first_rope)
         lone = weighted_error(flow, noise - x0, cover[:, 0], args.subject_weight)
@@ -273,12 +272,15 @@ def train(rank: int, args: argparse.Namespace) -> None:
             latents, low, text, cover = data.draw(rng, "long", args.clips, args.blocks)
             x0 = patchify(latents.flatten(0, 1), config.patch)
             x0 = x0.unflatten(0, latents.shape[:2])[:, :, None]
-            noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3])
+            noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3], args.shift)
             noisy = torch.lerp(x0, noise, sigma[..., None, None])
             harm = torch.from_numpy(  # how noisy the history is, per clip
                 np.where(rng.random(args.clips) < 0.25, rng.uniform(0.2, 0.9, args.clips),
                          rng.uniform(0, 0.2, args.clips))
             ).float()  # fmt: skip
+            foreign = rng.random(args.clips) < args.foreign  # the history of another clip
+            whose = torch.from_numpy(np.where(foreign, -1, 0) + np.arange(args.clips))
+            latents, low = latents[whose], low[whose]
             clean = torch.lerp(latents, torch.randn_like(latents), harm.view(-1, 1, 1, 1, 1, 1))
             low = torch.lerp(low, torch.randn_like(low), harm.view(-1, 1, 1, 1))
             flow = clip_flow(model, layouts[key], clean, low, noisy, sigma, text)
@@ -336,7 +338,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained weights")
     parser.add_argument("--data", type=Path, required=True, help="folder of encode_dataset.py")
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
-    parser.add_argument("--minutes", type=float, default=60, help="length of the whole run")
+    parser.add_argument("--minutes", type=float, default=50, help="length of the whole run")
     parser.add_argument("--clips", type=int, default=2, help="clips per step and worker")
     parser.add_argument("--lone", type=int, default=32, help="lone blocks per step and worker")
     parser.add_argument("--lone-share", type=float, default=0.4, help="of the loss")
@@ -344,8 +346,10 @@ def main() -> None:
                         help="share of the run that trains lone blocks only")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a clip")
     parser.add_argument("--subject-weight", type=float, default=3.0)
-    parser.add_argument("--lr", type=float, default=4e-3, help="Muon's; AdamW's is half")
-    parser.add_argument("--decay", type=float, default=0.4, help="share of the run, at the end")
+    parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels drawn")
+    parser.add_argument("--foreign", type=float, default=0.1, help="share of foreign histories")
+    parser.add_argument("--lr", type=float, default=3e-3, help="Muon's; AdamW's is half")
+    parser.add_argument("--decay", type=float, default=0.6, help="share of the run, at the end")
     parser.add_argument("--save", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
     parser.add_argument("--seed", type=int, default=0)
