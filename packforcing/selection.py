@@ -19,7 +19,10 @@ def affinity(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
     queries [L, H, d]; keys [blocks, L, H, d]. Returns one score per block.
     """
     layers, heads, d = queries.shape
-    return keys.reshape(len(keys), -1) @ queries.ravel() / (layers * heads * d**0.5)
+    # einsum, not @: for a long archive that is threaded BLAS, whose idle threads spin on the
+    # cores that the graphs need (time per block doubled from 350 archived blocks on)
+    scores = np.einsum("bi,i->b", keys.reshape(len(keys), -1), queries.ravel())
+    return scores / (layers * heads * d**0.5)
 
 
 def select(
