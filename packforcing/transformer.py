@@ -205,39 +205,15 @@ class Transformer(nn.Module):
             keys = rotate(torch.cat((k, old_k), 2), key_rope)
             return attention(rotate(q, rope), keys, torch.cat((v, old_v), 2), kv_len)
 
-        flow = self._run(tokens, extra, *self._time(timestep[:, None]), cross, attend)
+        flow = self.run(tokens, extra, *self.embed_time(timestep[:, None]), cross, attend)
         q_pool, k_pool = (torch.stack(pool, 1) for pool in zip(*pooled))
         return flow, new, q_pool, k_pool
-
-    def forward_masked(
-        self,
-        tokens: Tensor,
-        extra: Tensor | None,
-        timestep: Tensor,
-        segments: Tensor,
-        cross: list[KV],
-        rope: Rope,
-        mask: Tensor,
-    ) -> Tensor:
-        """Many blocks in one pass, for training: who reads whom is a mask.
-
-        tokens [B, N, P]; timestep [B, G] and segments [N], the timestep's index of each token;
-        rope for all N; mask, bool [N, N] or [B, 1, N, N], True where a row may read a column.
-        Returns the flow, [B, N, P].
-        """
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, mask)
-
-        head_time, layer_time = self._time(timestep)
-        times = head_time[:, segments], layer_time[:, segments]
-        return self._run(tokens, extra, *times, cross, attend)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The patch embedding, on tokens instead of a grid: [B, n, P] to [B, n, D]."""
         return F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
-    def _time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B, G] to the head's embedding [B, G, D] and the layers' [B, G, 6 D]."""
         half = self.config.freq_dim // 2
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -245,7 +221,7 @@ class Transformer(nn.Module):
         time = self.time_embedding(torch.cat((angles.cos(), angles.sin()), -1))
         return time, self.time_projection(time)
 
-    def _run(
+    def run(
         self,
         tokens: Tensor,
         extra: Tensor | None,
@@ -254,6 +230,13 @@ class Transformer(nn.Module):
         cross: list[KV],
         attend: Attend,
     ) -> Tensor:
+        """The network around its self-attention, which the caller supplies: a cache, or in
+        training a mask over many blocks at once.
+
+        tokens [B, n, P]; extra [B, n, D] or None; head_time and layer_time from `embed_time`,
+        [B, n or 1, D] and [B, n or 1, 6 D]; attend is called once per layer, in order. Returns
+        the flow, [B, n, P].
+        """
         x = self.embed(tokens)
         x = x if extra is None else x + extra
         for layer, layer_cross in zip(self.blocks, cross):

@@ -6,6 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from packforcing import Policy, model_config
 from packforcing.autoencoder import TinyAutoencoder
@@ -14,7 +15,7 @@ from packforcing.errors import CheckpointError
 from packforcing.model import Model, load_model, random_model, save_model
 from packforcing.rollout import Past, forget, forward, gather, rope
 from packforcing.rope import block_positions, compressed_positions
-from packforcing.transformer import Transformer, patchify, unpatchify
+from packforcing.transformer import Transformer, patchify, rotate, unpatchify
 
 
 def parameters(module) -> int:
@@ -150,17 +151,22 @@ def test_cached_rollout_equals_one_masked_pass(tiny_config, tiny_model):
     whole = (block[column] == 0) | (block[column] == block[row] - 1)
     reads = past & np.where(whole, kind[column] == 0, kind[column] == 1)
     mask = torch.from_numpy(reads | (owner[row] == owner[column]))
-    timestep = torch.tensor([[0.0, 700.0]])
-    flow = transformer.forward_masked(
+    tables = rope(config, np.concatenate(full_at + small_at + full_at))
+    zeros = torch.zeros(blocks * n, config.dim)
+    head_time, layer_time = transformer.embed_time(torch.tensor([[0.0, 700.0]]))
+    segments = torch.from_numpy((kind == 2).astype(np.int64))
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(rotate(q, tables), rotate(k, tables), v, mask)
+
+    flow = transformer.run(
         torch.cat((clean.flatten(0, 1), small.flatten(0, 1), noisy.flatten(0, 1)))[None],
-        torch.cat((torch.zeros(blocks * n, config.dim), extra.flatten(0, 1),
-                   torch.zeros(blocks * n, config.dim)))[None],
-        timestep,
-        torch.from_numpy((kind == 2).astype(np.int64)),
+        torch.cat((zeros, extra.flatten(0, 1), zeros))[None],
+        head_time[:, segments],
+        layer_time[:, segments],
         cross,
-        rope(config, np.concatenate(full_at + small_at + full_at)),
-        mask,
-    )[0, -blocks * n :].unflatten(0, (blocks, n))  # fmt: skip
+        attend,
+    )[0, -blocks * n :].unflatten(0, (blocks, n))
 
     # block by block, through the reference rollout's own history
     history: list[Past] = []

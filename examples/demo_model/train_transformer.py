@@ -131,8 +131,8 @@ def clip_flow(
     cross = [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0))
              for k, v in transformer.cross_kv(text)]  # fmt: skip
     bias = layout.mask.repeat(clean.shape[0], 1, 1)[:, None]
-    flow = transformer._run(
-        x, extra, *transformer._time(timestep), cross,
+    flow = transformer.run(
+        x, extra, *transformer.embed_time(timestep), cross,
         lambda q, k, v: layout.attend(q, k, v, bias),
     )  # fmt: skip
     return flow.unflatten(0, (-1, layout.blocks, layout.groups))[:, :, 1:, :n]
@@ -141,8 +141,8 @@ def clip_flow(
 def lone_flow(model: Model, noisy: Tensor, sigma: Tensor, text: Tensor, rope) -> Tensor:
     """Flow of first blocks, which have no history: noisy [B, N, P], sigma [B]."""
     transformer = model.transformer
-    return transformer._run(
-        noisy, None, *transformer._time(1000 * sigma[:, None]), transformer.cross_kv(text),
+    return transformer.run(
+        noisy, None, *transformer.embed_time(1000 * sigma[:, None]), transformer.cross_kv(text),
         lambda q, k, v: F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v),
     )  # fmt: skip
 
