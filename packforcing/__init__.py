@@ -1,7 +1,15 @@
 """PackForcing: long video from a model trained on short clips, in a fixed memory budget."""
 
-from packforcing.config import MODELS, Config, Policy, model_config
-from packforcing.errors import PackForcingError
+import os
+
+# In a checkout, export, runtime and calibration lie beside this folder, not in it. Without this
+# line a program started there would find this folder before the installed package, and no runtime.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_root, "pyproject.toml")):
+    __path__.append(_root)
+
+from packforcing.config import MODELS, Config, Policy, model_config  # noqa: E402
+from packforcing.errors import PackForcingError  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["MODELS", "Config", "PackForcingError", "Policy", "model_config"]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -249,6 +250,17 @@ with Session.open({str(tiny_bundle)!r}) as session:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "16"
+
+
+def test_a_program_started_in_the_checkout_finds_the_runtime():
+    """Also after `pip install .`, when no editable install helps and the folder comes first."""
+    script = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import packforcing.calibration, packforcing.export, packforcing.runtime
+"""
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True)
 
 
 def test_importing_the_runtime_loads_nothing_heavy():

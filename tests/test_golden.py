@@ -25,7 +25,7 @@ CONFIG = Config(
 )  # fmt: skip
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden files lie beside the checkout")
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="Self-Forcing's own numbers are not shipped here")
 @pytest.mark.parametrize(
     ("case", "sink", "recent"), [("full", 0, ALL), ("window9", 0, 2), ("sink3_window12", 1, 2)]
 )
