@@ -17,6 +17,11 @@ from packforcing.text import VOCABULARY
 TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV alike
 
 
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which blocks of the history are read, in blocks (PackForcing, sections 3.2 to 3.5).
 
@@ -40,6 +45,26 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def capacity(self) -> int:
         """Blocks in context, beside the current one, once every partition is full."""
         return self.sink + self.mid + self.recent
+
+
+class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Number formats of a bundle: of what is computed, of the denoiser's weights, of the cache.
+
+    int8 and int4 weights are dequantised where they are read; whatever the host reads or writes
+    in small amounts (tokens, flow, latents, pooled queries and keys) is fp32 throughout.
+    """
+
+    compute: Literal["fp32", "fp16"] = "fp32"
+    weights: Literal["fp32", "fp16", "int8", "int4", "fp8"] = "fp32"
+    cache: Literal["fp32", "fp16", "int8", "fp8"] = "fp32"
+
+    def __post_init__(self) -> None:
+        other = {"fp32", "fp16"} - {self.compute}
+        for name in ("weights", "cache"):
+            _require(
+                getattr(self, name) not in other,
+                f"precision.{name} is {getattr(self, name)} where {self.compute} is computed",
+            )
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +100,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     policy: Policy
+    precision: Precision = Precision()
 
     def __post_init__(self) -> None:
         positive = ("height", "width", "fps", "dim", "heads", "layers", "ffn_dim", "block_frames",
@@ -182,11 +208,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return -(-(frames + self.trimmed_frames) // self.block_pixel_frames)
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
 MODELS: dict[str, Config] = {
     config.name: config
     for config in (
@@ -227,6 +248,7 @@ MODELS: dict[str, Config] = {
             text_dim=4096,
             compressor_widths=(32, 128, 512, 2048),
             policy=Policy(sink=2, mid=16, recent=1),
+            precision=Precision(compute="fp16", weights="fp16", cache="fp16"),
         ),
     )
 }

@@ -2,7 +2,9 @@
 
 The contract between export and runtime, every tensor with who writes it (P channels of a
 token, D width, H heads, d head size, L layers, T text rows; N new and C context tokens stay
-symbolic in ONNX):
+symbolic in ONNX). Bulk is in the precision that the config names: k_ctx, v_ctx, k_new and v_new
+in that of the cache; cross_k, cross_v, extra, position tables, pixels, frames and state in that
+of what is computed. All else is float32:
 
     prompt       in   text                  [1, T, text_dim]   text encoder
                  out  cross_k.l, cross_v.l  [1, H, T, d]       once per prompt
@@ -43,6 +45,13 @@ from packforcing.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# how arrays call the number formats of `Precision`
+DTYPES = {
+    "fp32": "float32",
+    "fp16": "float16",
+    "int8": "int8",
+    "fp8": "float8_e4m3fn",
+}
 Shape = tuple[int | str, ...]  # a name stands for an axis that ONNX leaves open
 
 
@@ -84,19 +93,23 @@ def contract(config: Config) -> dict[str, GraphSpec]:
     latent = (1, config.latent_channels, h, w)
     frames = (TEMPORAL_FACTOR, 3, config.height, config.width)
     half = config.head_dim // 2
+    compute, cache = DTYPES[config.precision.compute], DTYPES[config.precision.cache]
 
-    def per_layer(*prefixes: str, shape: Shape) -> tuple[TensorSpec, ...]:
+    def per_layer(*prefixes: str, shape: Shape, dtype: str) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(f"{prefix}.{layer}", shape)
+            TensorSpec(f"{prefix}.{layer}", shape, dtype)
             for layer in range(config.layers)
             for prefix in prefixes
         )
 
     def states(prefix: str, shapes: list[tuple[int, ...]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(f"{prefix}.{i}", shape) for i, shape in enumerate(shapes))
+        return tuple(TensorSpec(f"{prefix}.{i}", shape, compute) for i, shape in enumerate(shapes))
 
     cross = per_layer(
-        "cross_k", "cross_v", shape=(1, config.heads, config.text_len, config.head_dim)
+        "cross_k",
+        "cross_v",
+        shape=(1, config.heads, config.text_len, config.head_dim),
+        dtype=compute,
     )
     pool = (config.layers, config.heads, config.head_dim)
     decoder, encoder = decoder_state_shapes(config), encoder_state_shapes(config)
@@ -109,19 +122,23 @@ def contract(config: Config) -> dict[str, GraphSpec]:
         "denoiser": GraphSpec(
             inputs=(
                 TensorSpec("tokens", (1, "N", config.token_dim)),
-                TensorSpec("extra", (1, "N", config.dim)),
+                TensorSpec("extra", (1, "N", config.dim), compute),
                 TensorSpec("timestep", (1,)),
                 *cross,
-                TensorSpec("rope_cos", ("N", half)),
-                TensorSpec("rope_sin", ("N", half)),
-                TensorSpec("ctx_cos", ("C", half)),
-                TensorSpec("ctx_sin", ("C", half)),
-                *per_layer("k_ctx", "v_ctx", shape=(1, config.heads, "C", config.head_dim)),
+                TensorSpec("rope_cos", ("N", half), compute),
+                TensorSpec("rope_sin", ("N", half), compute),
+                TensorSpec("ctx_cos", ("C", half), compute),
+                TensorSpec("ctx_sin", ("C", half), compute),
+                *per_layer(
+                    "k_ctx", "v_ctx", shape=(1, config.heads, "C", config.head_dim), dtype=cache
+                ),
                 TensorSpec("kv_len", (1,), "int64"),
             ),
             outputs=(
                 TensorSpec("flow", (1, "N", config.token_dim)),
-                *per_layer("k_new", "v_new", shape=(1, config.heads, "N", config.head_dim)),
+                *per_layer(
+                    "k_new", "v_new", shape=(1, config.heads, "N", config.head_dim), dtype=cache
+                ),
                 TensorSpec("q_pool", pool),
                 TensorSpec("k_pool", pool),
             ),
@@ -129,19 +146,19 @@ def contract(config: Config) -> dict[str, GraphSpec]:
         "compressor": GraphSpec(
             inputs=(
                 *(high_branch if config.compressor_widths else ()),
-                TensorSpec("pixels", (1, config.block_pixel_frames, *frames[1:])),
+                TensorSpec("pixels", (1, config.block_pixel_frames, *frames[1:]), compute),
             ),
             outputs=(
                 TensorSpec("tokens", (1, config.compressed_tokens, config.token_dim)),
-                TensorSpec("extra", (1, config.compressed_tokens, config.dim)),
+                TensorSpec("extra", (1, config.compressed_tokens, config.dim), compute),
             ),
         ),
         "vae_decoder": GraphSpec(
             inputs=(TensorSpec("latent", latent), *states("state", decoder)),
-            outputs=(TensorSpec("frames", frames), *states("new_state", decoder)),
+            outputs=(TensorSpec("frames", frames, compute), *states("new_state", decoder)),
         ),
         "vae_encoder": GraphSpec(
-            inputs=(TensorSpec("frames", frames), *states("state", encoder)),
+            inputs=(TensorSpec("frames", frames, compute), *states("state", encoder)),
             outputs=(TensorSpec("latent", latent), *states("new_state", encoder)),
         ),
     }
