@@ -25,7 +25,7 @@ import numpy as np
 
 from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.buffers import memory
+from packforcing.runtime.plan import memory
 from packforcing.text import encode_words
 
 PROMPT = "a red star over navy stripes"
@@ -94,11 +94,11 @@ def demo() -> dict:
 def middle() -> dict:
     """dim 768, 12 layers, 390 tokens a frame, random weights."""
     from packforcing.export import export_bundle
-    from packforcing.model import random_model
+    from packforcing.model import random_weights
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        export_bundle(random_model(MIDDLE), bundle)
+        export_bundle(MIDDLE, random_weights(MIDDLE), bundle)
         return side_by_side(MIDDLE, None, bundle, blocks=9)
 
 

@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from packforcing.model import Model
+    from packforcing.config import Config
+    from packforcing.model import Weights
     from packforcing.runtime.bundle import Manifest
 
 __all__ = ["export_bundle"]
 
 
 def export_bundle(
-    model: Model,
+    config: Config,
+    weights: Weights,
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
     """Writes the bundle of a model, whole or not at all; see `packforcing.export.bundle`."""
     from packforcing.export.bundle import export_bundle
 
-    return export_bundle(model, directory, on_graph)
+    return export_bundle(config, weights, directory, on_graph)

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 
+from packforcing.config import Config
 from packforcing.errors import OutputError
 from packforcing.export.graphs import WRAPPERS, export_graph
-from packforcing.model import Model
+from packforcing.model import Weights, weight_shapes
 from packforcing.runtime.bundle import (
+    DTYPES,
+    ENGINE_FOLDER,
     MANIFEST,
     SCHEMA_VERSION,
     Manifest,
@@ -25,21 +30,24 @@ from packforcing.runtime.bundle import (
     write_manifest,
 )
 
-LARGEST_INSIDE = 1 << 30  # bytes of weights; a protobuf ends at two GiB
+LARGEST_INSIDE = 1 << 28  # bytes of weights; a protobuf is built in memory, and ends at two GiB
 TOOLS = ("packforcing", "torch", "onnx", "onnxscript")
 
 
 def export_bundle(
-    model: Model,
+    config: Config,
+    weights: Weights,
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
-    """Exports `model` into `directory`, replacing a bundle that is there.
+    """Exports a model into `directory`, replacing a bundle that is there, engines included.
 
-    Graphs are written beside the directory, which changes only once all are done. `on_graph`
-    is told each graph's name, its number and how many there are, before it is exported.
-    Raises `ExportError` when a graph breaks the contract and `OutputError` when the directory
-    cannot be written or holds something that is not a bundle.
+    weights: by checkpoint name, as `Model.weights`, `open_weights` and `random_weights` give
+    them; each is read when its graph is written and let go again, so that memory stays small
+    whatever the size of the model. Graphs are written beside the directory, which changes only
+    once all are done. `on_graph` is told each graph's name, its number and how many there are,
+    before it is exported. Raises `ExportError` when a graph breaks the contract and `OutputError`
+    when the directory cannot be written or holds something that is not a bundle.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports absent torchvision ops
     try:
@@ -51,14 +59,15 @@ def export_bundle(
     except (OSError, RuntimeError) as error:  # pathlib reports a loop of links as the latter
         raise OutputError(f"cannot write a bundle to {directory}: {error}") from error
     try:
+        require_space(partial, config)
         for number, name in enumerate(WRAPPERS):
             if on_graph:
                 on_graph(name, number, len(WRAPPERS))
-            save(export_graph(model, name), partial / graph_file(name))
+            save(export_graph(config, weights, name), partial / graph_file(name))
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            config=model.config,
-            graphs=contract(model.config),
+            config=config,
+            graphs=contract(config),
             files={path.name: file_record(path) for path in sorted(partial.iterdir())},
             tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
         )
@@ -70,6 +79,18 @@ def export_bundle(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
+
+
+def require_space(folder: Path, config: Config) -> None:
+    """Raises `OutputError` unless the weights of a model fit on the disk."""
+    item = np.dtype(DTYPES[config.precision.compute]).itemsize
+    needed = item * sum(map(math.prod, weight_shapes(config).values()))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"the bundle needs {needed / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB "
+            "free: make room or choose a folder on another disk"
+        )
 
 
 def save(graph: ir.Model, path: Path) -> None:
@@ -89,7 +110,7 @@ def replaceable(path: Path) -> bool:
         manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Listed)
     except (OSError, ValueError):
         return not found
-    return found <= {MANIFEST, *manifest.files}
+    return found <= {MANIFEST, ENGINE_FOLDER, *manifest.files}
 
 
 class _Listed(msgspec.Struct):

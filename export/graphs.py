@@ -6,27 +6,47 @@ them and says which axes stay symbolic.
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import onnx_ir as ir
+import onnxscript.optimizer
+import onnxscript.rewriter
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes import common
+from onnxscript.rewriter.rules.common import (
+    materialize_reshape_shape_rule,
+    max_min_rule,
+    min_max_rule,
+)
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from packforcing.config import Config
 from packforcing.export.lint import TRACE_SIZES, lint
-from packforcing.model import Model
-from packforcing.runtime.bundle import GraphSpec, contract
+from packforcing.model import Model, Weights, skeleton
+from packforcing.runtime.bundle import DTYPES, GraphSpec, contract
+from packforcing.transformer import head_rows
 
 OPSET = 24  # the first with Attention's nonpad_kv_seqlen, which carries kv_len
+
+
+# Run on the host whatever the backend: once per prompt, and for a clip to start from. They
+# compute in fp32; only what they hand over is in the bundle's precision.
+HOST_GRAPHS = ("prompt", "vae_encoder")
 
 
 class Prompt(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.transformer = model.transformer
+        self.dtype = _compute_dtype(model.config)
 
     def forward(self, text: Tensor) -> list[Tensor]:
-        return [tensor for pair in self.transformer.cross_kv(text) for tensor in pair]
+        cross = self.transformer.cross_kv(text)
+        return [tensor.to(self.dtype) for pair in cross for tensor in pair]
 
 
 class Denoiser(nn.Module):
@@ -53,16 +73,18 @@ class Compressor(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *latents, pixels = inputs  # without a high branch nothing reads the latents
-        return self.compressor(latents[0] if latents else None, pixels)
+        tokens, extra = self.compressor(latents[0].to(pixels.dtype) if latents else None, pixels)
+        return tokens.float(), extra
 
 
 class Decoder(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.autoencoder = model.autoencoder
+        self.dtype = _compute_dtype(model.config)
 
     def forward(self, latent: Tensor, *state: Tensor) -> list[Tensor]:
-        frames, after = self.autoencoder.decode_frame(latent, list(state))
+        frames, after = self.autoencoder.decode_frame(latent.to(self.dtype), list(state))
         return [frames, *after]
 
 
@@ -85,30 +107,88 @@ WRAPPERS = {
 }
 
 
-def export_graph(model: Model, name: str) -> ir.Model:
-    """One graph of the contract as an ONNX model in memory, linted.
+def export_graph(config: Config, weights: Weights, name: str) -> ir.Model:
+    """One graph of the contract as an ONNX model, linted; its weights are read when it is saved.
 
     Raises `ExportError` if the graph breaks the contract.
     """
-    spec = contract(model.config)[name]
-    with warnings.catch_warnings():
+    spec = contract(config)[name]
+    dtype = torch.float32 if name in HOST_GRAPHS else _compute_dtype(config)
+    # Traced on tensors without memory: a full-size model would need several times its own size.
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _default(dtype):
         warnings.simplefilter("ignore")  # the exporter warns of its own insides
         program = torch.onnx.export(
-            WRAPPERS[name](model).eval(),
+            WRAPPERS[name](skeleton(config)).eval(),
             example_inputs(spec),
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=_dynamic_shapes(name, spec),
+            optimize=False,  # see `simplify`
             verbose=False,
         )
     assert program is not None
-    halve_weights(program.model)
-    # stack traces: as large as the graph itself, and they name the exporting machine's folders
-    ClearMetadataAndDocStringPass()(program.model)
-    lint(name, program.model, spec)
-    return program.model
+    model = program.model
+    simplify(model)
+    fill(model.graph, config, weights, dtype)
+    if dtype == torch.float32:
+        halve_weights(model)
+    lint(name, model, spec)
+    return model
+
+
+def simplify(model: ir.Model) -> None:
+    """Folds what tracing leaves behind: sizes that are known, lists that are taken apart again.
+
+    Of the exporter's own optimiser the part that our graphs need; the whole of it takes three
+    times as long as tracing, and reads every weight.
+    """
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of each weight left unread
+    for value in model.graph.initializers.values():
+        value.const_value = None
+    rules = [materialize_reshape_shape_rule, min_max_rule, max_min_rule]
+    for _ in range(2):
+        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        onnxscript.rewriter.rewrite(model, rules)
+    for tidy in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+        # stack traces: as large as the graph itself, and they name the exporting machine's folders
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        tidy(model)
+
+
+def fill(graph: ir.Graph, config: Config, weights: Weights, dtype: torch.dtype) -> None:
+    """Gives every initializer its weight in `dtype`, to be read only when it is written.
+
+    A linear layer's weight is stored as its product needs it: the transpose goes from the graph.
+    """
+    for value in list(graph.initializers.values()):
+        name = str(value.name)
+        if name not in weights:
+            continue
+        assert value.shape is not None and value.dtype is not None
+        uses = value.consumers()
+        transposed = len(uses) == 1 and uses[0].op_type == "Transpose"
+        if transposed:
+            value.shape = ir.Shape(value.shape[::-1])
+            uses[0].outputs[0].replace_all_uses_with(value)
+            graph.remove(uses[0], safe=True)
+
+        def read(name: str = name, transposed: bool = transposed) -> ir.TensorProtocol:
+            tensor = weights[name].to(_compute_dtype(config)).to(dtype)
+            if name.startswith("transformer.head.head."):
+                tensor = tensor[head_rows(config)]
+            tensor = tensor.T if transposed else tensor
+            return ir.tensor(tensor.contiguous().numpy(), name=name)
+
+        value.const_value = ir.LazyTensor(read, value.dtype, value.shape, name=name)
 
 
 def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
@@ -148,6 +228,20 @@ def halve_weights(model: ir.Model) -> None:
         graph.insert_before(graph[0], cast)
         del graph.initializers[name]
         graph.register_initializer(stored)
+
+
+def _compute_dtype(config: Config) -> torch.dtype:
+    return getattr(torch, DTYPES[config.precision.compute])
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _dynamic_shapes(name: str, spec: GraphSpec) -> tuple | None:

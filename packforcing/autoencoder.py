@@ -8,6 +8,9 @@ own rate, and the caller carries these tensors from call to call (zeros before t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,7 +94,10 @@ class TinyAutoencoder(nn.Module):
 
     def decode_frame(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
         """One latent frame [1, C, h, w] to four frames [4, 3, H, W] in 0..1, and the new state."""
-        x, state = _run(self.decoder, latent, state)
+        layers = list(self.decoder)
+        last = max(i for i, layer in enumerate(layers) if isinstance(layer, MemBlock)) + 1
+        x, state = _run(layers[:last], latent, state)
+        x = _in_strips(nn.Sequential(*layers[last:]), x, self.config.vae_strips)
         return F.pixel_shuffle(x, self.config.vae_patch).clamp(0, 1), state
 
     def encode_frame(self, frames: Tensor, state: State) -> tuple[Tensor, State]:
@@ -129,7 +135,7 @@ class TinyAutoencoder(nn.Module):
         return _run_clip(self.encoder, x, frames.shape[0]).unflatten(0, (frames.shape[0], -1))
 
 
-def _run(layers: nn.Sequential, x: Tensor, state: State) -> tuple[Tensor, State]:
+def _run(layers: Iterable[nn.Module], x: Tensor, state: State) -> tuple[Tensor, State]:
     """Frames along the first axis, all of one video."""
     pasts = iter(state)
     after: State = []
@@ -141,6 +147,27 @@ def _run(layers: nn.Sequential, x: Tensor, state: State) -> tuple[Tensor, State]
         else:
             x = layer(x)
     return x, after
+
+
+def _in_strips(stage: nn.Sequential, x: Tensor, strips: int) -> Tensor:
+    """The last stage, [n, c, h, w] to [m, C, 2h, 2w], frame by frame in horizontal strips; exact.
+
+    At full resolution this stage holds more than all others together. Its two convolutions reach
+    two rows of its output, one of its input, past the edge of a strip.
+    """
+    if strips == 1:
+        return stage(x)
+    rows = x.shape[2]
+    cuts = [rows * i // strips for i in range(strips + 1)]
+    frames = []
+    for frame in x.split(1):
+        parts = []
+        for first, end in pairwise(cuts):
+            above, below = int(first > 0), int(end < rows)
+            part = stage(frame[:, :, first - above : end + below])
+            parts.append(part[:, :, 2 * above : part.shape[2] - 2 * below])
+        frames.append(torch.cat(parts, 2))
+    return torch.cat(frames)
 
 
 def _run_clip(layers: nn.Sequential, x: Tensor, batch: int) -> Tensor:

@@ -1,16 +1,18 @@
 """The command line: `packforcing demo`, `render`, `export` and `inspect`.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 a mistake that a
-message explains, 130 interrupted.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output that
+`verify` compared is off, 2 a mistake that a message explains, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +22,9 @@ from packforcing import __version__
 from packforcing.errors import ConfigError, ExportError, OutputError, PackForcingError
 
 if TYPE_CHECKING:
-    from packforcing.config import Config, Policy
+    from packforcing.config import Config, Policy, Precision
     from packforcing.runtime import BlockInfo, Session
+    from packforcing.runtime.engines import Length
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
 
@@ -52,11 +55,44 @@ def _explain(message: str) -> int:
     return 2
 
 
+def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Several options as one decorator, for the commands that share them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 _bundle_option = click.option(
     "--bundle", metavar="DIR", help="Exported model to use.  [default: the demo model]"
 )
 _seed_option = click.option(
     "--seed", default=0, show_default=True, help="The same seed and prompt give the same video."
+)
+_shape_options = _options(
+    click.option("--size", metavar="WxH", help="Pixels of a frame.  [default: the model's]"),
+    click.option(
+        "--block-frames",
+        type=click.IntRange(1, 64),
+        metavar="N",
+        help="Latent frames made together: 4 in PackForcing, 3 in Self-Forcing.  "
+        "[default: the model's]",
+    ),
+    click.option(
+        "--history",
+        metavar="SINK,MID,RECENT",
+        help="Blocks kept whole at the start, read compressed, and kept whole at the end.  "
+        "[default: the model's]",
+    ),
+    click.option(
+        "--policy",
+        metavar="NAME",
+        help="How the past is remembered: packforcing, sliding-window or sink-window.  "
+        "[default: as the model was published]",
+    ),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -104,15 +140,11 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
       packforcing demo --prompt "a green circle over sand dots" --seconds 12
     """
     from packforcing.report import write_report
-    from packforcing.runtime.buffers import memory
+    from packforcing.runtime.plan import memory
     from packforcing.runtime.video import check_output
 
     directory, config, _ = _checked(bundle, prompt, seconds, seed)
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    folder = _folder(out)
     video, page = folder / "demo.mp4", folder / "demo.html"
     check_output(video, config.frames(seconds), config.width, config.height)
     blocks: list[BlockInfo] = []
@@ -155,6 +187,14 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     "[default: as the model was made]",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
+@click.option(
+    "--backend",
+    metavar="NAME",
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt, "
+    "onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx.",
+)
 @_json_option
 def render(
     prompt: str,
@@ -165,6 +205,7 @@ def render(
     start: str | None,
     policy: str | None,
     threads: int | None,
+    backend: str,
     as_json: bool,
 ) -> None:
     """Render PROMPT as a video.
@@ -183,16 +224,19 @@ def render(
     check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
     with (
-        _session(directory, chosen, threads, quiet=as_json) as session,
+        _session(directory, chosen, threads, backend, quiet=as_json) as session,
         _rendering(config.frames(seconds), quiet=as_json) as progress,
     ):
         summary = session.render(prompt, seconds, out, seed, start=clip, on_block=progress)
     if as_json:
         import msgspec
 
-        _print_json({"path": out, "fps": config.fps, **msgspec.to_builtins(summary)})
+        training_free = _training_free(config, chosen or config.policy)
+        did = msgspec.to_builtins(summary)
+        _print_json({"path": out, "fps": config.fps, "training_free": training_free, **did})
     else:
         click.echo(f"{out}: {_speed(summary.frames, config, summary.seconds_total)}")
+        _say_training_free(config, chosen or config.policy)
 
 
 @main.command()
@@ -201,21 +245,32 @@ def render(
     "--model",
     "model_name",
     metavar="NAME",
-    default="demo",
-    show_default=True,
-    help="Which model: demo or wan-1.3b.",
+    help="Which model: demo, wan-1.3b or one of 'packforcing models'.  "
+    "[default: what the weights are of, or demo]",
 )
 @click.option(
     "--weights",
-    metavar="FILE",
-    help="Trained weights, a .safetensors file.  [default for demo: the ones that come along]",
+    metavar="PATH",
+    help="A folder that import-checkpoint made, or a .safetensors file of the model's own.  "
+    "[default for demo: the ones that come along]",
 )
 @click.option(
     "--random-weights", is_flag=True, help="Use random weights: for tests of size and speed."
 )
+@_shape_options
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Number format of weights, cache and arithmetic.  [default: the model's]",
+)
 @_json_option
 def export(
-    out: str, model_name: str, weights: str | None, random_weights: bool, as_json: bool
+    out: str,
+    model_name: str | None,
+    weights: str | None,
+    random_weights: bool,
+    as_json: bool,
+    **shape: Any,
 ) -> None:
     """Turn a PyTorch model into a bundle.
 
@@ -223,15 +278,23 @@ def export(
     `pip install ".[export]"` in the checkout; rendering does not.
 
     \b
-    Example:
+    Examples:
       packforcing export --model demo --out my-bundle
       packforcing render "a white star" --bundle my-bundle --out star.mp4
+      packforcing export --model wan-1.3b --random-weights --size 640x368 --out sizing
     """
-    from packforcing import model_config
+    from packforcing.config import model_config
+    from packforcing.models import WEIGHTS, read_model_folder
 
-    config = model_config(model_name)
     if weights and random_weights:
         raise ConfigError("choose one of --weights and --random-weights")
+    if weights and Path(weights).is_dir():
+        if model_name:
+            raise ConfigError(f"{weights} says itself which model it holds: leave out --model")
+        config = _shaped(read_model_folder(weights).config, **shape)
+        weights = str(Path(weights) / WEIGHTS)
+    else:
+        config = _shaped(model_config(model_name or "demo"), **shape)
     if not (weights or random_weights):
         if config.name != "demo":
             raise ConfigError(
@@ -241,16 +304,16 @@ def export(
         weights = str(Path(__file__).parent / "demo" / "model.safetensors")
     try:
         _say("loading PyTorch ...", as_json)
+        from packforcing import model
         from packforcing.export.bundle import export_bundle
-        from packforcing.model import load_model, random_model
     except ModuleNotFoundError as error:
         raise ExportError(
             f"exporting needs {error.name}, which is not installed: "
             "pip install '.[export]' in the checkout"
         ) from error
-    model = load_model(config, weights) if weights else random_model(config)
+    source = model.open_weights(config, weights) if weights else model.random_weights(config)
     with _exporting(quiet=as_json) as progress:
-        manifest = export_bundle(model, out, progress)
+        manifest = export_bundle(config, source, out, progress)
     size = sum(record.bytes for record in manifest.files.values())
     if as_json:
         import msgspec
@@ -259,6 +322,125 @@ def export(
         _print_json({"path": out, "bytes": size, "files": files, "tools": manifest.tools})
     else:
         click.echo(f"{out}: {len(manifest.graphs)} graphs of model {config.name}, {_size(size)}")
+        _say_training_free(config, config.policy)
+
+
+@main.command("import-checkpoint")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option("--out", metavar="DIR", required=True, help="Folder for the model; new or empty.")
+@click.option(
+    "--kind",
+    metavar="NAME",
+    help="Which model it is, one of 'packforcing models'.  [default: as recognised]",
+)
+@click.option(
+    "--entry",
+    metavar="NAME",
+    help="What to take of a torch checkpoint, like generator or generator_ema.  "
+    "[default: what the model is published to be run with]",
+)
+@click.option(
+    "--lora-alpha",
+    type=float,
+    metavar="ALPHA",
+    help="Scale a LoRA that does not say by ALPHA over its rank.  [default: its rank]",
+)
+@_json_option
+def import_checkpoint(
+    files: tuple[str, ...],
+    out: str,
+    kind: str | None,
+    entry: str | None,
+    lora_alpha: float | None,
+    as_json: bool,
+) -> None:
+    """Turn a published checkpoint into a folder to export from.
+
+    FILE is a torch checkpoint, a safetensors file, or the index or folder of a sharded one. Name
+    with it LoRAs to merge, and the tiny autoencoder's weights, which exporting needs. Which model
+    it is, is recognised; nothing in a file is executed. Exit code 2 if a tensor is missing, extra
+    or misshaped, and nothing is written then.
+
+    \b
+    Examples:
+      packforcing import-checkpoint self_forcing_dmd.pt taew2_1.pth --out self-forcing
+      packforcing import-checkpoint longlive_base.pt lora.pt taew2_1.pth --out longlive
+      packforcing export --weights self-forcing --policy packforcing --out my-bundle
+    """
+    import msgspec
+
+    from packforcing.models import published
+
+    try:
+        _say("loading PyTorch ...", as_json)
+        from packforcing import checkpoints
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"importing needs {error.name}, which is not installed: "
+            "pip install '.[export]' in the checkout"
+        ) from error
+    with _importing(quiet=as_json) as progress:
+        done = checkpoints.import_checkpoint(
+            files, out, kind=kind, entry=entry, lora_alpha=lora_alpha, on_tensor=progress
+        )
+    folder = done.folder
+    refused = published(folder.kind).refused
+    if as_json:
+        _print_json({"path": out, "refused": refused, **msgspec.to_builtins(done)})
+        return
+    for line in done.said:
+        click.echo(line)
+    click.echo(f"{out}: {folder.kind} ({done.why}), {done.tensors} tensors, {_size(done.bytes)}")
+    click.echo(f"licence of the weights: {folder.licence}")
+    if refused:
+        click.echo(f"weights only, {folder.kind} cannot be rendered: {refused}")
+    elif not folder.autoencoder:
+        click.echo("no autoencoder in it: exporting needs the tiny one's weights, taew2_1")
+
+
+@main.command()
+@_json_option
+def models(as_json: bool) -> None:
+    """List the published models that checkpoints can be imported of.
+
+    \b
+    Example:
+      packforcing models
+    """
+    import dataclasses
+
+    import msgspec
+
+    from packforcing.models import PUBLISHED, published_config
+
+    if as_json:
+        _print_json(
+            {
+                kind: {
+                    **dataclasses.asdict(row),
+                    "config": msgspec.to_builtins(published_config(kind)),
+                }
+                for kind, row in PUBLISHED.items()
+            }
+        )
+        return
+    for kind, row in PUBLISHED.items():
+        config = published_config(kind)
+        policy, steps = config.policy, " ".join(f"{step:g}" for step in config.timesteps)
+        click.echo(kind)
+        if row.refused:
+            click.echo(f"  weights only: {row.refused}")
+        else:
+            first = " ".join(f"{step:g}" for step in config.first_timesteps)
+            click.echo(
+                f"  blocks of {config.block_frames}, {config.sampler} at {steps}"
+                + (f" (the first block at {first})" if first else "")
+                + f", shift {config.shift:g}{'' if config.warp else ', not warped'}; "
+                f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks, "
+                f"{policy.positions} positions"
+            )
+        where = f"{row.source}: {', '.join(row.files)}" if row.source else "no public place known"
+        click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; licence: {row.licence}")
 
 
 @main.command()
@@ -277,8 +459,8 @@ def inspect(bundle: str | None, as_json: bool) -> None:
     import msgspec
 
     from packforcing.runtime import demo_bundle
-    from packforcing.runtime.buffers import memory
     from packforcing.runtime.bundle import check_files, read_manifest
+    from packforcing.runtime.plan import memory
 
     directory = Path(bundle) if bundle is not None else demo_bundle()
     manifest = read_manifest(directory)
@@ -319,6 +501,264 @@ def inspect(bundle: str | None, as_json: bool) -> None:
     _table("memory while rendering", sizes)
 
 
+@main.command()
+@click.argument("bundle")
+@click.option(
+    "--targets",
+    metavar="NAME[,NAME...]",
+    help="GPUs to build for: sm75 (RTX 20), sm80, sm86 (RTX 30), sm89 (RTX 40), sm120 (RTX 50), "
+    "sm121.  [default: sm86,sm89,sm120; with tensorrt, this machine's]",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="tensorrt-rtx builds on any machine; tensorrt needs the GPU that is to run the engines.",
+)
+@click.option(
+    "--length",
+    type=click.Choice(["input", "mask"]),
+    default="input",
+    show_default=True,
+    help="How attention is told which part of the history is valid. Use mask if 'packforcing "
+    "verify' finds the denoiser wrong on a GPU.",
+)
+@click.option(
+    "--stream-weights",
+    is_flag=True,
+    help="Let the denoiser's weights stay in host memory in part, where a plan asks for it.",
+)
+@_json_option
+def build(
+    bundle: str,
+    targets: str | None,
+    backend: str,
+    length: Length,
+    stream_weights: bool,
+    as_json: bool,
+) -> None:
+    """Build a bundle's engines, for GPUs this machine need not have.
+
+    They are put into BUNDLE/engines, each with the memory it takes. Those that are up to date
+    are kept.
+
+    \b
+    Examples:
+      packforcing build my-bundle
+      packforcing build my-bundle --targets sm89
+    """
+    import msgspec
+
+    try:
+        from packforcing.export.engines import build_engines
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"building needs {error.name}, which is not installed: "
+            f"pip install '.[{backend}]' in the checkout"
+        ) from error
+    with _building(quiet=as_json) as (on_engine, on_step):
+        records = build_engines(
+            bundle,
+            None if targets is None else targets.split(","),
+            backend=backend,
+            length=length,
+            stream_weights=stream_weights,
+            on_engine=on_engine,
+            on_step=on_step,
+        )
+    if as_json:
+        engines = msgspec.to_builtins(records)
+        _print_json({"path": bundle, "backend": backend, "engines": engines})
+        return
+    for graph, record in records.items():
+        click.echo(
+            f"{graph:<12} {_size(record.file.bytes)}; {_size(record.weights)} of weights and "
+            f"{_size(max(record.scratch.values()))} of scratch on the card"
+        )
+
+
+@main.command()
+@click.argument("bundle", required=False)
+@click.option("--model", "model_name", metavar="NAME", help="Which model: demo or wan-1.3b.")
+@click.option(
+    "--budget",
+    metavar="GIB[,GIB...]",
+    help="Memory on the card for everything but the CUDA context, in GiB.  "
+    "[default: what the model asks for]",
+)
+@click.option(
+    "--target",
+    "targets",
+    metavar="NAME[,NAME...]",
+    help="What the card is, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  [default: sm86]",
+)
+@click.option("--gpu", metavar="NAME", help='A card by name, like "RTX 4060": target and budget.')
+@_shape_options
+@click.option(
+    "--precision",
+    metavar="WEIGHTS,CACHE",
+    help="Number formats to keep to, like fp16,int8.  [default: the best that fits]",
+)
+@click.option(
+    "--seconds", default=60.0, show_default=True, help="Length of the video, for the archive."
+)
+@click.option("--picture", metavar="FILE.png", help="Draw what fills the budgets.")
+@_json_option
+def plan(
+    bundle: str | None,
+    model_name: str | None,
+    budget: str | None,
+    targets: str | None,
+    gpu: str | None,
+    precision: str | None,
+    seconds: float,
+    picture: str | None,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """Show what takes memory on a card, and choose what fits into a budget.
+
+    Needs no weights, GPU or engine. Given a budget, gives up precision before history until all
+    of it fits; several budgets or targets make a table. Of a BUNDLE whose engines are built, the
+    builder's figures replace the estimates, and on a GPU those of the loaded engines stand
+    beside them. Exit code 2 if the one budget asked for is too small.
+
+    \b
+    Examples:
+      packforcing plan --model wan-1.3b --gpu "RTX 4060"
+      packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120
+      packforcing plan my-bundle
+    """
+    from packforcing import plan_report
+    from packforcing.config import model_config
+    from packforcing.errors import PlanError
+    from packforcing.runtime.bundle import read_manifest
+    from packforcing.runtime.estimate import find_gpu
+    from packforcing.runtime.plan import CUDA_CONTEXT, GIB, Plan, choose
+
+    engines = None
+    if bundle is None:
+        config = _shaped(model_config(model_name or "wan-1.3b"), **shape)
+        kept = _precision(precision, config)
+    else:
+        if model_name or precision or any(shape.values()):
+            raise ConfigError("a bundle has its model, size, history and precision already")
+        config, kept = read_manifest(bundle).config, None
+        engines = plan_report.measured(Path(bundle))
+    budgets = [None] if budget is None else _budgets(budget)
+    names = [name.strip() for name in (targets or "sm86").split(",")]
+    if gpu is not None:
+        if targets is not None:
+            raise ConfigError("choose one of --gpu and --target")
+        card = find_gpu(gpu)
+        names = [card.target]
+        if budget is None:
+            budgets = [card.memory * GIB - CUDA_CONTEXT]
+    rows: list[tuple[int | None, str, Plan | PlanError]] = []
+    for wanted, target in product(budgets, names):
+        try:
+            found = choose(
+                config, target, wanted, precision=kept, seconds=seconds,
+                built=engines and engines.built,
+            )  # fmt: skip
+            rows.append((wanted, target, found))
+        except PlanError as error:
+            if len(budgets) * len(names) == 1:
+                raise
+            rows.append((wanted, target, error))
+    if picture is not None:
+        plan_report.draw(rows, config, Path(picture))
+    if as_json:
+        _print_json(plan_report.described(rows, config, engines))
+        return
+    match rows:
+        case [(wanted, _, Plan() as only)]:
+            lines = plan_report.detail(wanted, only, seconds, engines)
+        case _:
+            free = kept is None and bundle is None
+            lines = plan_report.table(rows, config, free)
+    click.echo("\n".join(lines))
+
+
+@main.command()
+@_json_option
+def doctor(as_json: bool) -> None:
+    """Show what this machine can export, build and run, and why not.
+
+    Every "no" comes with what to do about it. Nothing is changed, no model is loaded.
+
+    \b
+    Example:
+      packforcing doctor
+    """
+    import msgspec
+
+    from packforcing.runtime.doctor import diagnose
+
+    found = diagnose(Path.cwd())
+    if as_json:
+        _print_json(msgspec.to_builtins(found))
+        return
+    memory, total = (f"{count / 2**30:.1f}" for count in (found.memory_free, found.memory_total))
+    click.echo(f"packforcing {found.packforcing}, Python {found.python}, {found.system}")
+    click.echo(f"CPU     {found.cpu_cores} cores, {memory} of {total} GiB memory free")
+    click.echo(f"disk    {found.disk_free / 2**30:.1f} GiB free in {Path.cwd()}")
+    if found.driver:
+        cuda = "{}.{}".format(*found.driver.cuda)
+        click.echo(f"driver  NVIDIA {found.driver.version}, runs CUDA up to {cuda}")
+    for gpu in found.gpus:
+        free, total = (f"{count / 2**30:.1f}" for count in (gpu.memory_free, gpu.memory_total))
+        click.echo(f"GPU {gpu.index}   {gpu.name} ({gpu.target}), {free} of {total} GiB free")
+    if found.no_gpu:
+        click.echo(f"GPU     {found.no_gpu}")
+    click.echo("")
+    for capability in found.capabilities:
+        answer = "yes" if capability.able else "no"
+        click.echo(f"{answer:<4} {capability.name:<30} {capability.detail}")
+
+
+@main.command()
+@click.argument("bundle", required=False)
+@click.option(
+    "--out", metavar="DIR", default="out/verify", show_default=True, help="Folder for the report."
+)
+@_json_option
+@click.pass_context
+def verify(ctx: click.Context, bundle: str | None, out: str, as_json: bool) -> None:
+    """Compare what a bundle computes with the same in fp32.
+
+    Every graph runs on recorded inputs, with garbage where it must not read, and every output is
+    compared. Without BUNDLE, of the demo model that comes along. Writes verify.html and
+    verify.json. Exit code 0 if all outputs are verified, 1 if one missed.
+
+    \b
+    Example:
+      packforcing verify my-bundle
+    """
+    from packforcing import verify_report
+    from packforcing.runtime import demo_bundle
+
+    try:
+        from packforcing.export.verify import verify
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"verifying needs {error.name}, which is not installed: "
+            "pip install '.[cpu,verify]' in the checkout"
+        ) from error
+    folder = _folder(out)
+    with _exporting(quiet=as_json) as progress:
+        found = verify(bundle or demo_bundle(), progress)
+    page = verify_report.write_reports(folder, found)
+    if as_json:
+        click.echo(verify_report.as_json(found), nl=False)
+    else:
+        for line in verify_report.summary(found):
+            click.echo(line)
+        click.echo(f"report: {page}")
+    ctx.exit(1 if found.missed else 0)
+
+
 def _tokens(config: Config) -> dict[str, int]:
     return {
         "a block": config.block_tokens,
@@ -327,11 +767,107 @@ def _tokens(config: Config) -> dict[str, int]:
     }
 
 
+def _shaped(
+    config: Config,
+    size: str | None,
+    block_frames: int | None,
+    history: str | None,
+    policy: str | None,
+    precision: str | None = None,
+) -> Config:
+    """A config with another frame size, block, history or number format."""
+    import msgspec
+
+    from packforcing.config import Precision
+
+    changes: dict[str, Any] = {}
+    if size is not None:
+        changes["width"], changes["height"] = _numbers(size, "x", "--size", "WxH, like 832x480", 2)
+    if block_frames is not None:
+        changes["block_frames"] = block_frames
+    if precision is not None:
+        everywhere = dict.fromkeys(("compute", "weights", "cache"), precision)
+        changes["precision"] = msgspec.convert(everywhere, Precision)
+    config = msgspec.structs.replace(config, **changes)
+    if policy is not None:
+        config = msgspec.structs.replace(config, policy=_policy(policy, config))
+    if history is not None:
+        example = "SINK,MID,RECENT, like 2,16,1"
+        sink, mid, recent = _numbers(history, ",", "--history", example, 3)
+        changed = msgspec.structs.replace(config.policy, sink=sink, mid=mid, recent=recent)
+        config = msgspec.structs.replace(config, policy=changed)
+    return config
+
+
+def _policy(name: str, config: Config) -> Policy:
+    from packforcing.config import policies
+
+    known = policies(config)
+    if name not in known:
+        raise ConfigError(f"unknown policy '{name}'; known policies: {', '.join(known)}")
+    return known[name]
+
+
+def _training_free(config: Config, policy: Policy) -> bool:
+    """Whether blocks are compressed without weights made for it."""
+    return policy.mid > 0 and not config.compressor_widths
+
+
+def _say_training_free(config: Config, policy: Policy) -> None:
+    if _training_free(config, policy):
+        click.echo(
+            f"{config.name} has no compressor: past blocks are compressed training-free, by the "
+            "low branch alone"
+        )
+
+
+def _precision(text: str | None, config: Config) -> Precision | None:
+    """Formats of weights and cache as WEIGHTS,CACHE; None for none named."""
+    import msgspec
+
+    from packforcing.config import Precision
+
+    if text is None:
+        return None
+    weights, *cache = text.split(",")
+    named = {
+        "compute": config.precision.compute,
+        "weights": weights,
+        "cache": ",".join(cache) or weights,
+    }
+    try:
+        return msgspec.convert(named, Precision)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"--precision takes WEIGHTS,CACHE, like fp16,int8; '{text}' does not work: {error}"
+        ) from error
+
+
+def _budgets(text: str) -> list[int]:
+    """Bytes of a list of budgets in GiB, which may say so."""
+    budgets = []
+    for part in text.split(","):
+        try:
+            size = float(part.strip().lower().removesuffix("gib"))
+        except ValueError:
+            size = math.nan
+        if not 0 < size < 10_000:
+            raise ConfigError(f"--budget takes GiB, like 8 or 4,6.5,12; it is '{text}'")
+        budgets.append(int(size * 2**30))
+    return budgets
+
+
+def _numbers(text: str, separator: str, option: str, form: str, count: int) -> list[int]:
+    parts = text.split(separator)
+    if len(parts) != count or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ConfigError(f"{option} takes {form}; it is '{text}'")
+    return [int(part) for part in parts]
+
+
 def _checked(
     bundle: str | None, prompt: str, seconds: float, seed: int, policy_name: str | None = None
 ) -> tuple[Path, Config, Policy | None]:
     """The bundle, its config and the policy asked for, once the request is known to be possible."""
-    from packforcing.config import policies
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.session import check_request
@@ -339,19 +875,30 @@ def _checked(
     directory = Path(bundle) if bundle is not None else demo_bundle()
     config = read_manifest(directory).config
     check_request(config, prompt, seconds, seed)
-    known = policies(config)
-    if policy_name is not None and policy_name not in known:
-        raise ConfigError(f"unknown policy '{policy_name}'; known policies: {', '.join(known)}")
-    return directory, config, None if policy_name is None else known[policy_name]
+    return directory, config, None if policy_name is None else _policy(policy_name, config)
+
+
+def _folder(path: str) -> Path:
+    """A folder for results, made if it is not there."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    return folder
 
 
 def _session(
-    directory: Path, policy: Policy | None = None, threads: int | None = None, quiet: bool = False
+    directory: Path,
+    policy: Policy | None = None,
+    threads: int | None = None,
+    backend: str = "onnxruntime",
+    quiet: bool = False,
 ) -> Session:
     from packforcing.runtime import Session
 
     _say(f"loading {directory} ...", quiet)
-    return Session.open(directory, policy=policy, threads=threads)
+    return Session.open(directory, policy=policy, threads=threads, backend=backend)
 
 
 def _read_start(path: str, config: Config) -> Any:
@@ -385,6 +932,43 @@ def _exporting(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(number - bar.n)
 
         yield on_graph
+
+
+@contextmanager
+def _importing(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in tensors."""
+    from tqdm import tqdm
+
+    with tqdm(unit="tensor", disable=quiet or None, leave=False) as bar:
+
+        def on_tensor(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_tensor
+
+
+@contextmanager
+def _building(
+    quiet: bool,
+) -> Iterator[tuple[Callable[[str, str], None], Callable[[str, str, float], None]]]:
+    """A line per engine and what happens with it, and a progress bar in percent."""
+    from tqdm import tqdm
+
+    form = "{desc} {percentage:3.0f}% |{bar}| {elapsed}"
+    with tqdm(total=100, disable=quiet or None, leave=False, bar_format=form) as bar:
+
+        def on_engine(graph: str, text: str) -> None:
+            bar.set_description_str("", refresh=False)
+            bar.reset()
+            if not quiet:
+                tqdm.write(f"{graph}: {text}", file=sys.stderr)
+
+        def on_step(graph: str, phase: str, done: float) -> None:
+            bar.n = 100 * done
+            bar.set_description_str(f"{graph}: {phase.lower()}")  # draws it
+
+        yield on_engine, on_step
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -7,7 +7,7 @@ Free of torch, so that the runtime can read it.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -95,9 +95,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     vae_patch: int = 1  # pixels folded into channels before the first convolution
     vae_encoder_width: int = 64
     vae_decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    vae_strips: int = 1  # parts of a frame that the decoder's last stage does one after the other
     # few-step sampler: timesteps before the shift; "renoise" for distilled models, or "euler"
     sampler: Literal["renoise", "euler"] = "renoise"
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
+    first_timesteps: tuple[float, ...] = ()  # of the first block, where it takes others
+    warp: bool = True  # whether the model is told shifted timesteps, or these
     shift: float = 5.0
     policy: Policy
     precision: Precision = Precision()
@@ -105,7 +108,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         positive = ("height", "width", "fps", "dim", "heads", "layers", "ffn_dim", "block_frames",
                     "latent_channels", "patch", "freq_dim", "eps", "text_len", "text_dim",
-                    "vae_patch", "vae_encoder_width", "shift")  # fmt: skip
+                    "vae_patch", "vae_encoder_width", "vae_strips", "shift")  # fmt: skip
         for name in positive:
             _require(getattr(self, name) > 0, f"{name} must be positive")
         cell = self.spatial_factor * self.patch
@@ -118,6 +121,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _require(self.freq_dim % 2 == 0, "freq_dim must be even")
         _require(len(self.compressor_widths) in (0, 4), "compressor_widths takes four numbers")
         _require(
+            self.vae_strips <= self.latent_size[0],
+            f"vae_strips must be at most {self.latent_size[0]}, a latent row each",
+        )
+        _require(
             self.policy.mid == 0 or min(self.grid) >= 4,
             f"a {self.grid[0]}x{self.grid[1]} token grid is too small to compress: 4x4 at least",
         )
@@ -125,14 +132,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             self.text_encoder != "words" or self.text_dim >= len(VOCABULARY),
             f"the words encoder needs a text_dim of {len(VOCABULARY)} or more",
         )
-        steps = self.timesteps
-        _require(
-            len(steps) > 0
-            and steps[0] <= 1000
-            and steps[-1] > 0
-            and all(a > b for a, b in pairwise(steps)),
-            "timesteps must fall from 1000 or less and stay above 0",
-        )
+        _require(len(self.timesteps) > 0, "timesteps must name one step or more")
+        for steps in filter(None, (self.timesteps, self.first_timesteps)):
+            _require(
+                steps[0] <= 1000 and steps[-1] > 0 and all(a > b for a, b in pairwise(steps)),
+                "timesteps must fall from 1000 or less and stay above 0",
+            )
 
     @property
     def spatial_factor(self) -> int:
@@ -247,11 +252,50 @@ MODELS: dict[str, Config] = {
             text_len=512,
             text_dim=4096,
             compressor_widths=(32, 128, 512, 2048),
+            vae_strips=6,
             policy=Policy(sink=2, mid=16, recent=1),
             precision=Precision(compute="fp16", weights="fp16", cache="fp16"),
         ),
     )
 }
+PAPER = MODELS["wan-1.3b"]
+
+
+def _published(name: str, policy: Policy, **changes: Any) -> Config:
+    """A model of the Self-Forcing family: no compressor, absolute positions unless said."""
+    given = {"block_frames": 3, "compressor_widths": (), **changes}
+    return msgspec.structs.replace(PAPER, name=name, policy=policy, **given)
+
+
+def _window(recent: int, sink: int = 0) -> Policy:
+    return Policy(sink=sink, mid=0, recent=recent, positions="absolute")
+
+
+# As published, except that windows go on sliding where Self-Forcing, CausVid and Causal-Forcing
+# stop after 21 frames, the current ones included, and that a history has whole blocks:
+# Infinity-RoPE's sink of one frame and window of two are a block each.
+MODELS |= {
+    config.name: config
+    for config in (
+        _published("self-forcing", _window(6)),
+        _published("causvid", _window(6), timesteps=(1000, 757, 522), warp=False, shift=8.0),
+        _published("causal-forcing", _window(6)),
+        _published("causal-forcing-frame", _window(20), block_frames=1),
+        _published(
+            "causal-forcing-frame-2step", _window(20), block_frames=1,
+            timesteps=(1000, 500), first_timesteps=PAPER.timesteps,
+        ),
+        _published(
+            "causal-forcing-frame-1step", _window(20), block_frames=1,
+            timesteps=(1000,), first_timesteps=PAPER.timesteps,
+        ),
+        _published("longlive", _window(2, sink=1)),
+        _published("infinity-rope", Policy(sink=1, mid=0, recent=1)),
+        _published(
+            "packforcing-unofficial", Policy(sink=3, mid=16, recent=2, selection="recency")
+        ),
+    )
+}  # fmt: skip
 
 
 def model_config(name: str) -> Config:
@@ -262,17 +306,29 @@ def model_config(name: str) -> Config:
 
 
 def policies(config: Config) -> dict[str, Policy]:
-    """What a model can be rolled out under: its own policy and what that replaces.
+    """What a model can be rolled out under, beside what it was published with.
 
-    The windows hold as many full blocks as the model's own context has room for, so that they
-    compare at equal memory: "sliding-window" as in Self-Forcing and CausVid, "sink-window" as in
-    StreamingLLM and LongLive.
+    "packforcing" is the model's own policy if it compresses, else the paper's: as many sink and
+    recent frames, in whole blocks, and as many compressed blocks. The windows hold as many full
+    blocks as the model's own context has room for, so that they compare at equal memory:
+    "sliding-window" as in Self-Forcing and CausVid (packed or absolute, positions within a window
+    differ by the same), "sink-window" as in StreamingLLM, and in LongLive but for its absolute
+    positions.
     """
     own = config.policy
-    window = max(own.sink + 1, config.context_tokens // config.block_tokens)
+    sink = own.sink or 1
+    window = max(sink + 1, config.context_tokens // config.block_tokens)
+    sink_frames, recent_frames = (
+        blocks * PAPER.block_frames for blocks in (PAPER.policy.sink, PAPER.policy.recent)
+    )
+    paper = Policy(
+        sink=-(-sink_frames // config.block_frames),
+        mid=PAPER.policy.mid,
+        recent=-(-recent_frames // config.block_frames),
+    )
     return {
-        "packforcing": own,
+        "packforcing": own if own.mid else paper,
         "sliding-window": Policy(sink=0, mid=0, recent=window),
-        "sink-window": Policy(sink=own.sink, mid=0, recent=window - own.sink),
+        "sink-window": Policy(sink=sink, mid=0, recent=window - sink),
         "full-history": Policy(sink=0, mid=0, recent=1_000_000),
     }

@@ -17,6 +17,14 @@ class CheckpointError(PackForcingError):
     """A weights file that is missing, damaged or of another model."""
 
 
+class PlanError(PackForcingError):
+    """A memory budget that nothing fits into; `smallest` is the one in bytes that would do."""
+
+    def __init__(self, message: str, smallest: int) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 class ExportError(PackForcingError):
     """A graph that breaks the contract between export and runtime."""
 

@@ -66,13 +66,13 @@ def write_report(
     }
     kept["archive of this video"] = summary.archive_bytes
     page = _PAGE.format(
-        style=_STYLE,
+        style=STYLE,
         prompt=html.escape(prompt),
         video=html.escape(video.name),
         pictures=_pictures(video, summary.frames, config.fps),
-        facts=_rows({name: (text,) for name, text in facts.items()}),
+        facts=rows({name: (text,) for name, text in facts.items()}),
         durations=_durations(per_block, config.block_pixel_frames / config.fps),
-        spent=_rows(
+        spent=rows(
             {
                 name: (
                     f"{seconds:.2f} s",
@@ -83,14 +83,19 @@ def write_report(
             }
         ),
         reads=_reads(blocks, policy.sink, policy.recent),
-        kept=_rows({name: (f"{count / 1e6:.2f} MB",) for name, count in kept.items()}),
-        versions=_rows(
+        kept=rows({name: (f"{count / 1e6:.2f} MB",) for name, count in kept.items()}),
+        versions=rows(
             {
                 "Rendered with": (_versions(),),
                 "Bundle made with": (", ".join(f"{k} {v}" for k, v in tools.items()),),
             }
         ),
     )
+    save_page(path, page)
+
+
+def save_page(path: Path, page: str) -> None:
+    """Writes a page, whole or not at all; raises `OutputError`."""
     partial = partial_path(path)
     try:
         # arguments may hold bytes that are no text
@@ -162,7 +167,7 @@ def _reads(blocks: list[BlockInfo], sink: int, recent: int) -> str:
     )
 
 
-def _rows(table: dict[str, tuple[str, ...]]) -> str:
+def rows(table: dict[str, tuple[str, ...]]) -> str:
     return "".join(
         f"<tr><th>{html.escape(name)}</th>"
         + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
@@ -182,7 +187,7 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #6b7280;
   --line: #d9dce1; --sink: #c2571a; --mid: #2563a8; --recent: #9aa3ae; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --paper: #16181c; --faint: #9aa3ae;

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from packforcing.config import Config
 from packforcing.model import Model
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.sampler import advance, sigmas
+from packforcing.sampler import advance, schedule
 from packforcing.selection import affinity, select
 from packforcing.transformer import KV, Rope, patchify, unpatchify
 
@@ -84,10 +83,9 @@ def rollout(
             given = clip[index * config.block_frames : (index + 1) * config.block_frames]
             x = patchify(given[None], config.patch)
         else:
-            levels = sigmas(config)
             x = torch.from_numpy(noise(index, 0))[None]
-            for step, (now, then) in enumerate(pairwise(levels)):
-                flow = call(x, 1000 * now, positions)[0]
+            for step, (told, now, then) in enumerate(schedule(config, index)):
+                flow = call(x, told, positions)[0]
                 first_flow = flow[0] if step == 0 else first_flow
                 fresh = None
                 if config.sampler == "renoise" and then > 0:

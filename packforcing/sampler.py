@@ -15,10 +15,27 @@ from packforcing.config import Config
 Array = Any  # numpy or torch
 
 
-def sigmas(config: Config) -> list[float]:
-    """Noise level before each step, falling, then 0: shift s / (1 + (shift - 1) s)."""
-    levels = [t / 1000 for t in config.timesteps]
-    return [config.shift * s / (1 + (config.shift - 1) * s) for s in levels] + [0.0]
+def schedule(config: Config, block: int) -> list[tuple[float, float, float]]:
+    """The steps of a block: the timestep the model is told, the noise level, the level after it.
+
+    Levels are shifted, shift s / (1 + (shift - 1) s) at s = timestep / 1000, and the model is
+    told 1000 times the level. Where the config's timesteps are not warped, it is told those, at
+    the nearest level that a shifted whole timestep has (CausVid).
+    """
+
+    def shifted(t: float) -> float:
+        s = t / 1000
+        return config.shift * s / (1 + (config.shift - 1) * s)
+
+    given = config.first_timesteps if block == 0 and config.first_timesteps else config.timesteps
+    if config.warp:
+        levels = [shifted(t) for t in given]
+        told = [1000 * level for level in levels]
+    else:
+        table = [shifted(t) for t in range(1, 1001)]
+        levels = [min(table, key=lambda level: abs(1000 * level - t)) for t in given]
+        told = list(given)
+    return list(zip(told, levels, [*levels[1:], 0.0]))
 
 
 def advance(config: Config, x: Array, flow: Array, noise: Array, now: float, then: float) -> Array:

@@ -47,20 +47,21 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> Tensor:
     """Softmax attention over the first `kv_len` keys (all where None), [B, H, n, d]."""
-    if kv_len is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    if torch.compiler.is_exporting():  # ONNX keeps the shapes constant and carries the length
+    if torch.compiler.is_exporting():
+        # ONNX keeps the shapes constant and carries the length. Casts around the op are how
+        # TensorRT is asked to accumulate in fp32, as torch's kernels do.
+        length = () if kv_len is None else (None, None, None, kv_len)
         return torch.onnx.ops.symbolic(
             "Attention",
-            (q, k, v, None, None, None, kv_len),
+            (q.float(), k.float(), v.float(), *length),
             {"scale": q.shape[-1] ** -0.5},
-            dtype=q.dtype,
+            dtype=torch.float32,
             shape=q.shape,
             version=24,
-        )
-    n = int(kv_len)
+        ).to(q.dtype)
+    n = k.shape[2] if kv_len is None else int(kv_len)
     return F.scaled_dot_product_attention(q, k[:, :, :n], v[:, :, :n])
 
 
@@ -108,7 +109,7 @@ class Layer(nn.Module):
         attended = attend(self.self_attn.query(h), *self.self_attn.key_value(h))
         x = x + gate_a * self.self_attn.out(attended)
         query = self.cross_attn.query(self.norm3(x))
-        x = x + self.cross_attn.out(F.scaled_dot_product_attention(query, *cross))
+        x = x + self.cross_attn.out(attention(query, *cross))
         return x + gate_f * self.ffn(modulate(x, shift_f, scale_f, self.eps))
 
 
@@ -125,8 +126,7 @@ class Head(nn.Module):
         self.eps = config.eps
         self.head = nn.Linear(config.dim, config.token_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
-        area = config.patch**2
-        rows = torch.arange(config.token_dim).reshape(area, -1).T.flatten()
+        rows = head_rows(config)
         self.register_load_state_dict_pre_hook(_reorder_rows(rows))
         self.register_state_dict_post_hook(_reorder_rows(rows.argsort()))
 
@@ -134,6 +134,12 @@ class Head(nn.Module):
         """x [B, n, D]; time [B, n or 1, D]."""
         shift, scale = (self.modulation + time[:, :, None]).unbind(2)
         return self.head(modulate(x, shift, scale, self.eps))
+
+
+def head_rows(config: Config) -> Tensor:
+    """Where the head's rows, in token order, lie in a checkpoint, int64 [P]."""
+    with torch.device("cpu"):
+        return torch.arange(config.token_dim).reshape(config.patch**2, -1).T.flatten()
 
 
 def _reorder_rows(rows: Tensor) -> Callable[..., None]:
@@ -201,7 +207,7 @@ class Transformer(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             old_k, old_v = next(past)
             new.append((k, v))
-            pooled.append((q.mean(2), k.mean(2)))
+            pooled.append((q.mean(2).float(), k.mean(2).float()))
             keys = rotate(torch.cat((k, old_k), 2), key_rope)
             return attention(rotate(q, rope), keys, torch.cat((v, old_v), 2), kv_len)
 
@@ -211,14 +217,16 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The patch embedding, on tokens instead of a grid: [B, n, P] to [B, n, D]."""
-        return F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        weight = self.patch_embedding.weight.flatten(1)
+        return F.linear(tokens.to(weight.dtype), weight, self.patch_embedding.bias)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B, G] to the head's embedding [B, G, D] and the layers' [B, G, 6 D]."""
         half = self.config.freq_dim // 2
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = timestep[..., None] * frequencies.to(timestep)
-        time = self.time_embedding(torch.cat((angles.cos(), angles.sin()), -1))
+        angles = timestep[..., None] * frequencies.to(timestep)  # to 1000: too coarse in fp16
+        waves = torch.cat((angles.cos(), angles.sin()), -1)
+        time = self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
         return time, self.time_projection(time)
 
     def run(
@@ -241,4 +249,4 @@ class Transformer(nn.Module):
         x = x if extra is None else x + extra
         for layer, layer_cross in zip(self.blocks, cross):
             x = layer(x, layer_time, layer_cross, attend)
-        return self.head(x, head_time)
+        return self.head(x, head_time).float()

@@ -1,27 +1,99 @@
-"""The inference library, behind two calls: load a graph, bind it to fixed arrays.
+"""What runs the graphs: a device and, by name, something to bind to its arrays and call.
 
-ONNX Runtime on the CPU. All that knows of the library is in this file.
+Everything above this file is the same for every backend. Those here are ONNX Runtime's; engines
+are in `packforcing.runtime.tensorrt`. On a GPU, the graphs that run once per prompt or start clip
+stay on the host: their weights would take device memory for nothing.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
-
+from packforcing.config import Config
 from packforcing.errors import BackendError, BundleError
-from packforcing.runtime.bundle import GraphSpec
+from packforcing.runtime.buffers import Arrays
+from packforcing.runtime.bundle import GraphSpec, Manifest, check_files, contract, graph_file
+from packforcing.runtime.device import CudaDevice, HostDevice
+from packforcing.runtime.estimate import CARD
+from packforcing.runtime.plan import memory
 
-TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}  # as the library names them
+PROVIDERS = {
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    "onnxruntime-rtx": "NvTensorRTRTXExecutionProvider",
+}
+ENGINES = ("tensorrt-rtx", "tensorrt")
+BACKENDS = ("onnxruntime", *PROVIDERS, *ENGINES)
+TYPES = {  # as the library names them
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+    "int64": "tensor(int64)",
+}
+
+
+class Bindable(Protocol):
+    """A loaded graph or engine; `seconds` adds up the time spent inside it."""
+
+    seconds: float
+
+    def bind(self, arrays: Arrays) -> Callable[[], None]:
+        """Fixes inputs and outputs to these arrays for good; returns the call that runs it."""
+
+
+@dataclass
+class Backend:
+    """An opened backend. `close` comes after the last call of what was bound."""
+
+    device: HostDevice
+    graphs: dict[str, Bindable]
+    close: Callable[[], None]
+
+
+def open_backend(
+    name: str, directory: Path, manifest: Manifest, config: Config, threads: int | None
+) -> Backend:
+    """Checks machine and bundle, cheap checks first, and loads its graphs.
+
+    config: the manifest's, with the policy to run. threads: of each graph on the CPU, all cores
+    by default. Raises `BackendError` and `BundleError`.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend '{name}'; known backends: {', '.join(BACKENDS)}")
+    specs = contract(config)
+    _onnxruntime()  # needed in any case, for what stays on the host
+
+    def load(graph: str, provider: Provider | None = None) -> Graph:
+        return Graph(directory / graph_file(graph), specs[graph], threads, provider)
+
+    if name in ENGINES:
+        from packforcing.runtime.tensorrt import Engines
+
+        device: HostDevice
+        engines = Engines(name, directory, config)
+        check_files(directory, manifest)
+        on_device: Mapping[str, Bindable] = engines.load(specs)
+        device, close = engines.device, engines.close
+    else:
+        device, provider = _provider(name, directory, manifest.config)
+        check_files(directory, manifest)
+        on_device = {graph: load(graph, provider) for graph in CARD}
+        close = device.close
+    on_host = {graph: load(graph) for graph in specs if graph not in CARD}
+    return Backend(device, {**on_host, **on_device}, close)
 
 
 class Graph:
-    """A loaded graph; `seconds` adds up the time spent inside it."""
+    """A graph in ONNX Runtime: on the CPU, or on the device of a provider."""
 
-    def __init__(self, path: Path, spec: GraphSpec, threads: int | None) -> None:
+    def __init__(
+        self, path: Path, spec: GraphSpec, threads: int | None, provider: Provider | None = None
+    ) -> None:
         ort = _onnxruntime()
         cores = os.cpu_count() or 1
         options = ort.SessionOptions()
@@ -29,19 +101,25 @@ class Graph:
         options.log_severity_level = 3
         # graphs take turns: one must not spin on the cores that the next one needs
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        where = {"providers": ["CPUExecutionProvider"]}
+        if provider:
+            # what the provider cannot run is an error, not something for the CPU
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            where = provider.place(options)
+        self._device, self._provider = "cuda" if provider else "cpu", provider
         try:
-            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(path, options, enable_fallback=0, **where)
         except Exception as error:  # the library raises its own unrelated types
             raise BackendError(f"ONNX Runtime cannot load {path}: {error}") from error
         self.spec, self.seconds = spec, 0.0
         loaded = (self._session.get_inputs(), self._session.get_outputs())
         for found, wanted in zip(loaded, (spec.inputs, spec.outputs)):
             have = [(tensor.name, tuple(tensor.shape), tensor.type) for tensor in found]
-            want = [(tensor.name, tensor.shape, TYPES[tensor.dtype]) for tensor in wanted]
+            want = [(tensor.name, tensor.shape, TYPES.get(tensor.dtype)) for tensor in wanted]
             if have != want:
                 raise BundleError(f"{path} does not have the tensors its manifest lists")
 
-    def bind(self, arrays: dict[str, np.ndarray]) -> Callable[[], None]:
+    def bind(self, arrays: Arrays) -> Callable[[], None]:
         """Fixes inputs and outputs to these arrays for good; returns the call that runs it."""
         binding = self._session.io_binding()
         for tensors, bind in (
@@ -50,19 +128,90 @@ class Graph:
         ):
             for tensor in tensors:
                 array = arrays[tensor.name]
-                assert array.flags.c_contiguous and array.dtype == tensor.dtype, tensor.name
-                bind(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+                assert array.dtype == tensor.dtype, tensor.name
+                bind(tensor.name, self._device, 0, array.dtype, array.shape, array.address)
         run = self._session.run_with_iobinding
 
-        def call(keep_alive: dict[str, np.ndarray] = arrays) -> None:
+        def call(keep_alive: Arrays = arrays) -> None:
             began = time.perf_counter()
-            run(binding)
+            run(binding)  # comes back when the graph is done
             self.seconds += time.perf_counter() - began
 
         return call
 
 
-def _onnxruntime():
+class Provider:
+    """An ONNX Runtime provider for a GPU, working in the device's own order of things."""
+
+    def __init__(self, name: str, device: CudaDevice) -> None:
+        self.name = name
+        self.options = {"user_compute_stream": str(device.stream)}
+
+    def place(self, options: Any) -> dict[str, Any]:
+        """Arguments of a session on this provider; a plugin goes into the session's options."""
+        if self.name != PROVIDERS["onnxruntime-rtx"]:
+            return {"providers": [(self.name, {"device_id": "0", **self.options})]}
+        devices = [d for d in _onnxruntime().get_ep_devices() if d.ep_name == self.name]
+        options.add_provider_for_devices(devices[:1], self.options)
+        return {}
+
+
+def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, Provider | None]:
+    """The device of an ONNX Runtime backend, known to be there, and the provider for it."""
+    ort = _onnxruntime()
+    if name == "onnxruntime":
+        return HostDevice(), None
+    provider = PROVIDERS[name]
+    if name == "onnxruntime-rtx":
+        plugin = _rtx_plugin()
+    elif provider not in ort.get_available_providers():
+        raise BackendError(
+            f"this ONNX Runtime has no {provider}: pip uninstall onnxruntime, then pip install "
+            "onnxruntime-gpu (both are one module: install exactly one)"
+        )
+    device = CudaDevice()
+    weights = sum(
+        file.stat().st_size for graph in CARD for file in directory.glob(f"{graph_file(graph)}*")
+    )
+    buffers = memory(config)
+    device.require(
+        weights + sum(buffers.values()) - buffers["archive_per_block"], f"{config.name} with {name}"
+    )
+    if name == "onnxruntime-rtx":
+        _register(ort, plugin, device)
+    return device, Provider(provider, device)
+
+
+def _rtx_plugin() -> Any:
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime's TensorRT-RTX plugin does not load ({error}): "
+            "pip install onnxruntime-ep-nv-tensorrt-rtx"
+        ) from error
+    return plugin
+
+
+def _register(ort: Any, plugin: Any, device: CudaDevice) -> None:
+    """Makes the plugin's provider known to the library, once per process."""
+    name = plugin.get_ep_name()
+    if not any(found.ep_name == name for found in ort.get_ep_devices()):
+        try:
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # the library raises its own unrelated types
+            raise BackendError(
+                f"ONNX Runtime cannot use its TensorRT-RTX plugin: {error}; install the plugin's "
+                "version that belongs to this onnxruntime"
+            ) from error
+    if not any(found.ep_name == name for found in ort.get_ep_devices()):
+        raise BackendError(
+            f"ONNX Runtime's TensorRT-RTX plugin does not take {device.name} ({device.target}): "
+            "choose another backend"
+        )
+
+
+def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:

@@ -3,93 +3,136 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
-from packforcing.config import Config
-from packforcing.runtime.bundle import GraphSpec, contract, decoder_state_shapes
+from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.runtime.bundle import DTYPES, GraphSpec, contract
+from packforcing.runtime.device import Array, HostDevice
 
-Arrays = dict[str, np.ndarray]
+Arrays = dict[str, Array]
 
 
 class Buffers:
     """The fixed arrays that graphs read and write, and the history.
 
     Keys and values of all layers share one array per purpose, [L, 2, 1, H, tokens, d] (keys
-    first), so that a commit is one copy; graphs see its per-layer slices by name.
+    first), so that a commit is one copy; graphs see its per-layer slices by name. Only what
+    crosses between host and device has a view on the host.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, device: HostDevice) -> None:
+        self._device = device
         graphs = contract(config)
-        layers, heads, d = config.layers, config.heads, config.head_dim
+        cache, compute = DTYPES[config.precision.cache], DTYPES[config.precision.compute]
 
-        def key_values(tokens: int) -> np.ndarray:
-            # zeros, not garbage: a NaN beyond the valid part would spread through 0 * NaN
-            return np.zeros((layers, 2, 1, heads, tokens, d), np.float32)
+        def key_values(purpose: str, tokens: int, dtype: str, host: bool = False) -> Array:
+            shape = (config.layers, 2, 1, config.heads, tokens, config.head_dim)
+            return device.allocate(purpose, shape, dtype, host=host)
 
-        self.context = key_values(config.context_tokens)
-        self.new = key_values(config.block_tokens)
-        self.new_compressed = key_values(config.compressed_tokens)
-        self.cross = key_values(config.text_len)
-        self.prompt = {"text": _zeros(graphs["prompt"], "text"), **_named("cross", self.cross)}
-        self.compressor = _io(graphs["compressor"])
-        shared = {
-            **_named("cross", self.cross),
-            **_named("ctx", self.context, after=True),
-            "ctx_cos": np.ones((config.context_tokens, d // 2), np.float32),
-            "ctx_sin": np.zeros((config.context_tokens, d // 2), np.float32),
-            "timestep": np.zeros(1, np.float32),
-        }
-        self.denoiser = _io(
+        self.context = key_values("context", config.context_tokens, cache)
+        self.new = key_values("staging", config.block_tokens, cache)
+        # seen by the host on its way to the archive and back
+        self.new_compressed = key_values("staging", config.compressed_tokens, cache, host=True)
+        # written on the host, by a graph that runs there
+        self.cross = key_values("cross_attention", config.text_len, compute, host=True)
+        (text,) = graphs["prompt"].inputs
+        self.text = device.host.allocate(
+            "inputs_outputs", _shape(text.shape), text.dtype, host=True
+        )
+        cross = _named("cross", self.cross)
+        self.prompt = {"text": self.text, **{name: cross[name].on_host() for name in cross}}
+        self.compressor = self._io(graphs["compressor"], seen=("latents", "pixels"))
+        shared = {**cross, **_named("ctx", self.context, after=True)}
+        self.denoiser = self._io(
             graphs["denoiser"],
             {**shared, **_named("new", self.new, after=True)},
+            seen=("tokens", "timestep", "rope_cos", "rope_sin", "ctx_cos", "ctx_sin", "kv_len",
+                  "flow", "q_pool"),
             N=config.block_tokens,
-        )
-        self.mid_pass = _io(
+            C=config.context_tokens,
+        )  # fmt: skip
+        self.mid_pass = self._io(
             graphs["denoiser"],
             {
                 **shared,
                 **_named("new", self.new_compressed, after=True),
-                "tokens": self.compressor["tokens"],
-                "extra": self.compressor["extra"],
-                "timestep": np.zeros(1, np.float32),
+                **{name: self.denoiser[name] for name in ("ctx_cos", "ctx_sin")},
+                **{name: self.compressor[name] for name in ("tokens", "extra")},
             },
+            seen=("rope_cos", "rope_sin", "kv_len", "k_pool"),
             N=config.compressed_tokens,
         )
+        frames, h, w = config.block_frames, *config.latent_size
         # without a high branch the compressor does not read the latents; the decoder still does
-        size = (1, config.block_frames, config.latent_channels, *config.latent_size)
-        self.latents = self.compressor.get("latents", np.zeros(size, np.float32))
+        self.latents = self.compressor.get("latents") or device.allocate(
+            "inputs_outputs", (1, frames, config.latent_channels, h, w), np.float32, host=True
+        )
         self.pixels = self.compressor["pixels"]
         # The tokens' memory seen as latents: what patchify and its inverse copy through.
-        h, w = config.grid
-        p = config.patch
-        grid = (config.block_frames, h, w, config.latent_channels, p, p)
-        self.tokens_as_latents = self.denoiser["tokens"].reshape(grid).transpose(0, 3, 1, 4, 2, 5)
-        self.latents_as_patches = self.latents.reshape(config.block_frames, -1, h, p, w, p)
+        (rows, columns), p = config.grid, config.patch
+        grid = (frames, rows, columns, config.latent_channels, p, p)
+        self.tokens_as_latents = (
+            self.denoiser["tokens"].host.reshape(grid).transpose(0, 3, 1, 4, 2, 5)
+        )
+        self.latents_as_patches = self.latents.host.reshape(frames, -1, rows, p, columns, p)
         self.decoder = self._decoder(graphs["vae_decoder"], config)
+        # A NaN beyond the valid part of the context would spread through 0 * NaN, and so would
+        # one in a position table. The mid pass is always at timestep 0.
+        for name in ("ctx_cos", "ctx_sin"):
+            self.denoiser[name].host[...] = 0
+        device.zero(self.denoiser["extra"])
+        device.zero(self.mid_pass["timestep"])
 
-    def _decoder(self, spec: GraphSpec, config: Config) -> list[list[Arrays]]:
-        """Arrays of the decoder call for [parity][latent frame of the block].
+    def clear(self) -> None:
+        """Forgets the video before: history and decoder state."""
+        for array in (self.context, *self.decoder_state):
+            self._device.zero(array)
+
+    def _decoder(self, spec: GraphSpec, config: Config) -> list[Arrays]:
+        """Arrays of the decoder's calls, in turn: latent frame after latent frame.
 
         State goes back and forth between two sets, and each call reads its latent and writes
         its frames where they belong: nothing is copied.
         """
-        even, odd = ([np.zeros(_shape(t.shape), np.float32) for t in spec.inputs[1:]]
-                     for _ in range(2))  # fmt: skip
-        self.decoder_state = even
-        frames = self.pixels[0].reshape(config.block_frames, -1, *self.pixels.shape[2:])
-        return [
+        states = [
             [
-                {
-                    "latent": self.latents[:, frame],
-                    "frames": frames[frame],
-                    **{f"state.{i}": array for i, array in enumerate(old)},
-                    **{f"new_state.{i}": array for i, array in enumerate(new)},
-                }
-                for frame in range(config.block_frames)
+                self._device.allocate("autoencoder_state", _shape(tensor.shape), tensor.dtype)
+                for tensor in spec.inputs[1:]
             ]
-            for old, new in ((even, odd), (odd, even))
+            for _ in range(2)
         ]
+        self.decoder_state = states[0]
+        count = config.block_frames
+        latents = self.latents.reshape(count, 1, *self.latents.shape[2:])
+        frames = self.pixels.reshape(count, TEMPORAL_FACTOR, *self.pixels.shape[2:])
+        return [
+            {
+                "latent": latents[call % count],
+                "frames": frames[call % count],
+                **{f"state.{i}": array for i, array in enumerate(states[call % 2])},
+                **{f"new_state.{i}": array for i, array in enumerate(states[1 - call % 2])},
+            }
+            for call in range(math.lcm(count, 2))
+        ]
+
+    def _io(
+        self, spec: GraphSpec, given: Arrays | None = None, seen: Collection[str] = (), **axes: int
+    ) -> Arrays:
+        """An array for every input and output: the given ones, new ones for the rest."""
+        given = given or {}
+        return {
+            tensor.name: given[tensor.name]
+            if tensor.name in given
+            else self._device.allocate(
+                "inputs_outputs",
+                _shape(tensor.shape, **axes),
+                tensor.dtype,
+                host=tensor.name in seen,
+            )
+            for tensor in (*spec.inputs, *spec.outputs)
+        }
 
 
 class Archive:
@@ -99,10 +142,11 @@ class Archive:
         tokens = config.compressed_tokens if config.policy.mid else 0
         size = (config.layers, 2, 1, config.heads, tokens, config.head_dim)
         keys = (config.layers, config.heads, config.head_dim)
+        cache = DTYPES[config.precision.cache]
         first = config.policy.sink  # sink blocks are never compressed
         rows = max(0, blocks - first) if config.policy.mid else 0
         self.first = first
-        self.key_values = np.zeros((rows, *size), np.float32)
+        self.key_values = np.zeros((rows, *size), cache)
         self.pooled_keys = np.zeros((rows, *keys), np.float32)
 
     def put(self, block: int, key_values: np.ndarray, pooled_key: np.ndarray) -> None:
@@ -118,73 +162,14 @@ class Archive:
         return self.pooled_keys[blocks.start - self.first : blocks.stop - self.first]
 
 
-def memory(config: Config) -> dict[str, int]:
-    """Bytes a rollout needs beside the weights, by purpose, from the config alone.
-
-    All but `archive_per_block` is allocated once; the archive grows by that much with every
-    block beyond the sink.
-    """
-    item = np.dtype(np.float32).itemsize
-    token = 2 * config.layers * config.dim * item  # keys and values of all layers
-    graphs = contract(config)
-
-    def rest(graph: str, *shared: str, **axes: int) -> int:
-        spec = graphs[graph]
-        return sum(
-            math.prod(_shape(tensor.shape, **axes)) * np.dtype(tensor.dtype).itemsize
-            for tensor in (*spec.inputs, *spec.outputs)
-            if "." not in tensor.name and tensor.name not in shared
-        )
-
-    full = {"N": config.block_tokens, "C": config.context_tokens}
-    mid = {"N": config.compressed_tokens, "C": config.context_tokens}
-    return {
-        "context": token * config.context_tokens,
-        "staging": token * (config.block_tokens + config.compressed_tokens),
-        "cross_attention": token * config.text_len,
-        "autoencoder_state": 2 * item * sum(map(math.prod, decoder_state_shapes(config))),
-        "inputs_outputs": rest("prompt")
-        + rest("compressor")
-        + (0 if config.compressor_widths else rest("vae_decoder", "frames") * config.block_frames)
-        + rest("denoiser", **full)
-        + rest("denoiser", "tokens", "extra", "ctx_cos", "ctx_sin", **mid),
-        "archive_per_block": archive_bytes(config, config.policy.sink + 1),
-    }
-
-
-def archive_bytes(config: Config, blocks: int) -> int:
-    """Bytes of the archive of a video of this many blocks."""
-    if not config.policy.mid:
-        return 0
-    vectors = 2 * config.compressed_tokens + 1  # keys, values and the pooled key
-    rows = max(0, blocks - config.policy.sink)
-    return rows * vectors * config.layers * config.dim * np.dtype(np.float32).itemsize
-
-
-def _named(name: str, stacked: np.ndarray, after: bool = False) -> Arrays:
+def _named(name: str, stacked: Array, after: bool = False) -> Arrays:
     """Per-layer views of stacked keys and values: cross_k.0, or with `after`, k_ctx.0."""
     return {
         (f"{kind}_{name}.{layer}" if after else f"{name}_{kind}.{layer}"): stacked[layer, i]
-        for layer in range(len(stacked))
+        for layer in range(stacked.shape[0])
         for i, kind in enumerate("kv")
     }
 
 
 def _shape(shape: tuple[int | str, ...], **axes: int) -> tuple[int, ...]:
     return tuple(axes[n] if isinstance(n, str) else n for n in shape)
-
-
-def _zeros(spec: GraphSpec, name: str) -> np.ndarray:
-    tensor = next(tensor for tensor in spec.inputs if tensor.name == name)
-    return np.zeros(_shape(tensor.shape), tensor.dtype)
-
-
-def _io(spec: GraphSpec, given: Arrays | None = None, **axes: int) -> Arrays:
-    """An array for every input and output of a graph: the given ones, new ones for the rest."""
-    given = given or {}
-    return {
-        tensor.name: given[tensor.name]
-        if tensor.name in given
-        else np.zeros(_shape(tensor.shape, **axes), tensor.dtype)
-        for tensor in (*spec.inputs, *spec.outputs)
-    }

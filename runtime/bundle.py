@@ -3,8 +3,8 @@
 The contract between export and runtime, every tensor with who writes it (P channels of a
 token, D width, H heads, d head size, L layers, T text rows; N new and C context tokens stay
 symbolic in ONNX). Bulk is in the precision that the config names: k_ctx, v_ctx, k_new and v_new
-in that of the cache; cross_k, cross_v, extra, position tables, pixels, frames and state in that
-of what is computed. All else is float32:
+in that of the cache; cross_k, cross_v, extra, position tables, pixels, the decoder's frames and
+state in that of what is computed. All else is float32:
 
     prompt       in   text                  [1, T, text_dim]   text encoder
                  out  cross_k.l, cross_v.l  [1, H, T, d]       once per prompt
@@ -45,6 +45,7 @@ from packforcing.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+ENGINE_FOLDER = "engines"  # the folder of what was built from the graphs (runtime/engines.py)
 # how arrays call the number formats of `Precision`
 DTYPES = {
     "fp32": "float32",
@@ -102,8 +103,10 @@ def contract(config: Config) -> dict[str, GraphSpec]:
             for prefix in prefixes
         )
 
-    def states(prefix: str, shapes: list[tuple[int, ...]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(f"{prefix}.{i}", shape, compute) for i, shape in enumerate(shapes))
+    def states(
+        prefix: str, shapes: list[tuple[int, ...]], dtype: str = "float32"
+    ) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(f"{prefix}.{i}", shape, dtype) for i, shape in enumerate(shapes))
 
     cross = per_layer(
         "cross_k",
@@ -154,11 +157,11 @@ def contract(config: Config) -> dict[str, GraphSpec]:
             ),
         ),
         "vae_decoder": GraphSpec(
-            inputs=(TensorSpec("latent", latent), *states("state", decoder)),
-            outputs=(TensorSpec("frames", frames, compute), *states("new_state", decoder)),
+            inputs=(TensorSpec("latent", latent), *states("state", decoder, compute)),
+            outputs=(TensorSpec("frames", frames, compute), *states("new_state", decoder, compute)),
         ),
         "vae_encoder": GraphSpec(
-            inputs=(TensorSpec("frames", frames, compute), *states("state", encoder)),
+            inputs=(TensorSpec("frames", frames), *states("state", encoder)),
             outputs=(TensorSpec("latent", latent), *states("new_state", encoder)),
         ),
     }
@@ -243,9 +246,12 @@ class _Version(msgspec.Struct):
 def check_files(directory: str | Path, manifest: Manifest) -> None:
     """Compares every file with the manifest; raises `BundleError` naming the first that differs.
 
-    A file that is not listed is refused too: a graph could read its weights from there.
+    A file that is not listed is refused too: a graph could read its weights from there. Only
+    engines have a folder of their own, which no listed file is in.
     """
     for path in sorted(Path(directory).iterdir()):
+        if path.name == ENGINE_FOLDER and path.is_dir() and not path.is_symlink():
+            continue
         if path.name not in manifest.files and path.name != MANIFEST:
             raise BundleError(f"{path} is not part of the bundle; remove it")
     for name, record in manifest.files.items():

@@ -17,15 +17,10 @@ import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError
-from packforcing.runtime.backend import Graph
-from packforcing.runtime.buffers import archive_bytes, memory
-from packforcing.runtime.bundle import (
-    check_files,
-    contract,
-    encoder_state_shapes,
-    graph_file,
-    read_manifest,
-)
+from packforcing.runtime.backend import open_backend
+from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
+from packforcing.runtime.device import HostDevice
+from packforcing.runtime.plan import archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
 from packforcing.text import encode_words
 
@@ -80,24 +75,28 @@ class Session:
 
     @classmethod
     def open(
-        cls, bundle: str | Path, *, policy: Policy | None = None, threads: int | None = None
+        cls,
+        bundle: str | Path,
+        *,
+        policy: Policy | None = None,
+        threads: int | None = None,
+        backend: str = "onnxruntime",
     ) -> Session:
         """Checks a bundle's files and loads its graphs.
 
-        policy: read the history differently from what the bundle says. threads: per graph,
-        all cores by default. Raises `BundleError` or `BackendError`.
+        policy: read the history differently from what the bundle says. threads: of each graph
+        on the CPU, all cores by default. backend: one of `packforcing.runtime.backend.BACKENDS`.
+        Raises `BundleError` or `BackendError`.
         """
-        return cls(Path(bundle), policy, threads)
+        return cls(Path(bundle), policy, threads, backend)
 
-    def __init__(self, directory: Path, policy: Policy | None, threads: int | None) -> None:
+    def __init__(
+        self, directory: Path, policy: Policy | None, threads: int | None, backend: str
+    ) -> None:
         self.manifest = read_manifest(directory)
-        check_files(directory, self.manifest)
         config = self.manifest.config
         self.config = msgspec.structs.replace(config, policy=policy) if policy else config
-        specs = contract(config)
-        self._graphs = {
-            name: Graph(directory / graph_file(name), spec, threads) for name, spec in specs.items()
-        }
+        self._backend = open_backend(backend, directory, self.manifest, self.config, threads)
         self._rollout: Rollout | None = None
         self._lock = threading.Lock()  # one block at a time, whichever thread asks for it
         self._videos = 0
@@ -116,8 +115,11 @@ class Session:
 
     def close(self) -> None:
         """Frees graphs and buffers; safe to call twice."""
-        self._closed = True
-        self._graphs, self._rollout = {}, None
+        with self._lock:
+            if not self._closed:
+                self._closed, self._rollout = True, None
+                self._backend.close()
+                self._backend.graphs.clear()
 
     def stream(
         self,
@@ -212,7 +214,8 @@ class Session:
                 given = latents[index * size : (index + 1) * size]
                 rollout.next_block(np.stack(given) if given else None)
                 skip = self.config.trimmed_frames if index == 0 else 0
-                fresh = rollout.buffers.pixels[0, skip : skip + frames_total - delivered]
+                pixels = rollout.buffers.pixels.host[0]
+                fresh = pixels[skip : skip + frames_total - delivered]
                 frames = _to_bytes(fresh)
             delivered += len(frames)
             if on_block:
@@ -227,7 +230,7 @@ class Session:
             self._rollout = None  # free the old buffers first
             config = msgspec.structs.replace(self.config, policy=policy)
             try:
-                self._rollout = Rollout(config, self._graphs)
+                self._rollout = Rollout(config, self._backend)
             except MemoryError as error:
                 needed = sum(memory(config).values()) / 1e9
                 raise BackendError(
@@ -236,8 +239,10 @@ class Session:
         return self._rollout
 
     def _bounded(self, blocks: int) -> Policy:
-        policy = self.config.policy
-        return msgspec.structs.replace(policy, recent=min(policy.recent, max(1, blocks - 1)))
+        """Full history in as many slots as a video needs; other policies as they are."""
+        policy, own = self.config.policy, self.manifest.config.policy
+        recent = min(policy.recent, max(own.recent, blocks - 1))
+        return msgspec.structs.replace(policy, recent=recent)
 
     def _require_open(self) -> None:
         if self._closed:
@@ -273,27 +278,36 @@ class Session:
         latents = min(max(1, given), blocks) * config.block_frames
         frames = np.arange(latents * TEMPORAL_FACTOR) - config.trimmed_frames
         clip = clip[np.clip(frames, 0, len(clip) - 1)]
-        graph = self._graphs["vae_encoder"]
+        spec, memory = contract(config)["vae_encoder"], HostDevice()
         arrays = {
-            tensor.name: np.zeros([int(n) for n in tensor.shape], np.float32)
-            for tensor in (*graph.spec.inputs, *graph.spec.outputs)
+            tensor.name: memory.allocate(
+                "start", tuple(map(int, tensor.shape)), tensor.dtype, host=True
+            )
+            for tensor in (*spec.inputs, *spec.outputs)
         }
-        encode = graph.bind(arrays)
+        frames, latent = arrays["frames"].host, arrays["latent"].host
+        states = [
+            (arrays[f"state.{i}"].host, arrays[f"new_state.{i}"].host)
+            for i in range(len(encoder_state_shapes(config)))
+        ]
+        for state, _ in states:
+            state[...] = 0
+        encode = self._backend.graphs["vae_encoder"].bind(arrays)
         encoded = []
         for group in clip.reshape(latents, TEMPORAL_FACTOR, *clip.shape[1:]):
-            arrays["frames"][...] = group.transpose(0, 3, 1, 2) / np.float32(255)
+            frames[...] = group.transpose(0, 3, 1, 2) / np.float32(255)
             encode()
-            encoded.append(arrays["latent"][0].copy())
-            for i in range(len(encoder_state_shapes(config))):
-                arrays[f"state.{i}"][...] = arrays[f"new_state.{i}"]
+            encoded.append(latent[0].copy())
+            for state, after in states:
+                state[...] = after
         return encoded
 
     def _graph_seconds(self) -> dict[str, float]:
-        return {name: graph.seconds for name, graph in self._graphs.items()}
+        return {name: graph.seconds for name, graph in self._backend.graphs.items()}
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Pixels float32 [n, 3, H, W] in 0..1 to uint8 [n, H, W, 3]."""
+    """Pixels float32 or float16 [n, 3, H, W] in 0..1 to uint8 [n, H, W, 3], rounded in float32."""
     scaled = pixels * np.float32(255)
     scaled += np.float32(0.5)
     planes = scaled.astype(np.uint8)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from packforcing import Config, Policy
+from packforcing.config import Precision
 
 TINY = Config(
     name="tiny", height=64, width=96, fps=8, dim=48, heads=2, layers=2, ffn_dim=64, freq_dim=32,
@@ -51,5 +52,19 @@ def tiny_bundle(tiny_model, tmp_path_factory) -> Path:
     from packforcing.export import export_bundle
 
     directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle(tiny_model, directory)
+    export_bundle(tiny_model.config, tiny_model.weights(), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_half_bundle(tiny_model, tmp_path_factory) -> Path:
+    """The same weights, computed in float16."""
+    import msgspec
+
+    from packforcing.export import export_bundle
+
+    half = Precision(compute="fp16", weights="fp16", cache="fp16")
+    config = msgspec.structs.replace(tiny_model.config, precision=half)
+    directory = tmp_path_factory.mktemp("bundles") / "tiny-half"
+    export_bundle(config, tiny_model.weights(), directory)
     return directory

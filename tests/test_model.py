@@ -78,6 +78,17 @@ def test_autoencoder_streams_what_it_computes_at_once(tiny_config, tiny_model):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("strips", (2, 3, 8))
+def test_decoding_in_strips_is_exact(tiny_config, tiny_model, strips):
+    whole = tiny_model.autoencoder
+    config = msgspec.structs.replace(tiny_config, vae_strips=strips)
+    parts = TinyAutoencoder(config)
+    parts.load_state_dict(whole.state_dict())
+    latent = torch.randn(1, config.latent_channels, *config.latent_size)
+    for a, b in zip(*(m.decode_frame(latent, m.decoder_state()) for m in (whole, parts))):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_autoencoder_clips_do_not_see_each_other(tiny_model):
     clips = torch.rand(2, 8, 3, 64, 96)
     both = tiny_model.autoencoder.encode(clips)

@@ -11,7 +11,7 @@ from packforcing import MODELS, Policy, model_config, transformer
 from packforcing.config import policies
 from packforcing.errors import ConfigError, PromptError
 from packforcing.rope import axis_pairs, block_positions, compressed_positions, rope_table
-from packforcing.sampler import advance, draw_noise, sigmas
+from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, select
 from packforcing.text import VOCABULARY, encode_words
 
@@ -90,7 +90,22 @@ def test_odd_block_centres_stop_at_its_last_frame():
 
 
 def test_schedule_is_self_forcings():
-    assert np.allclose(sigmas(WAN), [1, 0.9375, 5 / 6, 0.625, 0])
+    told, now, then = zip(*schedule(WAN, 0))
+    assert np.allclose(told, [1000, 937.5, 1000 * 5 / 6, 625])
+    assert np.allclose(now, [1, 0.9375, 5 / 6, 0.625]) and np.allclose(then[:-1], now[1:])
+    assert then[-1] == 0
+
+
+def test_causvid_is_told_its_timesteps_as_they_are():
+    told, now, then = zip(*schedule(model_config("causvid"), 0))
+    assert told == (1000, 757, 522)
+    assert np.allclose(now, [1, 0.756757, 0.521739], atol=1e-6) and then == (*now[1:], 0)
+
+
+def test_two_step_models_take_four_steps_for_the_first_block():
+    config = model_config("causal-forcing-frame-2step")
+    assert schedule(config, 0) == schedule(WAN, 0)
+    assert np.allclose(schedule(config, 1), [(1000, 1, 5 / 6), (1000 * 5 / 6, 5 / 6, 0)])
 
 
 @given(st.floats(0.01, 1.0), st.floats(0, 0.99), st.integers(0, 2**32))
@@ -160,8 +175,19 @@ def test_policies_compare_at_equal_memory(name):
     for window in ("sliding-window", "sink-window"):
         used = msgspec.structs.replace(config, policy=presets[window]).context_tokens
         assert room - config.block_tokens < used <= room
-    assert presets["sink-window"].sink == config.policy.sink
-    assert presets["packforcing"] == config.policy
+    assert presets["sink-window"].sink == (config.policy.sink or 1)
+    if config.policy.mid:
+        assert presets["packforcing"] == config.policy
+
+
+def test_packforcing_keeps_the_papers_frames_whatever_the_block():
+    """8 sink and 4 recent frames, rounded up to whole blocks, and 16 compressed blocks."""
+    kept = {
+        name: (policy.sink, policy.mid, policy.recent)
+        for name in ("longlive", "causal-forcing-frame")
+        for policy in [policies(model_config(name))["packforcing"]]
+    }
+    assert kept == {"longlive": (3, 16, 2), "causal-forcing-frame": (8, 16, 4)}
 
 
 @pytest.mark.parametrize("change", [

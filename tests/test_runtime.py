@@ -1,8 +1,14 @@
-"""The runtime against the reference, through exported graphs, and the rules it keeps."""
+"""The runtime against the reference, through exported graphs, and the rules it keeps.
+
+All of it on the host, where device memory and the host's view of it are one, and on the memory
+of an emulated GPU, where they are two.
+"""
 
 import copy
+import functools
 import os
 import threading
+import tracemalloc
 
 import msgspec
 import numpy as np
@@ -12,40 +18,54 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import Config, Policy
-from packforcing.config import policies
+from packforcing.config import Precision, policies
 from packforcing.errors import BackendError, ConfigError
+from packforcing.model import Model
 from packforcing.rollout import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.backend import Graph
-from packforcing.runtime.buffers import Buffers, archive_bytes, memory
+from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import contract, graph_file
 from packforcing.runtime.cache import Cache
+from packforcing.runtime.device import HostDevice, view
+from packforcing.runtime.plan import archive_bytes, make_plan, memory
 from packforcing.runtime.rollout import Rollout
+from packforcing.runtime.session import _to_bytes
 from packforcing.sampler import draw_noise
 from packforcing.text import encode_words
 from tests.conftest import TINY
+from tests.emulated import Cuda, cuda_device, on_gpu
 
 PROMPT = "a red star over navy stripes"
 SEED = 3
 
 
-@pytest.fixture(scope="module")
-def session(tiny_bundle):
+@pytest.fixture(scope="module", params=["host", "gpu"])
+def session(request, tiny_bundle):
     with Session.open(tiny_bundle) as session:
+        if request.param == "gpu":
+            session._backend = on_gpu(session._backend, Cuda())
         yield session
 
 
-def reference(model, blocks, policy=None, **kwargs):
-    config = msgspec.structs.replace(model.config, policy=policy) if policy else model.config
-    model = type(model)(config, model.transformer, model.autoencoder, model.compressor)
-    text = torch.from_numpy(encode_words(PROMPT, config))
-    noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
-    return list(rollout(model, text, blocks, noise, seed=SEED, **kwargs))
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    """The reference's blocks, each video made once."""
+
+    @functools.cache
+    def blocks(count, policy=None, clip=None):
+        config = msgspec.structs.replace(TINY, policy=policy) if policy else TINY
+        parts = tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor
+        text = torch.from_numpy(encode_words(PROMPT, config))
+        noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
+        return list(rollout(Model(config, *parts), text, count, noise, seed=SEED, clip=clip))
+
+    return blocks
 
 
 def begin(session, blocks, policy=None) -> Rollout:
     config = msgspec.structs.replace(session.config, policy=policy) if policy else session.config
-    run = Rollout(config, session._graphs)
+    run = Rollout(config, session._backend)
     run.begin(encode_words(PROMPT, config), blocks, SEED)
     return run
 
@@ -61,35 +81,51 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_blocks_equal_the_reference_given_the_same_history(session, tiny_model, policy):
-    """1e-4 relative, block after block, each from the history that the reference had."""
-    expected = reference(tiny_model, 12, policy)
-    run = begin(session, 12, policy)
+def assert_follows(run, expected, latents, frames, query):
+    """Block after block, each from the history that the reference had; largest errors allowed."""
     for block in expected:
         assert sorted(run.cache.mids) == block.read
         run.place()
         run.denoise()
         run.buffers.latents_as_patches[...] = run.buffers.tokens_as_latents
         wanted = block.latents.numpy()
-        assert np.abs(run.buffers.latents[0] - wanted).max() <= 1e-4 * np.abs(wanted).max()
+        error = np.abs(run.buffers.latents.host[0] - wanted).max()
+        assert error <= latents * np.abs(wanted).max()
         run.next_block(clean=wanted)
-        np.testing.assert_allclose(run.buffers.pixels[0], block.frames.numpy(), atol=1e-4)
-        np.testing.assert_allclose(run.buffers.denoiser["q_pool"], block.query, atol=1e-4)
+        np.testing.assert_allclose(run.buffers.pixels.host[0], block.frames.numpy(), atol=frames)
+        np.testing.assert_allclose(run.buffers.denoiser["q_pool"].host, block.query, atol=query)
 
 
-def test_sixty_blocks_stay_with_the_reference(session, tiny_model):
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+def test_blocks_equal_the_reference_given_the_same_history(session, reference, policy):
+    assert_follows(begin(session, 12, policy), reference(12, policy), 1e-4, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("device", ["host", "gpu"])
+def test_half_precision_follows_the_reference(tiny_half_bundle, reference, device):
+    """Two to three digits, as fp16 has, under the reference's selections."""
+    expected = reference(12)
+    with Session.open(tiny_half_bundle) as session:
+        if device == "gpu":
+            session._backend = on_gpu(session._backend, Cuda())
+        run = begin(session, 12)
+        run.select = lambda block, _: np.array(expected[min(block + 1, 11)].read, int)
+        assert_follows(run, expected, latents=1e-3, frames=0.02, query=2e-3)
+
+
+def test_sixty_blocks_stay_with_the_reference(session, reference):
     """At least 80 dB on latents and 40 dB on frames, each on its own history, the reference's
     selections replayed. (Below 50 dB this tiny model would forgive a wrong archived block.)"""
-    expected = reference(tiny_model, 60)
+    expected = reference(60)
     run = begin(session, 60)
     run.select = lambda block, _: np.array(expected[min(block + 1, 59)].read, int)
     for block in expected:
         run.next_block()
         wanted = block.latents.numpy()
-        error = np.square(run.buffers.latents[0] - wanted).mean() / np.square(wanted).mean()
+        latents = run.buffers.latents.host[0]
+        error = np.square(latents - wanted).mean() / np.square(wanted).mean()
         assert error < 1e-8, f"block {block.index}: latents {-10 * np.log10(error):.1f} dB"
-        error = np.square(run.buffers.pixels[0] - block.frames.numpy()).mean()
+        error = np.square(run.buffers.pixels.host[0] - block.frames.numpy()).mean()
         assert error < 1e-4, f"block {block.index}: {-10 * np.log10(error):.1f} dB"
 
 
@@ -98,11 +134,11 @@ def test_garbage_in_the_unfilled_context_is_never_read(session):
     rng = np.random.default_rng(0)
     for _ in range(5):
         valid = dirty.cache.layout().valid
-        beyond = dirty.buffers.context[..., valid:, :]
+        beyond = view(dirty.buffers.context)[..., valid:, :]
         beyond[...] = 1e4 * rng.standard_normal(beyond.shape)
         for run in (clean, dirty):
             run.next_block()
-        np.testing.assert_allclose(dirty.buffers.pixels, clean.buffers.pixels, atol=1e-5)
+        np.testing.assert_allclose(dirty.buffers.pixels.host, clean.buffers.pixels.host, atol=1e-5)
 
 
 def test_a_step_leaves_the_history_untouched(session):
@@ -111,8 +147,9 @@ def test_a_step_leaves_the_history_untouched(session):
         run.next_block()
 
     def history():
+        run._device.synchronize()
         archive = run.archive.key_values.tobytes(), run.archive.pooled_keys.tobytes()
-        return run.buffers.context.tobytes(), archive, copy.deepcopy(vars(run.cache))
+        return view(run.buffers.context).tobytes(), archive, copy.deepcopy(vars(run.cache))
 
     before = history()
     run.place()
@@ -138,7 +175,9 @@ def test_exactly_the_frames_asked_for(session, seconds):
 
 
 @pytest.mark.parametrize(("frames", "given_blocks"), [(1, 1), (9, 1), (20, 1), (21, 2), (40, 3)])
-def test_start_from_frames_equals_the_reference(session, tiny_model, frames, given_blocks):
+def test_start_from_frames_equals_the_reference(
+    session, tiny_model, reference, frames, given_blocks
+):
     """Frame 0 is a latent frame of its own, four frames each later one; then it goes on."""
     rng = np.random.default_rng(0)
     start = rng.integers(0, 256, (frames, 64, 96, 3), np.uint8)
@@ -147,7 +186,7 @@ def test_start_from_frames_equals_the_reference(session, tiny_model, frames, giv
     pixels = torch.from_numpy(start[held]).permute(0, 3, 1, 2)[None] / 255
     with torch.inference_mode():
         clip = tiny_model.autoencoder.encode(pixels)[0]
-    expected = reference(tiny_model, given_blocks + 1, clip=clip)
+    expected = reference(given_blocks + 1, clip=clip)
     wanted = torch.cat([block.frames for block in expected])[3:].permute(0, 2, 3, 1).numpy()
     seconds = (12 * (given_blocks + 1) - 3) / session.config.fps
     found = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
@@ -210,32 +249,110 @@ def test_a_closed_session_says_so(tiny_bundle):
         session.stream(PROMPT, 1)
 
 
-def test_nothing_is_allocated_or_moved_between_blocks(session):
-    """Every array the graphs are bound to stays where it is, whatever the block."""
-    run = begin(session, 10)
-    groups = (run.buffers.denoiser, run.buffers.mid_pass, run.buffers.compressor)
-    where = [array.ctypes.data for group in groups for array in group.values()]
-    for _ in range(10):
+def test_nothing_is_allocated_or_moved_in_a_hundred_blocks(tiny_bundle):
+    """Once every partition is full, each block makes the same calls at the same addresses and
+    copies the same bytes, but for the archived blocks that it brings back; no array is left."""
+    full, cuda = TINY.policy.capacity + 2, Cuda()
+    with Session.open(tiny_bundle) as session:
+        run = Rollout(TINY, on_gpu(session._backend, cuda))
+    run.begin(encode_words(PROMPT, TINY), full + 100, SEED)
+    for _ in range(full):
         run.next_block()
-    assert where == [array.ctypes.data for group in groups for array in group.values()]
+    context, compressed = run.buffers.context, run.buffers.new_compressed
+    blocks, brought_back = [], 0
+    for index in range(100):
+        if index == 80:
+            tracemalloc.start()
+        cuda.log.clear()
+        before = set(run.cache.mids)
+        run.next_block()
+        steady, loads = [], 0
+        for entry in cuda.log:
+            if compressed.host.ctypes.data == entry[1] or compressed.address == entry[1]:
+                loads += 1
+            elif entry[0] == "copy" and 0 <= entry[2] - context.address < context.nbytes:
+                steady.append((entry[1], entry[3]))  # its slot is another one each time
+            else:
+                steady.append(entry)
+        moved = len(set(run.cache.mids) - before)
+        assert loads == 1 + 2 * moved  # to the archive; then up and into its slot
+        brought_back += moved
+        blocks.append(steady)
+    arrays = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
+    left = tracemalloc.take_snapshot().filter_traces([arrays])
+    tracemalloc.stop()
+    assert not left.traces
+    assert {entry[0] for entry in blocks[0]} == {"copy", "call", run.buffers.new.address}
+    # the decoder's two sets of state take turns
+    assert all(block == blocks[index % 2] for index, block in enumerate(blocks))
+    assert brought_back > 10
+
+
+def test_a_video_grows_by_its_archive_alone(session):
+    run = begin(session, 10)
     archive = run.archive.key_values.nbytes + run.archive.pooled_keys.nbytes
     assert archive == archive_bytes(run.config, 10) == 9 * memory(run.config)["archive_per_block"]
 
 
+HALF = Precision(compute="fp16", weights="fp16", cache="fp16")
+
+
+@pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("widths", [TINY.compressor_widths, ()], ids=["both", "low branch"])
-def test_memory_is_what_is_allocated(widths):
-    """The arithmetic from the config equals the bytes of all arrays that own their memory."""
-    config = msgspec.structs.replace(TINY, compressor_widths=widths)
-    buffers = Buffers(config)
-    calls = (buffers.prompt, buffers.compressor, buffers.denoiser, buffers.mid_pass)
-    decoder = [arrays for parity in buffers.decoder for arrays in parity]
-    owners = {}
-    for array in (array for arrays in (*calls, *decoder) for array in arrays.values()):
-        while isinstance(array.base, np.ndarray):
-            array = array.base
-        owners[id(array)] = array.nbytes
-    stated = memory(config)
-    assert sum(owners.values()) == sum(stated.values()) - stated["archive_per_block"]
+def test_memory_is_what_is_allocated(widths, precision):
+    """The plan equals, to the byte, what is allocated on the host alone, on a card, and in
+    page-locked memory beside it; all of it is given back."""
+    config = msgspec.structs.replace(TINY, compressor_widths=widths, precision=precision)
+    stated, plan = memory(config), make_plan(config, "sm89")
+    del stated["archive_per_block"]
+    host, cuda = HostDevice(), Cuda()
+    card = cuda_device(cuda)
+    buffers = [Buffers(config, device) for device in (host, card)]
+    assert host.allocated == stated
+    on_card = {
+        name: size
+        for name, size in plan.device.items()
+        if name not in ("scratch", "reserve") and not name.startswith("weights.")
+    }
+    assert sum(on_card.values()) == card.allocated.total() == cuda.used("device")
+    assert plan.host["copies"] == card.host.allocated.total()
+    assert plan.host["copies"] == cuda.used("host") + buffers[1].text.nbytes
+    del buffers
+    assert host.allocated.total() == card.allocated.total() == card.host.allocated.total() == 0
+    assert cuda.used("device") == cuda.used("host") == 0
+
+
+@pytest.mark.parametrize("make", [HostDevice, lambda: cuda_device(Cuda())], ids=["host", "gpu"])
+def test_copies_are_what_numpy_would_do(make):
+    """Of parts, of tokens in the middle of a row of tokens, and in the order of the calls."""
+    device = make()
+    numbers = np.arange(2 * 3 * 5 * 4, dtype=np.float16).reshape(2, 3, 5, 4)
+    small, large = numbers[:, :, :2], numbers + 1000
+    source, target = (
+        device.allocate("test", array.shape, array.dtype, host=True) for array in (small, large)
+    )
+    for array, values in ((source, small), (target, large)):
+        array.host[...] = values
+        device.upload(array)
+    if device.host is not device:
+        target.host[...] = 0  # a view may be written right after its upload
+    device.copy_tokens(source, target, 2)
+    device.zero(target[1, 2])
+    part = target[1].reshape(3, 20)[0]
+    device.download(target)
+    large[:, :, 2:4] = small
+    large[1, 2] = 0
+    np.testing.assert_array_equal(target.host, large)
+    np.testing.assert_array_equal(view(part), large[1, 0].ravel())
+    np.testing.assert_array_equal(part.host, large[1, 0].ravel())
+
+
+def test_half_precision_pixels_become_the_nearest_bytes():
+    """All float16 from 0 to 1, against float64 arithmetic."""
+    halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16)
+    pixels = np.repeat(halves[None, None, None], 3, axis=1)
+    expected = np.floor(halves.astype(np.float64) * 255 + 0.5)
+    np.testing.assert_array_equal(_to_bytes(pixels)[0, 0], np.stack([expected] * 3, axis=-1))
 
 
 def test_videos_beyond_the_machine_are_refused(tiny_bundle, monkeypatch):
@@ -263,20 +380,23 @@ def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
     graph = Graph(tiny_bundle / graph_file("denoiser"), spec, threads=1)
     rng = np.random.default_rng(0)
     axes = {"N": n, "C": 7}
+    memory = HostDevice()
     arrays = {
-        tensor.name: rng.standard_normal([axes.get(x, x) for x in tensor.shape]).astype(
-            tensor.dtype
+        tensor.name: memory.allocate(
+            "test", tuple(axes.get(x, x) for x in tensor.shape), tensor.dtype, host=True
         )
         for tensor in (*spec.inputs, *spec.outputs)
     }
-    arrays["kv_len"][0] = n + 5
+    for array in arrays.values():
+        array.host[...] = rng.standard_normal(array.shape)
+    arrays["kv_len"].host[0] = n + 5
     graph.bind(arrays)()
     with torch.inference_mode():
-        inputs = [torch.from_numpy(arrays[tensor.name]) for tensor in spec.inputs]
+        inputs = [torch.from_numpy(arrays[tensor.name].host) for tensor in spec.inputs]
         expected = Denoiser(tiny_model)(*inputs)
     for tensor, wanted in zip(spec.outputs, expected):
         np.testing.assert_allclose(
-            arrays[tensor.name], wanted.numpy(), atol=2e-5, err_msg=tensor.name
+            arrays[tensor.name].host, wanted.numpy(), atol=2e-5, err_msg=tensor.name
         )
 
 

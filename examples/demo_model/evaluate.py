@@ -25,7 +25,7 @@ from packforcing.autoencoder import MemBlock
 from packforcing.config import Config
 from packforcing.model import Model, load_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.sampler import advance, draw_noise, sigmas
+from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, select
 from packforcing.text import encode_words
 from packforcing.transformer import KV, unpatchify
@@ -51,7 +51,6 @@ def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Ten
     pooled: list[np.ndarray] = []
     chosen = np.zeros((batch, 0), int)
     videos = []
-    levels = sigmas(config)
     for index in range(blocks):
         sink = list(range(min(policy.sink, index)))
         recent = list(range(max(policy.sink, index - policy.recent), index))
@@ -93,8 +92,8 @@ def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Ten
 
         places_now = block_positions(config, start)
         x = noise(0)
-        for step, (now, then) in enumerate(itertools.pairwise(levels)):
-            flow = call(x, 1000 * now, places_now)[0]
+        for step, (told, now, then) in enumerate(schedule(config, index)):
+            flow = call(x, told, places_now)[0]
             x = advance(config, x, flow, noise(step + 1) if then else None, now, then)
         _, new, query, _ = call(x, 0.0, places_now)
         latents = unpatchify(x, config.grid, config.patch)

@@ -1,0 +1,126 @@
+"""The published models of the family: where their weights are, and how they are stored.
+
+How a model is rolled out (block size, schedule, sampler, policy, positions) is its `Config` in
+`packforcing.config.MODELS`, under the same name. Also the folder that `packforcing
+import-checkpoint` makes of a checkpoint. Free of torch.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from packforcing.config import MODELS, PAPER, Config
+from packforcing.errors import CheckpointError
+
+UNREAD = "not read here: see the source before use"  # a licence
+
+
+@dataclass(frozen=True)
+class Published:
+    """One model as it is published."""
+
+    source: str  # repository on Hugging Face; empty where none is known
+    files: tuple[str, ...]  # in it
+    entry: str  # of a torch checkpoint that is run: its EMA where it is published to be run so
+    licence: str  # of the weights
+    lora: bool = False  # whether the last file is a LoRA, without which this is another model
+    refused: str = ""  # why it cannot be rendered
+
+
+_CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
+
+PUBLISHED: dict[str, Published] = {
+    "self-forcing": Published(
+        "gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), "generator_ema",
+        "CC-BY-NC-SA-4.0",
+    ),
+    "causvid": Published(
+        "tianweiy/CausVid", ("autoregressive_checkpoint/model.pt",), "generator", UNREAD
+    ),
+    "causal-forcing": Published(
+        _CAUSAL_FORCING, ("chunkwise/causal_forcing.pt",), "generator", UNREAD
+    ),
+    "causal-forcing-frame": Published(
+        _CAUSAL_FORCING, ("framewise/causal_forcing.pt",), "generator_ema", UNREAD
+    ),
+    "causal-forcing-frame-2step": Published(
+        _CAUSAL_FORCING, ("causal-forcing++/framewise-2step.pt",), "generator_ema", UNREAD
+    ),
+    "causal-forcing-frame-1step": Published(
+        _CAUSAL_FORCING, ("causal-forcing++/framewise-1step.pt",), "generator_ema", UNREAD
+    ),
+    "longlive": Published(
+        "Efficient-Large-Model/LongLive-1.3B", ("models/longlive_base.pt", "models/lora.pt"),
+        "generator", "Apache-2.0 (the repository's; the weights' was not read here)", lora=True,
+    ),
+    "infinity-rope": Published(
+        "SOTAMak1r/Infinite-Forcing", ("checkpoints/ema_model.pt",), "generator_ema", UNREAD
+    ),
+    "packforcing-unofficial": Published("", (), "generator_ema", "its trainer's"),
+    "wan2.1-t2v-1.3b": Published(
+        "Wan-AI/Wan2.1-T2V-1.3B", ("diffusion_pytorch_model.safetensors",), "", "Apache-2.0",
+        refused="it denoises a whole clip at once, over many guided steps, and was never made "
+        "causal; a distilled model of the family renders",
+    ),
+    "rolling-forcing": Published(
+        "TencentARC/RollingForcing", ("checkpoints/rolling_forcing_dmd.pt",), "generator_ema",
+        UNREAD,
+        refused="it denoises five blocks together at five noise levels, and a call here has one",
+    ),
+}  # fmt: skip
+
+
+def published(kind: str) -> Published:
+    """The row of this name; raises `CheckpointError` naming the known ones."""
+    if kind not in PUBLISHED:
+        raise CheckpointError(f"unknown kind of model '{kind}'; known: {', '.join(PUBLISHED)}")
+    return PUBLISHED[kind]
+
+
+def published_config(kind: str) -> Config:
+    """How a published model is rolled out; of one that is refused, its sizes alone hold."""
+    plain = msgspec.structs.replace(PAPER, name=kind, compressor_widths=())
+    return MODELS.get(kind, plain)
+
+
+# The folder of an imported model
+
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "model.json"
+
+
+class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What model.json says of the weights beside it."""
+
+    kind: str
+    config: Config
+    autoencoder: bool  # whether its weights are there
+    made_from: list[str]
+    source: str
+    licence: str
+
+
+def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
+    """The description of an imported model; raises `CheckpointError` if it cannot be exported."""
+    file = Path(path) / DESCRIPTION
+    try:
+        folder = msgspec.json.decode(file.read_bytes(), type=ModelFolder)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} is no imported model: cannot read {DESCRIPTION} ({error.strerror}); "
+            "'packforcing import-checkpoint' makes such a folder"
+        ) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}; import the checkpoint again") from error
+    if refused := published(folder.kind).refused:
+        raise CheckpointError(f"{path} holds {folder.kind}, as weights alone: {refused}")
+    if not folder.autoencoder:
+        raise CheckpointError(
+            f"{path} has no autoencoder: import the checkpoint again and name the tiny "
+            f"autoencoder's weights as well ({' '.join(folder.made_from)} taew2_1.pth)"
+        )
+    return folder

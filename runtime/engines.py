@@ -1,0 +1,169 @@
+"""The engines of a bundle: where they are, what they were built from, and which are good.
+
+    BUNDLE/engines/<backend>/<graph>.engine    the engine
+                             <graph>.json      its record, written last
+                             <graph>.log       what the builder said, the last time
+
+An engine is as good as its record: it is not loaded unless there is one, the engine is the file
+it describes byte for byte, and it was built from the graph that the bundle holds. So a build
+that ends at any moment leaves engines that are good or are not loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from packforcing.config import Config
+from packforcing.errors import BackendError
+from packforcing.runtime.bundle import (
+    ENGINE_FOLDER,
+    FileRecord,
+    Manifest,
+    file_record,
+    graph_file,
+    read_manifest,
+)
+from packforcing.runtime.estimate import CALLS, CARD
+
+Length = Literal["input", "mask"]
+
+
+class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that an engine depends on; one whose key is another is built anew."""
+
+    graph: dict[str, str]  # SHA-256 of the graph's file and of those that hold its weights
+    tool: str  # name and version of what built it
+    targets: tuple[str, ...]
+    shapes: dict[str, dict[str, int]]  # per call, sizes of the axes that its graph leaves open
+    length: Length | None = None  # how attention is told `kv_len`; None where there is none
+    flags: tuple[str, ...] = ()  # of the builder
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An engine's key, its file and the builder's figures, in bytes and seconds."""
+
+    key: Key
+    file: FileRecord
+    weights: int
+    scratch: dict[str, int]  # per call
+    seconds: float
+    peak_memory: int  # resident, of the process that built it
+
+    @property
+    def figures(self) -> dict[str, int]:
+        """What it takes on a card, by the names of `packforcing.runtime.plan.estimates`."""
+        graph = next(CALLS[call] for call in self.scratch)
+        scratch = {f"scratch.{call}": size for call, size in self.scratch.items()}
+        return {f"weights.{graph}": self.weights, **scratch}
+
+
+def engine_file(directory: str | Path, backend: str, graph: str) -> Path:
+    """The file that holds an engine."""
+    return Path(directory) / ENGINE_FOLDER / backend / f"{graph}.engine"
+
+
+def record_file(directory: str | Path, backend: str, graph: str) -> Path:
+    """The file that holds an engine's record."""
+    return engine_file(directory, backend, graph).with_suffix(".json")
+
+
+def graph_files(manifest: Manifest, graph: str) -> dict[str, str]:
+    """SHA-256 of the files that an engine is built from, as the manifest has them."""
+    name = graph_file(graph)
+    return {
+        file: record.sha256
+        for file, record in manifest.files.items()
+        if file == name or file.startswith(f"{name}.")
+    }
+
+
+def shapes(config: Config, graph: str) -> dict[str, dict[str, int]]:
+    """The calls that an engine serves, each with the sizes of the axes its graph leaves open."""
+    new = {"denoiser.block": config.block_tokens, "denoiser.compressed": config.compressed_tokens}
+    return {
+        call: {"N": new[call], "C": config.context_tokens} if call in new else {}
+        for call, name in CALLS.items()
+        if name == graph
+    }
+
+
+def differences(found: Key, wanted: Key) -> list[str]:
+    """Why an engine with the key `found` is not the one `wanted`, in words; empty if it is."""
+
+    def words(key: Key) -> dict[str, str]:
+        sizes = [
+            " ".join(f"{axis}={n}" for axis, n in call.items()) for call in key.shapes.values()
+        ]
+        return {
+            "tool": key.tool,
+            "targets": " ".join(key.targets),
+            "shapes": ", ".join(sizes),
+            "length": f"as {key.length}",
+            "flags": " ".join(key.flags) or "none",
+        }
+
+    changed = ["its graph changed"] if found.graph != wanted.graph else []
+    before, now = words(found), words(wanted)
+    return changed + [
+        f"{part} {'were' if part.endswith('s') else 'was'} {before[part]}, now {now[part]}"
+        for part in now
+        if before[part] != now[part]
+    ]
+
+
+def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord | None:
+    """The record of an engine, or None where none is built; the engine is not looked at.
+
+    Raises `BackendError` for a damaged record.
+    """
+    path = record_file(directory, backend, graph)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BackendError(f"cannot read {path}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BackendError(f"{path} is damaged: {_build(directory)}") from error
+
+
+def check_engine(directory: str | Path, backend: str, graph: str, record: EngineRecord) -> None:
+    """Reads the whole engine; raises `BackendError` unless it is the one the record describes."""
+    path = engine_file(directory, backend, graph)
+    try:
+        found = file_record(path)
+    except OSError as error:
+        raise BackendError(f"cannot read {path} ({error.strerror}): {_build(directory)}") from error
+    if found != record.file:
+        raise BackendError(f"{path} is damaged (its SHA-256 differs): {_build(directory)}")
+
+
+def read_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]:
+    """The records of a bundle's engines, all of them built from its graphs and intact.
+
+    Reads every engine once. Raises `BackendError` naming the first that cannot be used.
+    """
+    manifest = read_manifest(directory)
+    records: dict[str, EngineRecord] = {}
+    for graph in CARD:
+        record = read_record(directory, backend, graph)
+        if record is None:
+            raise BackendError(
+                f"{graph} of {directory} is not built for {backend}: {_build(directory)}"
+            )
+        if record.key.graph != graph_files(manifest, graph):
+            raise BackendError(
+                f"{engine_file(directory, backend, graph)} was built from another graph than the "
+                f"bundle holds now: {_build(directory)}"
+            )
+        records[graph] = record
+    for graph, record in records.items():
+        check_engine(directory, backend, graph, record)
+    return records
+
+
+def _build(directory: str | Path) -> str:
+    return f"run 'packforcing build {directory}'"

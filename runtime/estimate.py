@@ -1,0 +1,305 @@
+"""What the engines of a model take on a card, from its config alone: weights, scratch and work.
+
+Weights and operations follow from the layers, exactly. Scratch is what a builder plans for the
+tensors alive at the worst moment; `scratch_bytes` says which these are. Times are a roofline:
+no kernel reaches it, so they are lower bounds and predictions, never measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.errors import ConfigError
+from packforcing.runtime.bundle import DTYPES, TensorSpec, contract
+
+ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
+ARRAY_ITEM = {"int64": 8} | {DTYPES[kind]: size for kind, size in ITEM.items()}
+FEWEST_STRIPS = 5  # of the decoder that TensorRT-RTX works through in turn; fewer it keeps at once
+INT4_BLOCK = 128  # weights that share a scale
+CARD = ("denoiser", "compressor", "vae_decoder")  # graphs that run there; the host has the rest
+# Calls of these and their graphs: the denoiser has two shapes.
+CALLS = {
+    "denoiser.block": "denoiser",
+    "denoiser.compressed": "denoiser",
+    "compressor": "compressor",
+    "vae_decoder": "vae_decoder",
+}
+
+
+class Gpu(NamedTuple):
+    """A card's figures, as NVIDIA publishes them."""
+
+    target: str
+    memory: int  # GiB
+    tflops: float  # fp32, at the boost clock: 2 x CUDA cores x clock
+    bandwidth: float  # GB/s
+
+
+# Dense fp16 on the tensor cores, accumulated in fp32, is twice the fp32 rate on all of these:
+# GeForce cards halve what the same chips do with fp16 accumulation.
+GPUS = {
+    "RTX 3060": Gpu("sm86", 12, 12.7, 360),
+    "RTX 3080": Gpu("sm86", 10, 29.8, 760),
+    "RTX 4060": Gpu("sm89", 8, 15.1, 272),
+    "RTX 4090": Gpu("sm89", 24, 82.6, 1008),
+    "RTX 5060": Gpu("sm120", 8, 19.2, 448),
+    "RTX 5090": Gpu("sm120", 32, 104.8, 1792),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The card of this name; spaces and case do not matter. Raises `ConfigError`."""
+    plain = {known.replace(" ", "").lower(): card for known, card in GPUS.items()}
+    wanted = name.replace(" ", "").replace("-", "").lower().removeprefix("geforce")
+    if wanted not in plain:
+        raise ConfigError(
+            f"no figures for a GPU '{name}'; known: {', '.join(GPUS)}. "
+            "For others give --budget and --target"
+        )
+    return plain[wanted]
+
+
+class Conv(NamedTuple):
+    """A convolution: channels, taps of its kernel and how many positions it is evaluated at."""
+
+    inputs: int
+    outputs: int
+    taps: int
+    positions: int
+    bias: bool = True
+
+    @property
+    def parameters(self) -> int:
+        return self.outputs * (self.inputs * self.taps + self.bias)
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.inputs * self.outputs * self.taps * self.positions
+
+
+def encoder_convs(config: Config, height: int, width: int) -> list[Conv]:
+    """The tiny encoder over a latent frame's four pixel frames (packforcing/autoencoder.py)."""
+    e, frames = config.vae_encoder_width, TEMPORAL_FACTOR
+    h, w = height // config.vae_patch, width // config.vae_patch
+    convs = [Conv(3 * config.vae_patch**2, e, 9, frames * h * w)]
+    for stride in (2, 2, 1):
+        frames //= stride
+        convs.append(Conv(stride * e, e, 1, frames * h * w, bias=False))
+        h, w = -(-h // 2), -(-w // 2)
+        convs.append(Conv(e, e, 9, frames * h * w, bias=False))
+        convs += 3 * _mem_block(e, frames * h * w)
+    return [*convs, Conv(e, config.latent_channels, 9, h * w)]
+
+
+def decoder_convs(config: Config) -> list[Conv]:
+    """The tiny decoder over one latent frame (packforcing/autoencoder.py)."""
+    widths, frames = config.vae_decoder_widths, 1
+    h, w = config.latent_size
+    convs = [Conv(config.latent_channels, widths[0], 9, h * w)]
+    for wide, narrow, stride in zip(widths, widths[1:], (1, 2, 2)):
+        convs += 3 * _mem_block(wide, frames * h * w)
+        h, w = 2 * h, 2 * w
+        convs.append(Conv(wide, wide * stride, 1, frames * h * w, bias=False))
+        frames *= stride
+        convs.append(Conv(wide, narrow, 9, frames * h * w, bias=False))
+    return [*convs, Conv(widths[3], 3 * config.vae_patch**2, 9, frames * h * w)]
+
+
+def _mem_block(width: int, positions: int) -> list[Conv]:
+    return [Conv(inputs, width, 9, positions) for inputs in (2 * width, width, width)]
+
+
+def compressor_convs(config: Config) -> list[Conv]:
+    """The compressor's high branch over a block (packforcing/compressor.py)."""
+    if not config.compressor_widths:
+        return []
+    channels = (config.latent_channels, *config.compressor_widths)
+    times, (h, w) = config.compressed_grid[0], config.latent_size
+    convs = []
+    for number, (inputs, outputs) in enumerate(pairwise(channels)):
+        if number:
+            h, w = h // 2, w // 2
+        convs.append(Conv(inputs, outputs, 4 if number else 2, times * h * w))
+    return [*convs, Conv(channels[-1], config.dim, 1, times * h * w)]
+
+
+def _clip(config: Config) -> int:
+    """Pixels of the small clip that the compressor encodes: a block at half the frames and a
+    quarter of the size."""
+    frames = config.compressed_grid[0] * TEMPORAL_FACTOR
+    return frames * (config.height // 4) * (config.width // 4)
+
+
+def _matrices(config: Config) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's matrices in the denoiser, which `prompt` takes two off:
+    keys and values of cross-attention."""
+    square = (config.dim, config.dim)
+    return [*[square] * 6, (config.dim, config.ffn_dim), (config.ffn_dim, config.dim)]
+
+
+def matrix_bytes(config: Config) -> list[int]:
+    """Bytes of each matrix of a layer of the denoiser, in the format of the weights.
+
+    Quantised ones come with a scale, as computed, per output channel (int8 and fp8) or per 128
+    weights (int4).
+    """
+    kind, full = config.precision.weights, ITEM[config.precision.compute]
+    sizes = []
+    for inputs, outputs in _matrices(config):
+        if kind == config.precision.compute:
+            sizes.append(inputs * outputs * full)
+        elif kind == "int4":
+            sizes.append(inputs * outputs // 2 + outputs * -(-inputs // INT4_BLOCK) * full)
+        else:
+            sizes.append(inputs * outputs * ITEM[kind] + outputs * full)
+    return sizes
+
+
+def parameters(config: Config) -> dict[str, int]:
+    """Weights of each graph, biases and norms included.
+
+    `compressor` and `vae_encoder` both hold the autoencoder's encoder. `prompt` and `denoiser`
+    together are the transformer of a Wan checkpoint.
+    """
+    d, layers = config.dim, config.layers
+
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    layer = sum(linear(*matrix) for matrix in _matrices(config))
+    layer += 3 * d + 2 * d + 6 * d  # norms of q, k and the cross q; the norm before; modulation
+    around = linear(config.token_dim, d) + linear(d, config.token_dim) + 2 * d
+    time = linear(config.freq_dim, d) + linear(d, d) + linear(d, 6 * d)
+    encoder = sum(conv.parameters for conv in encoder_convs(config, config.height, config.width))
+    return {
+        "prompt": linear(config.text_dim, d) + linear(d, d) + layers * (2 * linear(d, d) + d),
+        "denoiser": around + time + layers * layer,
+        "compressor": encoder + sum(conv.parameters for conv in compressor_convs(config)),
+        "vae_decoder": sum(conv.parameters for conv in decoder_convs(config)),
+        "vae_encoder": encoder,
+    }
+
+
+def weight_bytes(config: Config) -> dict[str, int]:
+    """Bytes of each graph's weights when loaded.
+
+    Quantised are the matrices of the denoiser's layers but for the first and the last. All else
+    stays as computed: biases, norms, modulation, embeddings, head, and the other graphs. Of those
+    on the host, ONNX Runtime keeps the fp16 of the file beside the fp32 that it makes of it.
+    """
+    full = ITEM[config.precision.compute]
+    counts = parameters(config)
+    on_host = ITEM["fp32"] + ITEM["fp16"]
+    sizes = {name: count * on_host for name, count in counts.items()}
+    sizes |= {name: counts[name] * full for name in CARD}
+    plain = sum(inputs * outputs * full for inputs, outputs in _matrices(config))
+    # TensorRT writes down what each value of the compressor's average pool is divided by
+    sizes["compressor"] += full * _clip(config)
+    sizes["denoiser"] += max(0, config.layers - 2) * (sum(matrix_bytes(config)) - plain)
+    return sizes
+
+
+@lru_cache(8)
+def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
+    """Bytes of each input and output of the calls, and of `prompt`, which runs on the host."""
+    graphs, context = contract(config), config.context_tokens
+    axes = {
+        "denoiser.block": {"N": config.block_tokens, "C": context},
+        "denoiser.compressed": {"N": config.compressed_tokens, "C": context},
+    }
+
+    def size(tensor: TensorSpec, axes: dict[str, int]) -> int:
+        shape = [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
+        return math.prod(shape) * ARRAY_ITEM[tensor.dtype]
+
+    return {
+        call: {
+            tensor.name: size(tensor, axes.get(call, {}))
+            for tensor in (*graphs[graph].inputs, *graphs[graph].outputs)
+        }
+        for call, graph in {**CALLS, "prompt": "prompt"}.items()
+    }
+
+
+def operations(config: Config) -> dict[str, int]:
+    """Multiplications and additions of the matrix products of one call with a full context."""
+    d, layers = config.dim, config.layers
+    weights = layers * sum(map(math.prod, _matrices(config))) + 2 * config.token_dim * d
+    time = config.freq_dim * d + d * d + 6 * d * d
+
+    def denoiser(new: int) -> int:
+        keys = new + config.context_tokens + config.text_len
+        return 2 * (new * weights + time) + 4 * new * keys * d * layers
+
+    small = encoder_convs(config, config.height // 4, config.width // 4)
+    compressor = [*compressor_convs(config), *config.compressed_grid[0] * small]
+    return {
+        "denoiser.block": denoiser(config.block_tokens),
+        "denoiser.compressed": denoiser(config.compressed_tokens),
+        "compressor": sum(conv.operations for conv in compressor),
+        "vae_decoder": sum(conv.operations for conv in decoder_convs(config)),
+    }
+
+
+def calls_per_block(config: Config) -> dict[str, int]:
+    """How often each call is made for a block: steps and commit, mid pass, and decoding."""
+    compresses = int(config.policy.mid > 0)
+    return {
+        "denoiser.block": len(config.timesteps) + 1,
+        "denoiser.compressed": compresses,
+        "compressor": compresses,
+        "vae_decoder": config.block_frames,
+    }
+
+
+def seconds_per_block(config: Config, card: Gpu) -> float:
+    """The roofline of a block once the context is full: a lower bound, predicted.
+
+    Per call the larger of operations / peak rate and bytes / bandwidth, where bytes are weights,
+    inputs and outputs, each moved once. Quantised weights are multiplied as fp16. Left out: the
+    host's part, copies to and from the card, streamed weights.
+    """
+    rate = card.tflops * 1e12 * (2 if config.precision.compute == "fp16" else 1)
+    work, moved, weights = operations(config), tensor_bytes(config), weight_bytes(config)
+    return sum(
+        times
+        * max(
+            work[call] / rate,
+            (sum(moved[call].values()) + weights[CALLS[call]]) / (card.bandwidth * 1e9),
+        )
+        for call, times in calls_per_block(config).items()
+    )
+
+
+def scratch_bytes(config: Config) -> dict[str, int]:
+    """Bytes of scratch of each call: the tensors alive at the worst moment, as TensorRT-RTX plans
+    it, found by comparing with its figures (`tests/test_plan.py` has the bounds).
+
+    denoiser: one layer's keys and values, new and context joined; inside the feed-forward layer,
+    what it expands the new tokens to and two tensors of the model's width. compressor: three
+    tensors of the encoder's first stage over the small clip. vae_decoder: what the last 3x3
+    convolution reads and writes at full size, and three tensors of the stage before it; in
+    strips, six of those. Each with a workspace.
+    """
+    workspace, item = 4 << 20, ITEM[config.precision.compute]
+
+    def denoiser(new: int) -> int:
+        keys_values = 2 * (new + config.context_tokens) * config.dim
+        return keys_values + new * (config.ffn_dim + 2 * config.dim)
+
+    h, w = config.height // config.vae_patch, config.width // config.vae_patch
+    _, _, before, last = config.vae_decoder_widths
+    full = TEMPORAL_FACTOR * (before + last) * h * w
+    half = TEMPORAL_FACTOR // 2 * before * (h // 2) * (w // 2)
+    in_turn = config.vae_strips >= FEWEST_STRIPS
+    values = {
+        "denoiser.block": denoiser(config.block_tokens),
+        "denoiser.compressed": denoiser(config.compressed_tokens),
+        "compressor": 3 * _clip(config) * config.vae_encoder_width // config.vae_patch**2,
+        "vae_decoder": 6 * half if in_turn else full + 3 * half,
+    }
+    return {call: item * count + workspace for call, count in values.items()}
