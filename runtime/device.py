@@ -220,8 +220,9 @@ class _Memory:
 
 
 def view(array: Array) -> np.ndarray:
-    """Device memory that lies on the host, as numpy sees it; only while `array` is alive."""
+    """Device memory that lies on the host, as numpy sees it; it lives as long as the view."""
     memory = (ctypes.c_byte * array.nbytes).from_address(array.address)
+    memory.owner = array.owner  # type: ignore[attr-defined]
     return np.ndarray(array.shape, array.dtype, memoryview(memory))
 
 

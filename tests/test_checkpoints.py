@@ -363,11 +363,8 @@ def test_an_imported_checkpoint_exports_and_renders_training_free(
     stated = run("export", "--weights", tmp_path / "model", "--out", bundle)
     assert "compressed" not in stated  # its own policy keeps a window
     stated = run("render", "a red star", "--bundle", bundle, "--policy", "packforcing",
-                 "--seconds", 1, "--out", tmp_path / "star.mp4")  # fmt: skip
+                 "--seconds", 0.5, "--out", tmp_path / "star.mp4")  # fmt: skip
     assert "no compressor: past blocks are compressed training-free" in stated
-    stated = run("render", "a red star", "--bundle", bundle, "--policy", "packforcing", "--json",
-                 "--seconds", 0.1, "--out", tmp_path / "star.mp4")  # fmt: skip
-    assert json.loads(stated)["training_free"] is True
 
     manifest = read_manifest(bundle)
     assert manifest.config == config
@@ -634,6 +631,7 @@ def test_number_formats_stay_as_they_are_mixed_as_well(weights, tiny_autoencoder
         assert 8 * (8 + length + entry["data_offsets"][0]) % int(entry["dtype"][-2:]) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak from there")
 def test_memory_stays_below_the_largest_shard_and_a_third(tmp_path):
     """Four shards of 70 MB: a copy of the whole, or all of them mapped, would take 280 MB."""
     kind, layers, widths = "wan2.1-t2v-1.3b", 4, {"small": (24, 16), "large": (512, 14000)}
@@ -648,7 +646,8 @@ def test_memory_stays_below_the_largest_shard_and_a_third(tmp_path):
             }
             save_file(part, tmp_path / folder / f"{shard}.safetensors")
     program = f"""
-import resource
+import re
+from pathlib import Path
 import msgspec
 from packforcing import MODELS
 from packforcing.checkpoints import import_checkpoint
@@ -659,7 +658,7 @@ for folder, (dim, ffn) in {widths}.items():  # the small one first: what all imp
     sizes = TINY | dict(dim=dim, ffn_dim=ffn, layers={layers})
     MODELS[{kind!r}] = msgspec.structs.replace(published_config({kind!r}), **sizes)
     import_checkpoint([folder], folder + "-model", kind={kind!r})
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 print(1024 * (peaks[1] - peaks[0]))
 """
     root = str(Path(__file__).parents[1])

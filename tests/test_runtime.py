@@ -347,6 +347,14 @@ def test_copies_are_what_numpy_would_do(make):
     np.testing.assert_array_equal(part.host, large[1, 0].ravel())
 
 
+def test_memory_lives_as_long_as_what_sees_it():
+    device = HostDevice()
+    seen = view(device.allocate("test", (4,), np.float32))
+    assert device.allocated["test"] == 16
+    del seen
+    assert device.allocated["test"] == 0
+
+
 def test_half_precision_pixels_become_the_nearest_bytes():
     """All float16 from 0 to 1, against float64 arithmetic."""
     halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16)
