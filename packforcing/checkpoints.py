@@ -292,7 +292,11 @@ def load_torch(path: Path) -> dict[str, dict[str, Tensor]]:
         content = {}
     entries = {"": content, **content}
     found = {
-        str(entry): {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        str(entry): {
+            name: value
+            for name, value in values.items()
+            if isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse
+        }
         for entry, values in entries.items()
         if isinstance(values, Mapping)
     }
@@ -411,7 +415,7 @@ def additions(path: Path, lora: Tensors, tensors: Tensors, alpha: float | None) 
         match = LORA.match(name)
         piece = {"A": "A", "down": "A", "B": "B", "up": "B"}.get(match[2], "alpha") if match else ""
         pieces[f"{match[1]}.{piece}" if match else name] = stored
-    modules = {name.removesuffix(".A").removesuffix(".B") for name in pieces}
+    modules = {name.rpartition(".")[0] for name in pieces}
     wanted: dict[str, tuple[int, ...]] = {}
     for module in modules:
         weight = tensors.get(f"transformer.{module}.weight")
@@ -420,7 +424,9 @@ def additions(path: Path, lora: Tensors, tensors: Tensors, alpha: float | None) 
             rank = max(1, down.shape[0]) if down and down.shape else 1
             wanted[f"{module}.A"] = (rank, weight.shape[1])
             wanted[f"{module}.B"] = (weight.shape[0], rank)
-    found = {name: stored.shape for name, stored in pieces.items() if not name.endswith(".alpha")}
+            if own := pieces.get(f"{module}.alpha"):
+                wanted[f"{module}.alpha"] = own.shape if math.prod(own.shape) == 1 else ()
+    found = {name: stored.shape for name, stored in pieces.items()}
     if problems := mismatch(found, wanted):
         raise CheckpointError(f"the LoRA {path} does not fit the model {problems}")
     read = reader(path)

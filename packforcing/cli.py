@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from packforcing.runtime.engines import Length
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
+MOST_BLOCKS = 1000  # of a kind in a history
 
 
 class _Commands(click.Group):
@@ -794,6 +795,10 @@ def _shaped(
     if history is not None:
         example = "SINK,MID,RECENT, like 2,16,1"
         sink, mid, recent = _numbers(history, ",", "--history", example, 3)
+        if max(sink, mid, recent) > MOST_BLOCKS:  # choosing a plan goes through them
+            raise ConfigError(
+                f"--history takes at most {MOST_BLOCKS} blocks of each; it is '{history}'"
+            )
         changed = msgspec.structs.replace(config.policy, sink=sink, mid=mid, recent=recent)
         config = msgspec.structs.replace(config, policy=changed)
     return config
