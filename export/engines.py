@@ -49,6 +49,7 @@ from packforcing.runtime.bundle import (
     graph_file,
     read_manifest,
 )
+from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.engines import (
     EngineRecord,
     Key,
@@ -60,9 +61,8 @@ from packforcing.runtime.engines import (
     shapes,
 )
 from packforcing.runtime.estimate import CARD
-from packforcing.runtime.gpu import gpus
 from packforcing.runtime.plan import TARGETS, check_target, gib
-from packforcing.runtime.tensorrt import MODULES
+from packforcing.runtime.tensorrt import MODULES, STREAMING
 
 RTX_TARGETS = ("sm86", "sm89", "sm120")  # RTX 30, 40 and 50: built for where none is named
 PARTIAL, LOCK = ".partial", ".lock"
@@ -162,7 +162,7 @@ def build_engines(
                     targets=targets,
                     shapes=shapes(manifest.config, graph),
                     length=length if graph == "denoiser" else None,
-                    flags=("WEIGHT_STREAMING",) if stream_weights and graph == "denoiser" else (),
+                    flags=(STREAMING,) if stream_weights and graph == "denoiser" else (),
                 )
                 reason, record = _reason(directory, backend, graph, key)
                 if record is None:
@@ -187,7 +187,9 @@ def check_targets(
 ) -> tuple[str, ...]:
     """The targets to build for, sorted; see `build_engines` for what is raised."""
     if backend == "tensorrt":
-        here = gpus()[0].target
+        device = CudaDevice()  # the one that the builder takes too
+        device.close()
+        here = device.target
         if targets and {*targets} != {here}:
             raise ConfigError(
                 f"tensorrt builds for the GPU of this machine, {here}, and no other; "

@@ -158,7 +158,7 @@ def _in_strips(stage: nn.Sequential, x: Tensor, strips: int) -> Tensor:
     if strips == 1:
         return stage(x)
     rows = x.shape[2]
-    cuts = [rows * i // strips for i in range(strips + 1)]
+    cuts = sorted({rows * i // strips for i in range(strips + 1)})  # never more than rows
     frames = []
     for frame in x.split(1):
         parts = []

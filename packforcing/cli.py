@@ -1,4 +1,4 @@
-"""The command line: `packforcing demo`, `render`, `export` and `inspect`.
+"""The command line, `packforcing`: each command checks what is asked for and calls the library.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output that
 `verify` compared is off, 2 a mistake that a message explains, 130 interrupted.
@@ -194,7 +194,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     default="onnxruntime",
     show_default=True,
     help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt, "
-    "onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx.",
+    "onnxruntime-cuda or onnxruntime-tensorrt.",
 )
 @_json_option
 def render(
@@ -561,7 +561,7 @@ def build(
     with _building(quiet=as_json) as (on_engine, on_step):
         records = build_engines(
             bundle,
-            None if targets is None else targets.split(","),
+            None if targets is None else [name.strip() for name in targets.split(",")],
             backend=backend,
             length=length,
             stream_weights=stream_weights,
@@ -592,7 +592,8 @@ def build(
     "--target",
     "targets",
     metavar="NAME[,NAME...]",
-    help="What the card is, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  [default: sm86]",
+    help="What the card is, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  "
+    "[default: what BUNDLE was built for, or sm86]",
 )
 @click.option("--gpu", metavar="NAME", help='A card by name, like "RTX 4060": target and budget.')
 @_shape_options
@@ -648,7 +649,8 @@ def plan(
         config, kept = read_manifest(bundle).config, None
         engines = plan_report.measured(Path(bundle))
     budgets = [None] if budget is None else _budgets(budget)
-    names = [name.strip() for name in (targets or "sm86").split(",")]
+    known = engines.targets[:1] if engines else ()
+    names = [name.strip() for name in targets.split(",")] if targets else [*known, "sm86"][:1]
     if gpu is not None:
         if targets is not None:
             raise ConfigError("choose one of --gpu and --target")

@@ -59,6 +59,7 @@ class Measured(NamedTuple):
     built: dict[str, int]  # as the builder said; empty where they are not built
     loaded: dict[str, int]  # on the GPU of this machine
     not_loaded: str  # why there is nothing in `loaded`
+    targets: tuple[str, ...] = ()  # that they were built for
 
 
 def measured(directory: Path) -> Measured:
@@ -73,10 +74,12 @@ def measured(directory: Path) -> Measured:
         ]
         built = {name: size for record in current for name, size in record.figures.items()}
         if built:
+            targets = current[0].key.targets
             try:
-                return Measured(built, load_figures(backend, directory, manifest.config), "")
+                loaded = load_figures(backend, directory, manifest.config)
+                return Measured(built, loaded, "", targets)
             except BackendError as error:
-                return Measured(built, {}, f"not loaded here: {error}")
+                return Measured(built, {}, f"not loaded here: {error}", targets)
     return Measured({}, {}, "no engines are built: run 'packforcing build'")
 
 
@@ -124,7 +127,7 @@ def detail(
 def _engines(config: Config, engines: Measured | None) -> Iterator[str]:
     """What engines take, of scratch the largest counts: estimated, built and loaded."""
     form = "  {:<43} {:>14} {:>14} {:>14}"
-    built, loaded, note = engines or Measured({}, {}, "")
+    built, loaded, note, _ = engines or Measured({}, {}, "")
     heads = ("estimated", "built", "loaded") if engines else ("estimated", "", "")
     yield form.format("engines, and scratch of their calls", *heads).strip()
     for name, size in estimates(config).items():

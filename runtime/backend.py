@@ -25,7 +25,6 @@ from packforcing.runtime.plan import memory
 PROVIDERS = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
-    "onnxruntime-rtx": "NvTensorRTRTXExecutionProvider",
 }
 ENGINES = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *PROVIDERS, *ENGINES)
@@ -63,6 +62,11 @@ def open_backend(
     config: the manifest's, with the policy to run. threads: of each graph on the CPU, all cores
     by default. Raises `BackendError` and `BundleError`.
     """
+    if name == "onnxruntime-rtx":
+        raise BackendError(
+            "onnxruntime-rtx would read context that was never written: the plugin drops the "
+            "length that attention is given, without an error; use tensorrt-rtx"
+        )
     if name not in BACKENDS:
         raise BackendError(f"unknown backend '{name}'; known backends: {', '.join(BACKENDS)}")
     specs = contract(config)
@@ -76,15 +80,21 @@ def open_backend(
 
         device: HostDevice
         engines = Engines(name, directory, config)
-        check_files(directory, manifest)
-        on_device: Mapping[str, Bindable] = engines.load(specs)
         device, close = engines.device, engines.close
     else:
         device, provider = _provider(name, directory, manifest.config)
-        check_files(directory, manifest)
-        on_device = {graph: load(graph, provider) for graph in CARD}
         close = device.close
-    on_host = {graph: load(graph) for graph in specs if graph not in CARD}
+    try:
+        check_files(directory, manifest)
+        on_device: Mapping[str, Bindable] = (
+            engines.load(specs)
+            if name in ENGINES
+            else {graph: load(graph, provider) for graph in CARD}
+        )
+        on_host = {graph: load(graph) for graph in specs if graph not in CARD}
+    except BaseException:
+        close()
+        raise
     return Backend(device, {**on_host, **on_device}, close)
 
 
@@ -101,14 +111,14 @@ class Graph:
         options.log_severity_level = 3
         # graphs take turns: one must not spin on the cores that the next one needs
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        where = {"providers": ["CPUExecutionProvider"]}
+        providers: list[Any] = ["CPUExecutionProvider"]
         if provider:
             # what the provider cannot run is an error, not something for the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            where = provider.place(options)
+            providers = provider.chain()
         self._device, self._provider = "cuda" if provider else "cpu", provider
         try:
-            self._session = ort.InferenceSession(path, options, enable_fallback=0, **where)
+            self._session = ort.InferenceSession(path, options, providers, enable_fallback=0)
         except Exception as error:  # the library raises its own unrelated types
             raise BackendError(f"ONNX Runtime cannot load {path}: {error}") from error
         self.spec, self.seconds = spec, 0.0
@@ -145,15 +155,16 @@ class Provider:
 
     def __init__(self, name: str, device: CudaDevice) -> None:
         self.name = name
-        self.options = {"user_compute_stream": str(device.stream)}
+        self.options = {"device_id": "0", "user_compute_stream": str(device.stream)}
 
-    def place(self, options: Any) -> dict[str, Any]:
-        """Arguments of a session on this provider; a plugin goes into the session's options."""
-        if self.name != PROVIDERS["onnxruntime-rtx"]:
-            return {"providers": [(self.name, {"device_id": "0", **self.options})]}
-        devices = [d for d in _onnxruntime().get_ep_devices() if d.ep_name == self.name]
-        options.add_provider_for_devices(devices[:1], self.options)
-        return {}
+    def chain(self) -> list[tuple[str, dict[str, str]]]:
+        """This provider and what it hands over to, with their options."""
+        chain = [(self.name, self.options)]
+        if self.name == PROVIDERS["onnxruntime-tensorrt"]:
+            # TensorRT's parser drops the length of attention's context without an error
+            excluded = {**self.options, "trt_op_types_to_exclude": "Attention"}
+            chain = [(self.name, excluded), (PROVIDERS["onnxruntime-cuda"], self.options)]
+        return chain
 
 
 def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, Provider | None]:
@@ -162,9 +173,7 @@ def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, P
     if name == "onnxruntime":
         return HostDevice(), None
     provider = PROVIDERS[name]
-    if name == "onnxruntime-rtx":
-        plugin = _rtx_plugin()
-    elif provider not in ort.get_available_providers():
+    if provider not in ort.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime has no {provider}: pip uninstall onnxruntime, then pip install "
             "onnxruntime-gpu (both are one module: install exactly one)"
@@ -177,38 +186,7 @@ def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, P
     device.require(
         weights + sum(buffers.values()) - buffers["archive_per_block"], f"{config.name} with {name}"
     )
-    if name == "onnxruntime-rtx":
-        _register(ort, plugin, device)
     return device, Provider(provider, device)
-
-
-def _rtx_plugin() -> Any:
-    try:
-        import onnxruntime_ep_nv_tensorrt_rtx as plugin
-    except ImportError as error:
-        raise BackendError(
-            f"ONNX Runtime's TensorRT-RTX plugin does not load ({error}): "
-            "pip install onnxruntime-ep-nv-tensorrt-rtx"
-        ) from error
-    return plugin
-
-
-def _register(ort: Any, plugin: Any, device: CudaDevice) -> None:
-    """Makes the plugin's provider known to the library, once per process."""
-    name = plugin.get_ep_name()
-    if not any(found.ep_name == name for found in ort.get_ep_devices()):
-        try:
-            ort.register_execution_provider_library(name, plugin.get_library_path())
-        except Exception as error:  # the library raises its own unrelated types
-            raise BackendError(
-                f"ONNX Runtime cannot use its TensorRT-RTX plugin: {error}; install the plugin's "
-                "version that belongs to this onnxruntime"
-            ) from error
-    if not any(found.ep_name == name for found in ort.get_ep_devices()):
-        raise BackendError(
-            f"ONNX Runtime's TensorRT-RTX plugin does not take {device.name} ({device.target}): "
-            "choose another backend"
-        )
 
 
 def _onnxruntime() -> Any:

@@ -127,6 +127,8 @@ class CudaDevice(HostDevice):
         self.name = self._call("cudaGetDeviceProperties", 0).name.decode()
         self._call("cudaSetDevice", 0)
         self.stream = int(self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking))
+        self._end = weakref.finalize(self, cuda.cudaStreamDestroy, self.stream)
+        self._end.atexit = False
 
     @property
     def host(self) -> HostDevice:
@@ -199,9 +201,7 @@ class CudaDevice(HostDevice):
         self._call("cudaStreamSynchronize", self.stream)
 
     def close(self) -> None:
-        if self.stream:
-            self._call("cudaStreamDestroy", self.stream)
-            self.stream = 0
+        self._end()
 
     def _call(self, name: str, *args: Any) -> Any:
         """A CUDA call's result, or `BackendError` with its name and what CUDA says."""

@@ -177,16 +177,6 @@ def _with_provider(provider: str) -> Callable[[], str]:
     return check
 
 
-def _with_plugin() -> str:
-    library, _ = _onnxruntime()
-    name = "onnxruntime-ep-nv-tensorrt-rtx"
-    try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise BackendError(f"{name} is not installed: pip install {name}") from error
-    return f"{library}, {name} {version}, on {_card(rtx_targets()).name}"
-
-
 def rtx_targets() -> list[str]:
     """The targets that the installed TensorRT-RTX builds for; raises `BackendError`."""
     packages("tensorrt-rtx")
@@ -233,7 +223,6 @@ CHECKS: dict[str, Callable[[], str]] = {
     "run with onnxruntime": _on_cpu,
     "run with onnxruntime-cuda": _with_provider("CUDAExecutionProvider"),
     "run with onnxruntime-tensorrt": _with_provider("TensorrtExecutionProvider"),
-    "run with onnxruntime-rtx": _with_plugin,
     "run with tensorrt-rtx": _run_rtx,
     "run with tensorrt": _tensorrt,
 }

@@ -146,6 +146,17 @@ def read_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]
 
     Reads every engine once. Raises `BackendError` naming the first that cannot be used.
     """
+    records = current_records(directory, backend)
+    for graph, record in records.items():
+        check_engine(directory, backend, graph, record)
+    return records
+
+
+def current_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]:
+    """The records of a bundle's engines, all of them built from its graphs.
+
+    The engines are not looked at. Raises `BackendError` naming the first that cannot be used.
+    """
     manifest = read_manifest(directory)
     records: dict[str, EngineRecord] = {}
     for graph in CARD:
@@ -160,8 +171,6 @@ def read_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]
                 f"bundle holds now: {_build(directory)}"
             )
         records[graph] = record
-    for graph, record in records.items():
-        check_engine(directory, backend, graph, record)
     return records
 
 

@@ -37,6 +37,7 @@ from packforcing.runtime.estimate import (
 )
 
 GIB = 1 << 30
+LONGEST = 24 * 3600.0  # seconds of video; beyond a day a typing error is likelier than a wish
 # Kept free of everything below: kernels compiled on the card may want more scratch than the
 # builder foresaw, and allocators round up.
 RESERVE = 128 << 20
@@ -148,8 +149,8 @@ def make_plan(
     seconds: of video, for the archive. built: what a builder measured, under the names of
     `estimates`. Raises `ConfigError` for a target that is unknown or lacks a number format.
     """
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ConfigError(f"seconds must be above 0; it is {seconds:g}")
+    if not 0 < seconds <= LONGEST:
+        raise ConfigError(f"seconds must be above 0 and at most {LONGEST:.0f}; it is {seconds:g}")
     check_target(config.precision, target)
     engines = {**estimates(config), **(built or {})}
     weights = {f"weights.{name}": engines[f"weights.{name}"] for name in CARD}
@@ -212,7 +213,8 @@ def choose(
     if budget is None:
         return best
     least = best
-    for candidate in plans(config, target, precision, seconds) if built is None else [best]:
+    candidates = plans(config, target, budget, precision, seconds) if built is None else [best]
+    for candidate in candidates:
         least = stream(candidate, budget)
         if least.total <= budget:
             return least
@@ -225,18 +227,30 @@ def choose(
 
 
 def plans(
-    config: Config, target: str, precision: Precision | None = None, seconds: float = 60
+    config: Config,
+    target: str,
+    budget: int,
+    precision: Precision | None = None,
+    seconds: float = 60,
 ) -> Iterator[Plan]:
     """The plans that `choose` considers, best first; the module's docstring has the order.
 
-    The config's own policy is the most that is kept. precision: consider only this one.
+    The config's own policy is the most that is kept; sinks that cannot fit with any number of
+    mids are passed over, but for the fewest. precision: consider only this one.
     """
     levels = [precision] if precision else precisions(config, target)
-    for sink, mid in product(_down(config.policy.sink), _down(config.policy.mid)):
+    sinks, mids = _down(config.policy.sink), _down(config.policy.mid)
+
+    def plan(sink: int, mid: int, level: Precision) -> Plan:
         policy = msgspec.structs.replace(config.policy, sink=sink, mid=mid)
-        for level in levels:
-            smaller = msgspec.structs.replace(config, policy=policy, precision=level)
-            yield make_plan(smaller, target, seconds=seconds)
+        smaller = msgspec.structs.replace(config, policy=policy, precision=level)
+        return make_plan(smaller, target, seconds=seconds)
+
+    for sink in sinks:
+        if sink > sinks[-1] and stream(plan(sink, mids[-1], levels[-1]), budget).total > budget:
+            continue
+        for mid, level in product(mids, levels):
+            yield plan(sink, mid, level)
 
 
 def smallest(config: Config, target: str) -> tuple[Plan, Plan]:

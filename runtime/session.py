@@ -20,11 +20,9 @@ from packforcing.errors import BackendError, ConfigError
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
 from packforcing.runtime.device import HostDevice
-from packforcing.runtime.plan import archive_bytes, memory
+from packforcing.runtime.plan import LONGEST, archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
 from packforcing.text import encode_words
-
-LONGEST = 24 * 3600.0  # seconds; beyond a day a typing error is likelier than a wish
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,18 @@ from packforcing.errors import BackendError
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GraphSpec
 from packforcing.runtime.device import Array, CudaDevice
-from packforcing.runtime.engines import Key, engine_file, read_records, shapes
+from packforcing.runtime.engines import (
+    Key,
+    check_engine,
+    current_records,
+    engine_file,
+    shapes,
+)
 from packforcing.runtime.plan import RESERVE, Plan, gib, make_plan, stream
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 RUNTIME_CACHE = "runtime.cache"
+STREAMING = "WEIGHT_STREAMING"  # the builder's flag that lets weights stay on the host
 ALIGNMENT = 256  # bytes, of every address an engine is given
 # how the libraries call the number formats of the contract
 TYPES = {
@@ -62,23 +69,26 @@ class Engines:
         self.device = CudaDevice()
         self._log = _logger(trt)
         self._runtime = trt.Runtime(self._log)
-        self._records = read_records(directory, name)
+        self._records = current_records(directory, name)
         for graph, record in self._records.items():
             path = engine_file(directory, name, graph)
             check_key(path, record.key, shapes(config, graph), trt.__version__, self.device)
             self._check_validity(path)
         self._plan = self._fitting(config)
+        for graph, record in self._records.items():
+            check_engine(directory, name, graph, record)
         self._scratch: Array | None = None
         self._cache: Any = None
         self._cached = b""
 
     def load(self, specs: dict[str, GraphSpec]) -> dict[str, Engine]:
         """Loads weights and allocates the scratch; raises `BackendError`."""
-        loaded = {
-            graph: self._load(engine_file(self._directory, self.name, graph))
-            for graph in self._records
-        }
-        self._set_streaming(loaded["denoiser"])
+        loaded = {}
+        for graph in self._records:
+            loaded[graph] = engine = self._load(engine_file(self._directory, self.name, graph))
+            if graph == "denoiser" and self._plan.streamed:  # before the next one needs the room
+                kept = engine.streamable_weights_size - self._plan.streamed
+                engine.weight_streaming_budget_v2 = kept
         scratch = max(engine.device_memory_size_v2 for engine in loaded.values())
         planned = self._plan.device["scratch"]
         if scratch > planned + RESERVE:
@@ -100,6 +110,11 @@ class Engines:
         )
         if self.name == "tensorrt-rtx":
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            # shapes are fixed: the final kernels from the first call on, not in the background,
+            # where they would change results and take memory later
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
             config.set_runtime_cache(self._runtime_cache(config))
         context = engine.create_execution_context(config)
         if context is None:
@@ -116,7 +131,7 @@ class Engines:
     def close(self) -> None:
         """Keeps what was compiled for the next start, and gives the GPU back."""
         self._keep_cache()
-        self._cache = self._scratch = None
+        self._scratch = None  # but not the cache, which contexts refer to as long as they live
         self.device.close()
 
     def _fitting(self, config: Config) -> Plan:
@@ -125,6 +140,11 @@ class Engines:
         free, _ = self.device.free_memory()
         plan = stream(make_plan(config, self.device.target, built=figures), free)
         self.device.require(plan.total, config.name)
+        if plan.streamed and STREAMING not in self._records["denoiser"].key.flags:
+            raise BackendError(
+                "the GPU has too little free memory for all weights of the denoiser, and its "
+                "engine was built to hold them: run 'packforcing build --stream-weights'"
+            )
         return plan
 
     def _check_validity(self, path: Path) -> None:
@@ -136,7 +156,11 @@ class Engines:
         validity, found = self._runtime.get_engine_validity(header)
         if validity == self._trt.EngineValidity.INVALID:
             reasons = self._trt.EngineInvalidityDiagnostics.__members__
-            named = [REASONS[name] for name, bit in reasons.items() if int(bit) & int(found)]
+            named = [
+                REASONS.get(name, name) for name, bit in reasons.items() if int(bit) & int(found)
+            ]
+            if not named:
+                raise self.error(f"cannot run {path}")
             raise BackendError(f"{self.name} cannot run {path}: {'; '.join(named)}")
 
     def _load(self, path: Path) -> Any:
@@ -145,17 +169,6 @@ class Engines:
         if engine is None:
             raise self.error(f"cannot load {path}")
         return engine
-
-    def _set_streaming(self, denoiser: Any) -> None:
-        """Leaves as many of the denoiser's weights on the host as the plan says."""
-        if not self._plan.streamed:
-            return
-        if denoiser.streamable_weights_size < self._plan.streamed:
-            raise BackendError(
-                "the GPU has too little free memory for all weights of the denoiser, and its "
-                "engine was built to hold them: run 'packforcing build --stream-weights'"
-            )
-        denoiser.weight_streaming_budget_v2 = denoiser.streamable_weights_size - self._plan.streamed
 
     @property
     def _cache_path(self) -> Path:
@@ -236,8 +249,15 @@ class Engine:
         return call
 
     def _profile(self, arrays: Arrays) -> int:
-        """The optimization profile for these shapes; profiles are for one shape each."""
-        shapes = {tensor.name: tuple(arrays[tensor.name].shape) for tensor in self.spec.inputs}
+        """The optimization profile for these shapes; profiles are for one shape each.
+
+        Only inputs whose graph leaves an axis open differ between profiles.
+        """
+        shapes = {
+            tensor.name: tuple(arrays[tensor.name].shape)
+            for tensor in self.spec.inputs
+            if any(isinstance(n, str) for n in tensor.shape)
+        }
         for profile in range(self._engine.num_optimization_profiles):
             if all(
                 tuple(self._engine.get_tensor_profile_shape(name, profile)[1]) == shape

@@ -45,7 +45,7 @@ class Kind(Enum):
 
 
 class Cuda:
-    """CUDA's runtime library; `log` has every allocation, copy, fill, binding and call."""
+    """CUDA's runtime library; `log` has every allocation, load, copy, fill, binding and call."""
 
     cudaError_t, cudaMemcpyKind = Status, Kind
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
@@ -239,6 +239,9 @@ class TensorRT:
     class CudaGraphStrategy(Enum):
         DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
+    class DynamicShapesKernelSpecializationStrategy(Enum):
+        LAZY, EAGER, NONE = range(3)
+
     def __init__(self, cuda: Cuda):
         self.cuda, self.validity, self.scratch = cuda, (self.EngineValidity.VALID, 0), SCRATCH
         self.loaded: WeakValueDictionary = WeakValueDictionary()  # engines by graph
@@ -262,12 +265,13 @@ class Runtime:
         if not path.exists():
             self.logger.log("error", "not an engine")
             return None
+        self.trt.cuda.log.append(("load", path.stem))
         self.trt.loaded[path.stem] = engine = ICudaEngine(self.trt, path)
         return engine
 
 
 class ICudaEngine:
-    streamable_weights_size, weight_streaming_budget_v2 = 0, None
+    streamable_weights_size, weight_streaming_budget_v2 = 1000, None
 
     def __init__(self, trt, path):
         self.trt = trt
@@ -298,12 +302,15 @@ class ICudaEngine:
 
     def create_execution_context(self, config):
         assert config.strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        eager = self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        assert config.dynamic_shapes_kernel_specialization_strategy == eager
         config.cache.kernels.add(id(self.trt))
         return IExecutionContext(self)
 
 
 class IRuntimeConfig:
     strategy = cache = cuda_graph_strategy = None
+    dynamic_shapes_kernel_specialization_strategy = None
 
     def set_execution_context_allocation_strategy(self, strategy):
         self.strategy = strategy

@@ -12,6 +12,7 @@ from packforcing import model_config
 from packforcing.errors import BackendError
 from packforcing.plan_report import load_figures
 from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.backend import Provider
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.gpu import driver
 from packforcing.runtime.plan import make_plan
@@ -100,7 +101,7 @@ def test_engines_of_something_else_are_refused(library, bundle, changes, message
 
 
 def refused(library, bundle, message):
-    """With this message, and before anything was allocated."""
+    """With this message, and before anything was loaded or allocated."""
     with pytest.raises(BackendError, match=message):
         Session.open(bundle, backend="tensorrt-rtx")
     assert not library.cuda.log
@@ -117,6 +118,8 @@ def test_engines_that_are_missing_or_damaged_are_refused(library, bundle):
 def test_the_librarys_own_refusal_says_what_to_do(library, bundle):
     library.validity = library.EngineValidity.INVALID, 4
     refused(library, bundle, "the NVIDIA driver is too old: update it")
+    library.validity = library.EngineValidity.INVALID, 0
+    refused(library, bundle, "cannot run .*denoiser.engine: no reason given")
 
 
 def test_a_card_that_is_too_small_is_refused(library, bundle):
@@ -126,7 +129,8 @@ def test_a_card_that_is_too_small_is_refused(library, bundle):
 
 def test_more_scratch_than_planned_is_refused(library, bundle):
     library.scratch = 256 << 20
-    refused(library, bundle, r"want 0\.25 GiB of scratch .* 0\.00 GiB was planned")
+    with pytest.raises(BackendError, match=r"want 0\.25 GiB of scratch .* 0\.00 GiB was planned"):
+        Session.open(bundle, backend="tensorrt-rtx")
 
 
 def test_tensors_that_engines_cannot_take_are_refused(library, tiny_bundle, tmp_path):
@@ -148,7 +152,7 @@ def test_weights_are_streamed_as_the_plan_says(library, bundle, monkeypatch):
 
     monkeypatch.setattr("packforcing.runtime.tensorrt.stream", streamed)
     refused(library, bundle, "packforcing build --stream-weights")
-    monkeypatch.setattr(emulated.ICudaEngine, "streamable_weights_size", 1000)
+    build_engines(bundle, flags=("WEIGHT_STREAMING",))
     with Session.open(bundle, backend="tensorrt-rtx"):
         budgets = {n: e.weight_streaming_budget_v2 for n, e in library.loaded.items()}
     assert budgets == {"denoiser": 700, "compressor": None, "vae_decoder": None}
@@ -164,6 +168,7 @@ def test_the_emulated_library_has_nothing_that_the_real_one_lacks(name):
     used -= {"strategy", "cache"}  # how the emulation remembers what was set
     assert used - own <= set(dir(getattr(real, name)))
     for enum in ("EngineValidity", "ExecutionContextAllocationStrategy", "CudaGraphStrategy",
+                 "DynamicShapesKernelSpecializationStrategy",
                  "EngineInvalidityDiagnostics"):  # fmt: skip
         for member in getattr(TensorRT, enum):
             assert getattr(real, enum).__members__[member.name].value == member.value
@@ -181,7 +186,6 @@ def no_driver():
 @pytest.mark.parametrize(
     ("backend", "module", "message"),
     [
-        ("onnxruntime-rtx", "onnxruntime_ep_nv_tensorrt_rtx", "pip install onnxruntime-ep-nv"),
         ("tensorrt-rtx", "tensorrt_rtx", r"pip install '\.\[tensorrt-rtx\]'"),
         ("tensorrt", "tensorrt", r"pip install '\.\[tensorrt\]'"),
         ("tensorrt-rtx", "onnxruntime", "pip install onnxruntime"),
@@ -193,6 +197,21 @@ def test_a_library_that_is_not_installed(monkeypatch, tmp_path, backend, module,
     result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", backend)
     assert_one_line(result.exit_code, result.stdout, result.stderr, message)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_would_read_garbage_is_refused(tmp_path):
+    """The plugin's parser drops `kv_len` too, and there is no CUDA provider beside it."""
+    result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", "onnxruntime-rtx")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "use tensorrt-rtx")
+
+
+def test_attention_is_kept_from_tensorrts_parser():
+    """Which drops `kv_len`: CUDA computes it, in the same stream. (None has run on a GPU.)"""
+    provider = Provider("TensorrtExecutionProvider", cuda_device(Cuda()))
+    (first, tensorrt), (second, cuda) = provider.chain()
+    assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert tensorrt["trt_op_types_to_exclude"] == "Attention"
+    assert tensorrt["user_compute_stream"] == cuda["user_compute_stream"] == str(emulated.STREAM)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])

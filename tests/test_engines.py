@@ -43,6 +43,7 @@ from packforcing.runtime.engines import (
     record_file,
 )
 from packforcing.runtime.plan import estimates
+from tests.emulated import Cuda
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which builds without a GPU")
 
@@ -193,6 +194,14 @@ def test_a_target_that_lacks_a_number_format_is_refused(target, precision, messa
     config = msgspec.structs.replace(config, precision=Precision(**formats))
     with pytest.raises(ConfigError, match=message):
         engines.check_targets(config, RTX, ["sm89", target])
+
+
+def test_tensorrt_builds_for_the_card_that_cuda_shows_first(monkeypatch):
+    monkeypatch.setattr("packforcing.runtime.device._cuda_runtime", Cuda)
+    config = model_config("wan-1.3b")
+    assert engines.check_targets(config, "tensorrt") == ("sm89",)
+    with pytest.raises(ConfigError, match="GPU of this machine, sm89, and no other"):
+        engines.check_targets(config, "tensorrt", ["sm86"])
 
 
 def test_a_number_format_inside_a_graph_is_found(bundle):

@@ -15,6 +15,7 @@ from packforcing.errors import CheckpointError
 from packforcing.model import Model, load_model, random_model, save_model
 from packforcing.rollout import Past, forget, forward, gather, rope
 from packforcing.rope import block_positions, compressed_positions
+from packforcing.runtime.bundle import contract
 from packforcing.transformer import Transformer, patchify, rotate, unpatchify
 
 
@@ -78,7 +79,26 @@ def test_autoencoder_streams_what_it_computes_at_once(tiny_config, tiny_model):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("strips", (2, 3, 8))
+@pytest.mark.parametrize("block_frames", (3, 4))
+@pytest.mark.parametrize("size", [(64, 64), (80, 112), (96, 64), (112, 144)])
+def test_any_size_of_whole_tokens_works(tiny_config, tiny_model, size, block_frames):
+    """The contract's shapes are the model's, also where 4 does not divide the grid."""
+    height, width = size
+    config = msgspec.structs.replace(
+        tiny_config, height=height, width=width, block_frames=block_frames, vae_strips=5
+    )
+    model = random_model(config)
+    graphs = contract(config)
+    latents, pixels = (torch.rand(spec.shape) for spec in graphs["compressor"].inputs)
+    for found, spec in zip(model.compressor(latents, pixels), graphs["compressor"].outputs):
+        assert found.shape == spec.shape
+    latent, *state = (torch.rand(spec.shape) for spec in graphs["vae_decoder"].inputs)
+    frames, after = model.autoencoder.decode_frame(latent, state)
+    for found, spec in zip((frames, *after), graphs["vae_decoder"].outputs):
+        assert found.shape == spec.shape
+
+
+@pytest.mark.parametrize("strips", (2, 3, 8, 100))
 def test_decoding_in_strips_is_exact(tiny_config, tiny_model, strips):
     whole = tiny_model.autoencoder
     config = msgspec.structs.replace(tiny_config, vae_strips=strips)

@@ -214,7 +214,7 @@ SMALL = with_(TINY, layers=5, policy=Policy(sink=2, mid=3, recent=1))
 
 def rank(config, target, plan):
     """Where a plan stands in the order of what is given up."""
-    for place, candidate in enumerate(plans(config, target)):
+    for place, candidate in enumerate(plans(config, target, 10**15)):
         if candidate.config == plan.config:
             return place, plan.streamed
     raise AssertionError(describe(plan))
@@ -528,6 +528,8 @@ def test_one_plan_in_detail():
         (["nowhere"], "nowhere is not a bundle"),
         (["nowhere", "--model", "demo"], "a bundle has its model"),
         (["--seconds", "nan"], "seconds must be"),
+        (["--seconds", "1e308"], "seconds must be above 0 and at most 86400"),
+        (["--history", "2,1000000000,1", "--budget", "4"], "--history takes at most 1000 blocks"),
     ],
 )
 def test_mistakes_end_in_one_line(arguments, message):

@@ -1,7 +1,8 @@
 """Draws clips and encodes them once: what `train_transformer.py` reads.
 
-Two kinds: long clips (21 latent frames) to learn motion and memory, and short ones (one block
-from an empty past) for the first block of a video, which has no history to lean on. The
+Three kinds: long clips (21 latent frames) to learn motion, tours of the same length to learn
+memory, and short clips (one block from an empty past) for the first block of a video, which has
+no history to lean on. The
 compressor's low branch depends on frozen weights alone, so its tokens are stored instead of
 pixels, for a block starting at any latent frame.
 """
@@ -18,28 +19,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from train_autoencoder import load_autoencoder
-from world import make_clip
+from world import make_clip, make_tour
 
 from packforcing import model_config
 from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.text import encode_words
 
-LENGTHS = {"long": 21, "short": 2}  # latent frames
+KINDS = {"long": (make_clip, 21), "tour": (make_tour, 21), "short": (make_clip, 2)}
 BATCH = 4  # clips encoded together
 
 
 @torch.inference_mode()
-def encode(compressor: Compressor, rng: np.random.Generator, latent_frames: int, clips: int
+def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: int
            ) -> dict[str, Tensor]:  # fmt: skip
-    """Tensors of `clips` new clips of `latent_frames`:
+    """Tensors of `clips` new clips of T latent frames:
 
     latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, P], the low branch of the two
     latent frames from each on; words bool [clips, text_len, text_dim]; cover uint8
     [clips, T, grid rows, grid columns], the subject's share of each token, 0 to 255.
     """
     config = compressor.config
-    drawn = [make_clip(rng, TEMPORAL_FACTOR * latent_frames) for _ in range(clips)]
+    make, latent_frames = KINDS[kind]
+    drawn = [make(rng, TEMPORAL_FACTOR * latent_frames) for _ in range(clips)]
     pixels = torch.from_numpy(np.stack([clip.frames for clip in drawn])).permute(0, 1, 4, 2, 3)
     pixels = pixels.contiguous().float() / 255
     latents = compressor.encode(pixels)
@@ -65,16 +67,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained weights")
     parser.add_argument("--out", type=Path, required=True, help="folder; one file per call")
-    parser.add_argument("--kind", choices=LENGTHS, required=True)
+    parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1, help="other seeds draw other clips")
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # run several with different seeds instead
     compressor = Compressor(model_config("demo"), load_autoencoder(args.autoencoder))
-    rng = np.random.default_rng([args.seed, LENGTHS[args.kind]])
+    rng = np.random.default_rng([args.seed, KINDS[args.kind][1]])
     parts = [
-        encode(compressor, rng, LENGTHS[args.kind], BATCH)
+        encode(compressor, rng, args.kind, BATCH)
         for _ in tqdm(range(0, args.clips, BATCH), desc=args.kind, mininterval=5)
     ]
     args.out.mkdir(parents=True, exist_ok=True)

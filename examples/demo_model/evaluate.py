@@ -9,6 +9,7 @@ import argparse
 import itertools
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import judge
@@ -18,7 +19,7 @@ import team
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from world import make_prompt, random_attributes
+from world import make_prompt, random_attributes, random_tour
 
 from packforcing import model_config
 from packforcing.autoencoder import MemBlock
@@ -31,6 +32,18 @@ from packforcing.text import encode_words
 from packforcing.transformer import KV, unpatchify
 
 PER_BATCH = 10  # prompts rolled out together, per worker
+
+
+class Verdict(NamedTuple):
+    """What the judge says of one video."""
+
+    number: int
+    prompt: str
+    right: dict[str, bool]
+    present: np.ndarray  # bool [T], whether the subject's colour is seen
+    shaped: np.ndarray  # bool [T], whether its shape is
+    returns: list[float]  # loop-closure errors
+    stills: np.ndarray  # uint8 [8, H, W, 3]
 
 
 def rope(config: Config, positions: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -152,7 +165,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
     model = load_model(config, args.weights)
     model.autoencoder.requires_grad_(False)
     rng = np.random.default_rng(args.seed)
-    prompts = [make_prompt(**random_attributes(rng)) for _ in range(args.prompts)]
+    draw = random_tour if args.tours else random_attributes
+    prompts = [make_prompt(**draw(rng)) for _ in range(args.prompts)]
     begun, results = time.monotonic(), []
     for first in range(rank * PER_BATCH, args.prompts, args.workers * PER_BATCH):
         numbers = list(range(first, min(first + PER_BATCH, args.prompts)))
@@ -161,42 +175,55 @@ def work(rank: int, args: argparse.Namespace) -> None:
         for i, video in zip(numbers, videos[:, :frames].numpy()):
             words = set(prompts[i].split())
             seen = judge.judge(video)
+            present, shaped = (
+                np.array([word in words for word in seen[kind]]) for kind in ("colour", "shape")
+            )
             right = judge.matches(prompts[i], video, seen)
-            present = np.array([colour in words for colour in seen["colour"]])
-            results.append((i, prompts[i], right, present, video[:: max(1, frames // 8)][:8]))
+            returns = judge.loop_closure(prompts[i], video)
+            stills = video[:: max(1, frames // 8)][:8]
+            results.append(Verdict(i, prompts[i], right, present, shaped, returns, stills))
     everyone: list = [None] * args.workers
     dist.gather_object(results, everyone if rank == 0 else None)
     if rank == 0:
         report(
-            sorted(itertools.chain(*everyone), key=lambda r: r[0]),
+            sorted(itertools.chain(*everyone), key=lambda r: r.number),
             config,
             args,
             time.monotonic() - begun,
         )
 
 
-def report(results: list, config: Config, args: argparse.Namespace, seconds: float) -> None:
+def report(
+    results: list[Verdict], config: Config, args: argparse.Namespace, seconds: float
+) -> None:
     """Prints the shares of videos that are right and draws the first 24 as a sheet."""
     steps = f"{config.sampler}, {len(config.timesteps)} steps, shift {config.shift}"
-    shares = {kind: np.mean([r[2][kind] for r in results])
+    shares = {kind: np.mean([r.right[kind] for r in results])
               for kind in ("colour", "ground", "both", "shape")}  # fmt: skip
     print(f"{args.weights.name}, {len(results)} prompts, {args.seconds} s, {steps}: "
           + ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
           + f" ({seconds:.0f} s)")  # fmt: skip
-    present = np.stack([r[3] for r in results]).mean(0)
+    print(f"frames with the right shape: {np.mean([r.shaped for r in results]):.3f}")
+    if args.tours:
+        errors = [error for r in results for error in r.returns]
+        mean = f"{np.mean(errors):.3f}" if errors else "unknown"
+        print(f"{len(errors)} returns in {sum(bool(r.returns) for r in results)} of the tours, "
+              f"loop-closure error {mean}")  # fmt: skip
+    present = np.stack([r.present for r in results]).mean(0)
     half = config.fps // 2
     halves = [present[i : i + half].mean() for i in range(0, len(present), half)]
     print("subject colour seen, by half second: " + " ".join(f"{share:.2f}" for share in halves))
     if args.list:
-        for _, prompt, right, _, _ in results:
-            print(" ".join(f"{kind}:{'yes' if ok else 'NO'}" for kind, ok in right.items()), prompt)
+        for r in results:
+            verdicts = (f"{kind}:{'yes' if ok else 'NO'}" for kind, ok in r.right.items())
+            print(" ".join(verdicts), r.prompt)
     if args.sheet:
         rows = []
-        for _, prompt, right, _, frames in results[:24]:
-            row = np.pad(np.concatenate(list(frames), 1), ((16, 0), (0, 0), (0, 0)))
-            wrong = " ".join(kind for kind, ok in right.items() if not ok)
-            label = f"{prompt}  {f'wrong: {wrong}' if wrong else ''}"
-            ink = (255, 120, 120) if not right["both"] else (255, 255, 255)
+        for r in results[:24]:
+            row = np.pad(np.concatenate(list(r.stills), 1), ((16, 0), (0, 0), (0, 0)))
+            wrong = " ".join(kind for kind, ok in r.right.items() if not ok)
+            label = f"{r.prompt}  {f'wrong: {wrong}' if wrong else ''}"
+            ink = (255, 120, 120) if not r.right["both"] else (255, 255, 255)
             cv2.putText(row, label, (4, 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, ink, 1, cv2.LINE_AA)
             rows.append(row)
         if len(rows) > 12:
@@ -213,6 +240,7 @@ def main() -> None:
     parser.add_argument("--timesteps", type=float, nargs="+", help="instead of the preset's")
     parser.add_argument("--shift", type=float, help="instead of the preset's")
     parser.add_argument("--sampler", choices=("euler", "renoise"), help="instead of the preset's")
+    parser.add_argument("--tours", action="store_true", help="prompts of tours; loop closure")
     parser.add_argument("--sheet", type=Path, help="PNG of the first 24 videos, 8 frames each")
     parser.add_argument("--list", action="store_true", help="print the verdict of each prompt")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes")

@@ -19,20 +19,21 @@ from optim import Muon, make_optimisers, rate_factor, set_rate
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from world import SIZE, make_clip
+from world import SIZE, make_clip, make_tour
 
 from packforcing import model_config
 from packforcing.autoencoder import MemBlock, TinyAutoencoder
 
 FRAMES = 12  # per clip: three latent frames
 CROP = 64  # pixels
+TOURS = 0.3  # share of the clips
 
 
 def draw_batch(rng: np.random.Generator, clips: int, crop: int, frames: int = FRAMES) -> Tensor:
     """Clips as float32 [clips, frames, 3, crop, crop] in 0..1, cropped about the subject."""
     batch = []
     for _ in range(clips):
-        clip = make_clip(rng, frames)
+        clip = (make_tour if rng.random() < TOURS else make_clip)(rng, frames)
         ys, xs = np.nonzero(clip.masks[frames // 2])
         corner = np.array([ys.mean(), xs.mean()]) - crop / 2 + rng.uniform(-crop, crop, 2) * 0.5
         y, x = np.clip(np.rint(corner), 0, SIZE - crop).astype(int)

@@ -9,7 +9,10 @@ noised blocks; the compressor learns through what they read.
 Each step also trains blocks without any history: a rollout begins with one, and a subject that
 is missing there stays missing. For the same reason tokens that the subject covers weigh more,
 and the history is noised, at times strongly, or another clip's, so that the prompt stays worth
-reading.
+reading. A share of the clips are tours, which only memory continues rightly.
+
+The schedule counts minutes of computing, not of the clock: a busy machine takes longer and trains
+the same.
 """
 
 from __future__ import annotations
@@ -35,6 +38,9 @@ from packforcing.config import Config
 from packforcing.model import Model, save_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.transformer import Transformer, patchify, rotate
+
+OUTLINE = (0.4, 0.85)  # noise levels: above, a subject is a blob; below, its outline is seen
+KEEP = 0.998  # of the weights' average, per step
 
 
 @dataclass
@@ -148,12 +154,12 @@ def lone_flow(model: Model, noisy: Tensor, sigma: Tensor, text: Tensor, rope) ->
 
 
 class Data:
-    """The encoded clips of a folder, by kind ("short", "long")."""
+    """The encoded clips of a folder, by kind ("short", "long", "tour")."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.config = config
         self.clips: dict[str, dict[str, Tensor]] = {}
-        for kind in ("short", "long"):
+        for kind in ("short", "long", "tour"):
             files = sorted(folder.glob(f"{kind}*.safetensors"))
             if not files:
                 raise SystemExit(f"no {kind}*.safetensors in {folder}: run encode_dataset.py first")
@@ -178,9 +184,12 @@ class Data:
 
 
 def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:
-    """Noise levels as the sampler meets them: shifted up, and one in twelve pure noise."""
+    """Noise levels: half as the sampler meets them, shifted up, half where the outline of the
+    subject is decided, and one in twelve pure noise."""
     s = torch.rand(shape)
     sigma = shift * s / (1 + (shift - 1) * s)
+    low, high = OUTLINE
+    sigma = torch.where(torch.rand(shape) < 0.5, sigma, low + (high - low) * torch.rand(shape))
     return torch.where(torch.rand(shape) < 1 / 12, torch.ones(()), sigma)
 
 
@@ -242,9 +251,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
     length, clock = args.minutes * 60, torch.zeros(1)
     bar = tqdm(total=round(length), initial=round(seconds), unit="s", mininterval=20,
                disable=rank > 0)  # fmt: skip
-    last_save, shown = seconds, {"clip": 0.0, "lone": 0.0}
+    last_save, shown = seconds, dict[str, float]()
     while seconds < length:
-        begun = time.monotonic()
+        begun = time.process_time()
         done = seconds / length
         set_rate(optimisers, rate_factor(done, decay=args.decay))
         rng = np.random.default_rng([args.seed, step, rank])
@@ -262,16 +271,18 @@ def train(rank: int, args: argparse.Namespace) -> None:
         flow = lone_flow(model, noisy, sigma, text, first_rope)
         lone = weighted_error(flow, noise - x0, cover[:, 0], args.subject_weight)
         loss = lone
-        shown["lone"] = 0.98 * shown["lone"] + 0.02 * lone.item()
+        shown["lone"] = 0.98 * shown.get("lone", lone.item()) + 0.02 * lone.item()
 
         if with_clips:
             loss = lone * args.lone_share
             key = int(rng.choice([1, 1, 2])), int(rng.choice([1, 2, 2, 3]))
             if key not in layouts:
-                layouts[key] = Layout.make(config, args.blocks, 1, *key)
-            latents, low, text, cover = data.draw(rng, "long", args.clips, args.blocks)
+                layouts[key] = Layout.make(config, args.blocks, args.copies, *key)
+            kind = "tour" if rng.random() < args.tours else "long"
+            latents, low, text, cover = data.draw(rng, kind, args.clips, args.blocks)
             x0 = patchify(latents.flatten(0, 1), config.patch)
-            x0 = x0.unflatten(0, latents.shape[:2])[:, :, None]
+            x0 = x0.unflatten(0, latents.shape[:2])[:, :, None].expand(-1, -1, args.copies, -1, -1)
+            cover = cover[:, :, None].expand(-1, -1, args.copies, -1)
             noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3], args.shift)
             noisy = torch.lerp(x0, noise, sigma[..., None, None])
             harm = torch.from_numpy(  # how noisy the history is, per clip
@@ -284,9 +295,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
             clean = torch.lerp(latents, torch.randn_like(latents), harm.view(-1, 1, 1, 1, 1, 1))
             low = torch.lerp(low, torch.randn_like(low), harm.view(-1, 1, 1, 1))
             flow = clip_flow(model, layouts[key], clean, low, noisy, sigma, text)
-            error = weighted_error(flow, noise - x0, cover[:, :, None], args.subject_weight)
+            error = weighted_error(flow, noise - x0, cover, args.subject_weight)
             loss = loss + error * (1 - args.lone_share)
-            shown["clip"] = 0.98 * shown["clip"] + 0.02 * error.item()
+            shown["clip"] = 0.98 * shown.get("clip", error.item()) + 0.02 * error.item()
 
         loss.backward()
         team.average_gradients(parts.parameters())
@@ -296,17 +307,17 @@ def train(rank: int, args: argparse.Namespace) -> None:
             optimiser.zero_grad()
         step += 1
         with torch.no_grad():
-            keep = min(0.995, step / (step + 10))
+            keep = min(KEEP, step / (step + 10))
             for name, p in parts.named_parameters():
                 average[name].lerp_(p, 1 - keep)
-        clock.fill_(time.monotonic() - begun)
+        clock.fill_(time.process_time() - begun)
         team.add_up([clock], 1 / args.workers)
         seconds += clock.item()
         bar.update(round(seconds) - bar.n)
         if step % 25 == 0 and rank == 0:
-            print(f"step {step}, {seconds:.0f} s, {clock.item():.2f} s a step: lone "
-                  f"{shown['lone'] / (1 - 0.98**step):.3f}, clip {shown['clip']:.3f}, "
-                  f"gradient {norm:.2f}", flush=True)  # fmt: skip
+            print(f"step {step}, {seconds:.0f} s, {clock.item():.2f} s a step: "
+                  + "".join(f"{name} {value:.3f}, " for name, value in shown.items())
+                  + f"gradient {norm:.2f}", flush=True)  # fmt: skip
         if rank == 0 and (seconds - last_save > args.save * 60 or seconds >= length):
             last_save = seconds
             state = {
@@ -338,8 +349,10 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained weights")
     parser.add_argument("--data", type=Path, required=True, help="folder of encode_dataset.py")
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
-    parser.add_argument("--minutes", type=float, default=50, help="length of the whole run")
+    parser.add_argument("--minutes", type=float, default=50, help="of computing, the whole run")
     parser.add_argument("--clips", type=int, default=2, help="clips per step and worker")
+    parser.add_argument("--copies", type=int, default=2,
+                        help="noised copies of each block of a clip, on one history")  # fmt: skip
     parser.add_argument("--lone", type=int, default=32, help="lone blocks per step and worker")
     parser.add_argument("--lone-share", type=float, default=0.4, help="of the loss")
     parser.add_argument("--lone-first", type=float, default=0.2,
@@ -347,6 +360,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a clip")
     parser.add_argument("--subject-weight", type=float, default=3.0)
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels drawn")
+    parser.add_argument("--tours", type=float, default=0.3, help="share of tours among clips")
     parser.add_argument("--foreign", type=float, default=0.1, help="share of foreign histories")
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's; AdamW's is half")
     parser.add_argument("--decay", type=float, default=0.6, help="share of the run, at the end")

@@ -1,4 +1,8 @@
-"""The demo world: one turning, bouncing subject over a drifting two-tone ground.
+"""The demo world: one turning, bouncing subject over a drifting two-tone ground, or on a tour.
+
+On a tour the camera pans between two places and back, again and again, and the subject travels
+along. Each place has a ground of its own, which the prompt names, and landmarks, which it does
+not: what they look like and where they stand can only be remembered.
 
 Drawn with OpenCV, anti-aliased and sub-pixel, one clip per call and always the same for the
 same generator state. The words are those of `packforcing.text`; nothing here needs torch.
@@ -19,6 +23,10 @@ SPEED = (1.2, 2.4)  # pixels per frame
 TURN = 0.03  # radians per frame, at most
 DRIFT = (0.2, 0.6)  # pixels per frame, the ground's
 PERIOD = 32  # pixels; half a period is as wide as one latent cell, so a pattern survives
+PAN = (5.0, 6.5)  # pixels per frame: 63 to 75 frames there and back, with halts
+HALT = 12  # frames at each place
+LANDMARKS = 2  # at each place
+LANDMARK_RADIUS = (18.0, 24.0)  # pixels
 
 SUBJECT_RGB = {
     "red": (232, 28, 36),
@@ -43,16 +51,22 @@ _SHIFT = 6  # OpenCV's fractional bits
 
 class Clip(NamedTuple):
     """A drawn clip. `frames` is uint8 [T, SIZE, SIZE, 3] in RGB; `masks` is uint8
-    [T, SIZE, SIZE], 255 where the subject is."""
+    [T, SIZE, SIZE], 255 where the subject is; `camera` is float [T], pixels panned from the
+    first place."""
 
     prompt: str
     frames: np.ndarray
     masks: np.ndarray
+    camera: np.ndarray
 
 
-def make_prompt(colour: str, shape: str, ground: str, pattern: str) -> str:
-    """The sentence that names the four: "a red star over navy stripes"."""
+def make_prompt(
+    colour: str, shape: str, ground: str, pattern: str, beyond: str | None = None
+) -> str:
+    """The sentence that names the words: "a red star over navy stripes"; of a tour, whose other
+    ground is `beyond`, "a red star over plain navy and teal"."""
     over = f"plain {ground}" if pattern == "plain" else f"{ground} {pattern}"
+    over += f" and {beyond}" if beyond else ""
     article = "an" if colour[0] in "aeiou" else "a"
     return f"{article} {colour} {shape} over {over}"
 
@@ -63,33 +77,102 @@ def random_attributes(rng: np.random.Generator) -> dict[str, str]:
     return {name: str(pool[rng.integers(len(pool))]) for name, pool in pools.items()}
 
 
+def random_tour(rng: np.random.Generator) -> dict[str, str]:
+    """The words of a tour: plain, and `beyond`, another ground."""
+    words = {**random_attributes(rng), "pattern": "plain"}
+    others = [ground for ground in GROUNDS if ground != words["ground"]]
+    return {**words, "beyond": str(rng.choice(others))}
+
+
 def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
     """Draws a clip; attributes (colour, shape, ground, pattern) not given are drawn by lot."""
     words = {**random_attributes(rng), **fixed}
+    path = _subject_path(rng, frames)
+    drift = rng.uniform(*DRIFT) * rng.choice([-1, 1], 2)
+    offsets = (rng.uniform(0, PERIOD, 2) + drift * np.arange(frames)[:, None]) % PERIOD
+    tones = np.float32(GROUND_RGB[words["ground"]])
+    share = _second_tone(words["pattern"])[..., None]
+    tile = tones[0] * (1 - share) + tones[1] * share
+    pictures, masks = _film(tile, offsets, words, path)
+    return Clip(make_prompt(**words), pictures, masks, np.zeros(frames))
+
+
+def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
+    """Draws a tour; attributes (colour, shape, ground, beyond) not given are drawn by lot."""
+    words = {**random_tour(rng), **fixed}
+    path = _subject_path(rng, frames)
+    names = [words["ground"], words["beyond"]]
+    others = [ground for ground in GROUNDS if ground not in names]
+    scene = np.concatenate([_place(rng, name, others) for name in names], 1)
+    camera = _pan(rng, frames)
+    offsets = np.stack([camera, np.zeros(frames)], 1)
+    pictures, masks = _film(scene, offsets, words, path)
+    return Clip(make_prompt(**words), pictures, masks, camera)
+
+
+class _Path(NamedTuple):
+    """A subject's radius, centres [T, 2] in pixels and angles [T]."""
+
+    radius: float
+    centres: np.ndarray
+    angles: np.ndarray
+
+
+def _subject_path(rng: np.random.Generator, frames: int) -> _Path:
     radius = rng.uniform(*RADIUS)
     heading, speed = rng.uniform(0, 2 * np.pi), rng.uniform(*SPEED)
     start = rng.uniform(radius, SIZE - radius, 2)
     velocity = speed * np.array([np.cos(heading), np.sin(heading)])
-    times = np.arange(frames)[:, None]
-    centres = _bounce(start + velocity * times, radius, SIZE - radius)
-    angles = rng.uniform(0, 2 * np.pi) + rng.uniform(-TURN, TURN) * times[:, 0]
+    times = np.arange(frames)
+    centres = _bounce(start + velocity * times[:, None], radius, SIZE - radius)
+    return _Path(radius, centres, rng.uniform(0, 2 * np.pi) + rng.uniform(-TURN, TURN) * times)
 
-    drift = rng.uniform(*DRIFT) * rng.choice([-1, 1], 2)
-    offsets = (rng.uniform(0, PERIOD, 2) + drift * times) % PERIOD
-    tones = np.float32(GROUND_RGB[words["ground"]])
-    share = _second_tone(words["pattern"])[..., None]
-    tile = tones[0] * (1 - share) + tones[1] * share
+
+def _film(
+    scene: np.ndarray, offsets: np.ndarray, words: dict[str, str], path: _Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and masks of the subject before a scene [H, W, 3], seen from offsets [T, 2] on."""
     ink = np.float32(SUBJECT_RGB[words["colour"]])
-
-    pictures = np.empty((frames, SIZE, SIZE, 3), np.uint8)
-    masks = np.zeros((frames, SIZE, SIZE), np.uint8)
-    for t in range(frames):
-        middle = tuple(float(v) + (SIZE - 1) / 2 for v in offsets[t])
-        ground = cv2.getRectSubPix(tile, (SIZE, SIZE), middle)
-        _draw(masks[t], words["shape"], centres[t], radius, angles[t])
+    pictures = np.empty((len(offsets), SIZE, SIZE, 3), np.uint8)
+    masks = np.zeros((len(offsets), SIZE, SIZE), np.uint8)
+    for t, offset in enumerate(offsets):
+        middle = tuple(float(v) + (SIZE - 1) / 2 for v in offset)
+        ground = cv2.getRectSubPix(scene, (SIZE, SIZE), middle)
+        _draw(masks[t], words["shape"], path.centres[t], path.radius, path.angles[t])
         cover = masks[t][..., None].astype(np.float32) / 255
         pictures[t] = np.rint(ground + cover * (ink - ground))
-    return Clip(make_prompt(**words), pictures, masks)
+    return pictures, masks
+
+
+def _place(rng: np.random.Generator, ground: str, others: list[str]) -> np.ndarray:
+    """A plain ground with landmarks, discs and squares of other grounds' colours that do not
+    touch, float32 [SIZE, SIZE, 3]."""
+    picture = np.full((SIZE, SIZE, 3), GROUND_RGB[ground][0], np.float32)
+    standing: list[tuple[np.ndarray, float]] = []
+    while len(standing) < LANDMARKS:
+        radius = rng.uniform(*LANDMARK_RADIUS)
+        centre = rng.uniform(radius, SIZE - radius, 2)
+        if any(np.hypot(*(centre - c)) < radius + r + 4 for c, r in standing):
+            continue
+        standing.append((centre, radius))
+        mask = np.zeros((SIZE, SIZE), np.uint8)
+        _draw(mask, str(rng.choice(["circle", "square"])), centre, radius, np.pi / 4)
+        cover = mask[..., None].astype(np.float32) / 255
+        picture += cover * (np.float32(GROUND_RGB[str(rng.choice(others))][0]) - picture)
+    return picture
+
+
+def _pan(rng: np.random.Generator, frames: int) -> np.ndarray:
+    """Where the camera stands, [T] in 0..SIZE: halt, pan, halt, pan back.
+
+    It begins with half a halt or more, at either place, so that 5 seconds show a return.
+    """
+    across = SIZE / rng.uniform(*PAN)
+    begin = rng.integers(2) * (HALT + across) + rng.uniform(0, HALT / 2)
+    phase = np.mod(begin + np.arange(frames), 2 * (HALT + across))
+    there = np.clip(phase - HALT, 0, across)
+    back = np.clip(phase - 2 * HALT - across, 0, across)
+    return SIZE * (there - back) / across
 
 
 def _bounce(position: np.ndarray, low: float, high: float) -> np.ndarray:
