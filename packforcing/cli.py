@@ -19,9 +19,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packforcing import __version__
-from packforcing.errors import ConfigError, ExportError, OutputError, PackForcingError
+from packforcing.errors import (
+    ConfigError,
+    ExportError,
+    OutputError,
+    PackForcingError,
+    PromptError,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from packforcing.config import Config, Policy, Precision
     from packforcing.runtime import BlockInfo, Session
     from packforcing.runtime.engines import Length
@@ -166,7 +174,12 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 
 
 @main.command()
-@click.argument("prompt")
+@click.argument("prompt", required=False)
+@click.option(
+    "--embedding",
+    metavar="FILE",
+    help="Render from what encode-prompt made of a prompt, instead of PROMPT.",
+)
 @click.option(
     "--out",
     metavar="PATH",
@@ -198,7 +211,8 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 )
 @_json_option
 def render(
-    prompt: str,
+    prompt: str | None,
+    embedding: str | None,
     out: str,
     bundle: str | None,
     seconds: float,
@@ -211,6 +225,9 @@ def render(
 ) -> None:
     """Render PROMPT as a video.
 
+    The demo model reads its prompt itself; a model that reads UMT5's embeddings is given a FILE of
+    `packforcing encode-prompt` with --embedding.
+
     The video is written while it is made, and appears under its name once it is complete. A
     file that is there already is replaced; a folder must be new or empty.
 
@@ -218,17 +235,27 @@ def render(
     Examples:
       packforcing render "a blue square over sand checks" --out square.mp4 --seconds 60
       packforcing render "a red star" --start photo.jpg --out frames/
+      packforcing render --embedding fox.safetensors --bundle my-bundle --out fox.mp4
     """
+    from packforcing.embeddings import load_embedding
     from packforcing.runtime.video import check_output
 
-    directory, config, chosen = _checked(bundle, prompt, seconds, seed, policy)
+    if prompt is not None and embedding is not None:
+        raise ConfigError("choose one of PROMPT and --embedding")
+    if embedding is not None:
+        asked: str | np.ndarray = load_embedding(embedding).text
+    elif prompt is not None:
+        asked = prompt
+    else:
+        raise click.UsageError("Missing argument 'PROMPT', or --embedding FILE")
+    directory, config, chosen = _checked(bundle, asked, seconds, seed, policy)
     check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
         _rendering(config.frames(seconds), quiet=as_json) as progress,
     ):
-        summary = session.render(prompt, seconds, out, seed, start=clip, on_block=progress)
+        summary = session.render(asked, seconds, out, seed, start=clip, on_block=progress)
     if as_json:
         import msgspec
 
@@ -238,6 +265,59 @@ def render(
     else:
         click.echo(f"{out}: {_speed(summary.frames, config, summary.seconds_total)}")
         _say_training_free(config, chosen or config.policy)
+
+
+@main.command("encode-prompt")
+@click.argument("prompt")
+@click.option(
+    "--encoder",
+    metavar="DIR",
+    required=True,
+    help="Folder of UMT5-XXL for transformers, or of a diffusers Wan that has it in text_encoder.",
+)
+@click.option("--out", metavar="FILE.safetensors", required=True, help="What to write.")
+@_json_option
+def encode_prompt(prompt: str, encoder: str, out: str, as_json: bool) -> None:
+    """Turn PROMPT into an embedding to render from.
+
+    For models that read UMT5's embeddings. The encoder runs on the CPU in bfloat16; UMT5-XXL takes
+    11.4 GB of memory. Nothing is downloaded. Needs `pip install ".[text]"` in the checkout;
+    rendering from the file does not.
+
+    \b
+    Example:
+      packforcing encode-prompt "a fox in the snow" --encoder Wan2.1-T2V-1.3B-Diffusers \\
+        --out fox.safetensors
+    """
+    from packforcing.embeddings import check_target, save_embedding
+
+    check_target(out)
+    try:
+        _say("loading PyTorch ...", as_json)
+        from transformers.utils import logging
+
+        from packforcing.umt5 import encode_umt5
+    except ModuleNotFoundError as error:
+        raise PromptError(
+            f"encoding needs {error.name}, which is not installed: "
+            "pip install '.[text]' in the checkout"
+        ) from error
+    logging.set_verbosity_error()
+    if as_json or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    embedding = encode_umt5(prompt, encoder)
+    save_embedding(out, embedding)
+    tokens, width = embedding.text.shape
+    if as_json:
+        _print_json({
+            "path": out, "prompt": embedding.prompt, "tokens": tokens, "width": width,
+            "encoder": embedding.encoder, "encoder_sha256": embedding.encoder_sha256,
+        })  # fmt: skip
+    else:
+        click.echo(
+            f"{out}: {tokens} tokens of width {width}, "
+            f"by {embedding.encoder} {embedding.encoder_sha256[:12]}"
+        )
 
 
 @main.command()
@@ -872,7 +952,11 @@ def _numbers(text: str, separator: str, option: str, form: str, count: int) -> l
 
 
 def _checked(
-    bundle: str | None, prompt: str, seconds: float, seed: int, policy_name: str | None = None
+    bundle: str | None,
+    prompt: str | np.ndarray,
+    seconds: float,
+    seed: int,
+    policy_name: str | None = None,
 ) -> tuple[Path, Config, Policy | None]:
     """The bundle, its config and the policy asked for, once the request is known to be possible."""
     from packforcing.runtime import demo_bundle

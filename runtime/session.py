@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
+from packforcing.embeddings import pad_embedding
 from packforcing.errors import BackendError, ConfigError
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
@@ -49,9 +50,12 @@ class RenderSummary:
     archive_bytes: int
 
 
-def check_request(config: Config, prompt: str, seconds: float, seed: int) -> np.ndarray:
-    """The prompt's embedding, float32 [1, T, text_dim], if a video like this can be made.
+def check_request(
+    config: Config, prompt: str | np.ndarray, seconds: float, seed: int
+) -> np.ndarray:
+    """The prompt's embedding, float32 [1, text_len, text_dim], if a video like this can be made.
 
+    prompt: words, where the model has its encoder with it, or an embedding, float [T, text_dim].
     Needs no graph, so it can come before a session is opened. Raises `PromptError` and
     `ConfigError`.
     """
@@ -62,7 +66,9 @@ def check_request(config: Config, prompt: str, seconds: float, seed: int) -> np.
         )
     if not 0 <= operator.index(seed) < 2**64:
         raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
-    return encode_words(prompt, config)
+    if isinstance(prompt, str):
+        return encode_words(prompt, config)
+    return pad_embedding(prompt, config)
 
 
 class Session:
@@ -121,7 +127,7 @@ class Session:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | np.ndarray,
         seconds: float,
         seed: int = 0,
         *,
@@ -131,9 +137,12 @@ class Session:
         """Frames of a video as they are made, uint8 [n, H, W, 3] per block, RGB.
 
         Exactly round(seconds x fps) frames come out; the first block is shorter by the frames
-        that stand for time before the video. start: an image or a clip, uint8 [H, W, 3] or
-        [T, H, W, 3], that the video begins with (encoded, committed, not generated); whole
-        blocks of it are used, a shorter one holds its last frame.
+        that stand for time before the video.
+
+        prompt: words, or for any model an embedding, float [T, text_dim], like
+        `packforcing.embeddings.load_embedding` reads. start: an image or a clip, uint8
+        [H, W, 3] or [T, H, W, 3], that the video begins with (encoded, committed, not
+        generated); whole blocks of it are used, a shorter one holds its last frame.
 
         Arguments are checked here and now, the work is done while iterating. Raises
         `PromptError` and `ConfigError`.
@@ -147,7 +156,7 @@ class Session:
 
     def render(
         self,
-        prompt: str,
+        prompt: str | np.ndarray,
         seconds: float,
         path: str | Path,
         seed: int = 0,

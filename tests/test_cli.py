@@ -172,7 +172,9 @@ def test_no_command_shows_the_help():
     assert result.stdout == run("--help").stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "render", "export", "inspect", "import-checkpoint"])
+@pytest.mark.parametrize(
+    "command", ["demo", "render", "encode-prompt", "export", "inspect", "import-checkpoint"]
+)
 def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0

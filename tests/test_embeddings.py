@@ -1,0 +1,354 @@
+"""A video from a prompt embedding, and embeddings from UMT5: against torch and transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from packforcing import Config
+from packforcing.cli import main
+from packforcing.config import model_config
+from packforcing.embeddings import Embedding, load_embedding, pad_embedding, save_embedding
+from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
+from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.session import check_request
+from packforcing.text import encode_words
+
+PROMPT = "a red star over navy stripes"
+LONGEST = 512  # tokens that Wan reads
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def assert_refused(result: Result, message: str) -> None:
+    assert result.exit_code == 2 and result.stdout == "", result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+
+
+def words(config: Config) -> np.ndarray:
+    """The rows that the words encoder makes of PROMPT, without the zero ones."""
+    rows = encode_words(PROMPT, config)[0]
+    return rows[: np.flatnonzero(rows.any(1))[-1] + 1]
+
+
+# The file
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_file_of_every_format_is_read_as_torch_reads_it(tmp_path, dtype):
+    rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    save_file({"text": rows}, tmp_path / "a.safetensors", {"prompt": "ein Füchslein"})
+    read = load_embedding(tmp_path / "a.safetensors")
+    assert read.text.dtype == np.float32
+    np.testing.assert_array_equal(read.text, rows.float().numpy())
+    assert (read.prompt, read.encoder) == ("ein Füchslein", "")
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    saved = Embedding(np.eye(3, 5, dtype=np.float32), "a fox 🦊", "umt5", "ab" * 32)
+    save_embedding(tmp_path / "a.safetensors", saved)
+    read = load_embedding(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(read.text, saved.text)
+    assert (read.prompt, read.encoder, read.encoder_sha256) == ("a fox 🦊", "umt5", "ab" * 32)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_file_that_holds_no_embedding_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(PromptError, match=r"cannot read an embedding from .*a\.safetensors"):
+        load_embedding(path)
+    save_file({"image": torch.zeros(2, 2)}, path)
+    with pytest.raises(PromptError, match=r"no tensor 'text'.*encode-prompt"):
+        load_embedding(path)
+    save_file({"text": torch.zeros(2, 2, dtype=torch.int32)}, path)
+    with pytest.raises(PromptError, match="is I32, not F32, F16, BF16"):
+        load_embedding(path)
+    save_file({"text": torch.zeros(20, 20)}, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PromptError, match="cannot read an embedding"):
+        load_embedding(path)
+    path.write_bytes(b"\x80\x04}." * 9)  # a pickle, say
+    with pytest.raises(PromptError, match="cannot read an embedding"):
+        load_embedding(path)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "missing/a.safetensors", "taken.safetensors"])
+def test_an_embedding_goes_only_where_a_file_can_stand(tmp_path, name):
+    (tmp_path / "taken.safetensors").mkdir()
+    with pytest.raises(OutputError):
+        save_embedding(tmp_path / name, Embedding(np.ones((1, 2), np.float32), "", "", ""))
+    assert [file.name for file in tmp_path.rglob("*")] == ["taken.safetensors"]
+
+
+# What a model reads
+
+
+def test_rows_beyond_the_prompt_are_zero(tiny_config):
+    rows = np.arange(1, 45, dtype=np.float16).reshape(2, 22)
+    padded = pad_embedding(rows, tiny_config)
+    assert padded.shape == (1, tiny_config.text_len, 22) and padded.dtype == np.float32
+    np.testing.assert_array_equal(padded[0, :2], rows)
+    assert not padded[0, 2:].any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (np.zeros((2, 21), np.float32), r"float \[T, 22\] with T from 1 to 6; .* \[2, 21\]"),
+        (np.zeros((7, 22), np.float32), r"\[7, 22\]"),
+        (np.zeros((0, 22), np.float32), r"\[0, 22\]"),
+        (np.zeros((1, 2, 22), np.float32), r"\[1, 2, 22\]"),
+        (np.zeros((2, 22), np.int64), "int64"),
+        (np.full((2, 22), np.nan, np.float32), "not finite"),
+        (np.full((2, 22), 1e300), "not finite"),  # beyond float32
+    ],
+)
+def test_rows_that_a_model_cannot_read_are_refused(tiny_config, rows, message):
+    with pytest.raises(PromptError, match=message):
+        check_request(tiny_config, rows, 1.0, 0)
+
+
+def test_a_model_of_umt5_asks_for_the_prompt_to_be_encoded():
+    with pytest.raises(PromptError, match=r"umt5-xxl.*'packforcing encode-prompt'.*--embedding"):
+        check_request(model_config("wan-1.3b"), PROMPT, 1.0, 0)
+
+
+def test_an_embedding_renders_the_video_of_its_prompt():
+    with Session.open(demo_bundle()) as session:
+        rows = words(session.config)
+        asked = [
+            np.concatenate(list(islice(session.stream(prompt, 4.0, 3), 2)))
+            for prompt in (PROMPT, rows, rows[:1])
+        ]
+    np.testing.assert_array_equal(asked[0], asked[1])
+    assert (asked[0] != asked[2]).any()
+
+
+def test_a_bundle_of_a_umt5_model_renders_from_a_file(tmp_path):
+    bundle, file = tmp_path / "bundle", tmp_path / "a.safetensors"
+    shutil.copytree(demo_bundle(), bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["config"]["text_encoder"] = "umt5-xxl"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    config = model_config("demo")
+    save_embedding(file, Embedding(words(config), PROMPT, "umt5", ""))
+    options = "--bundle", bundle, "--seconds", 1, "--out", tmp_path / "a.mkv"
+    assert_refused(run("render", PROMPT, *options), "encode-prompt")
+    assert_refused(run("render", PROMPT, "--embedding", file, *options), "choose one of PROMPT")
+    assert_refused(run("render", *options), "Missing argument 'PROMPT', or --embedding FILE")
+    assert_refused(run("render", "--embedding", "no.safetensors", *options), "cannot read")
+    assert not (tmp_path / "a.mkv").exists()
+    result = run("render", "--embedding", file, "--json", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["frames"] == config.fps and (tmp_path / "a.mkv").is_file()
+
+
+def test_reading_an_embedding_takes_no_torch(tmp_path):
+    save_file({"text": torch.ones(2, 3).bfloat16()}, tmp_path / "a.safetensors")
+    program = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from packforcing.embeddings import load_embedding
+print(load_embedding({str(tmp_path / "a.safetensors")!r}).text.sum())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout == "6.0\n", result.stderr
+
+
+# The encoder
+
+
+@pytest.fixture(scope="module")
+def saved_umt5(tmp_path_factory) -> Path:
+    """A random UMT5 of two layers and a tokenizer of letters, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("ftfy")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    folder = tmp_path_factory.mktemp("umt5")
+    letters = [(letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz&'"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *letters, ("▁fox", -1.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(
+        vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    transformers.UMT5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def umt5(saved_umt5, tmp_path) -> Path:
+    """The same, to damage."""
+    return Path(shutil.copytree(saved_umt5, tmp_path / "umt5"))
+
+
+def wan_rows(folder: Path, prompt: str) -> np.ndarray:
+    """All 512 rows as Wan makes them: padded, masked in the encoder, zeroed after it."""
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read = tokenizer(prompt, padding="max_length", max_length=LONGEST, return_tensors="pt")
+    with torch.no_grad():
+        rows = UMT5EncoderModel.from_pretrained(folder).eval()(**read).last_hidden_state
+    return (rows * read.attention_mask[..., None])[0].numpy()
+
+
+def test_the_encoder_gives_wans_rows(umt5):
+    from packforcing.umt5 import encode_umt5
+
+    made = encode_umt5("  the fox\n runs &amp;amp; a fox\u2019s ", umt5, torch.float32)
+    wanted = wan_rows(umt5, "the fox runs & a fox's")
+    assert made.prompt == "the fox runs & a fox's"
+    tokens = len(made.text)
+    assert 10 < tokens < 40 and wanted[tokens - 1].any() and not wanted[tokens:].any()
+    np.testing.assert_allclose(made.text, wanted[:tokens], rtol=0, atol=1e-4)
+
+
+def test_encode_prompt_writes_what_the_encoder_says_in_bfloat16(umt5, tmp_path):
+    out = tmp_path / "fox.safetensors"
+    result = run("encode-prompt", "a fox", "--encoder", umt5, "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    said, read = json.loads(result.stdout), load_embedding(out)
+    assert said["tokens"] == len(read.text) == 4 and said["width"] == 32  # ▁ a ▁fox </s>
+    assert (read.prompt, read.encoder) == ("a fox", "umt5")
+    assert len(read.encoder_sha256) == 64 and said["encoder_sha256"] == read.encoder_sha256
+    exact = torch.from_numpy(read.text)
+    assert torch.equal(exact.bfloat16().float(), exact)
+    np.testing.assert_allclose(read.text, wan_rows(umt5, "a fox")[:4], rtol=0, atol=0.05)
+
+
+def test_the_layout_of_diffusers_gives_the_same(umt5, tmp_path):
+    from packforcing.umt5 import encode_umt5
+
+    wan = tmp_path / "wan"
+    shutil.copytree(umt5, wan / "text_encoder", ignore=shutil.ignore_patterns("tokenizer*"))
+    (wan / "tokenizer").mkdir()
+    for file in umt5.glob("tokenizer*"):
+        shutil.copy(file, wan / "tokenizer")
+    one, other = encode_umt5("a fox", umt5), encode_umt5("a fox", wan)
+    np.testing.assert_array_equal(one.text, other.text)
+    assert one.encoder_sha256 == other.encoder_sha256
+
+
+def test_a_sharded_encoder_gives_the_same_and_needs_every_shard(umt5):
+    from transformers import UMT5EncoderModel
+
+    from packforcing.umt5 import encode_umt5
+
+    whole = encode_umt5("a fox", umt5)
+    model = UMT5EncoderModel.from_pretrained(umt5)
+    (umt5 / "model.safetensors").unlink()
+    model.save_pretrained(umt5, max_shard_size="20KB")
+    shards = sorted(umt5.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    np.testing.assert_array_equal(encode_umt5("a fox", umt5).text, whole.text)
+    shards[-1].unlink()
+    with pytest.raises(CheckpointError, match=shards[-1].name):
+        encode_umt5("a fox", umt5)
+
+
+def test_the_memory_that_help_names_is_that_of_umt5_xxl():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.UMT5Config(
+        vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.UMT5EncoderModel(config)
+    count = sum(tensor.numel() for tensor in model.parameters())
+    assert count == 5_680_910_336  # Wan's
+    assert f"{2 * count / 1e9:.1f} GB" in run("encode-prompt", "--help").output
+
+
+def test_other_weights_have_another_hash(umt5):
+    from packforcing.umt5 import encode_umt5
+
+    before = encode_umt5("a fox", umt5).encoder_sha256
+    tensors = load_file(umt5 / "model.safetensors")
+    tensors["encoder.final_layer_norm.weight"][0] += 1
+    save_file(tensors, umt5 / "model.safetensors", {"format": "pt"})
+    assert encode_umt5("a fox", umt5).encoder_sha256 != before
+
+
+@pytest.mark.parametrize(("prompt", "message"), [(" \n", "is empty"), ("fox " * 512, "513 tokens")])
+def test_a_prompt_that_umt5_cannot_read_is_refused(umt5, prompt, message):
+    from packforcing.umt5 import encode_umt5
+
+    with pytest.raises(PromptError, match=message):
+        encode_umt5(prompt, umt5)
+
+
+def test_damaged_encoders_are_refused(umt5, tmp_path):
+    from packforcing.umt5 import encode_umt5
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            encode_umt5("a fox", umt5)
+
+    weights, config = umt5 / "model.safetensors", umt5 / "config.json"
+    tensors, settings = load_file(weights), config.read_text()
+    lacking = {name: tensor for name, tensor in tensors.items() if "layer.1" not in name}
+    save_file(lacking, weights, {"format": "pt"})
+    refused("lack 8 of the encoder's: encoder.block.0.layer.1")
+    save_file(tensors, weights, {"format": "pt"})
+    weights.write_bytes(weights.read_bytes()[:-1])
+    refused("cannot read weights from")
+    weights.rename(umt5 / "model.bin")
+    refused("holds no safetensors weights")
+    save_file(tensors, weights, {"format": "pt"})
+    config.write_text(settings.replace('"d_ff": 48', '"d_ff": 64'))
+    refused("cannot read the encoder in")
+    config.write_text(settings.replace('"umt5"', '"t5"'))
+    refused("of kind 't5', not umt5")
+    config.write_text(settings[:9])
+    refused("config.json is missing or damaged")
+    config.write_text(settings)
+    (umt5 / "tokenizer.json").write_text("{")
+    refused("cannot read a tokenizer from")
+
+
+def test_memory_is_checked_before_the_encoder_is_read(umt5, monkeypatch):
+    from packforcing import umt5 as module
+
+    size = 2 * sum(tensor.numel() for tensor in load_file(umt5 / "model.safetensors").values())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+    module.encode_umt5("a fox", umt5)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size - 1))
+    monkeypatch.setattr(module, "_model", None)
+    with pytest.raises(ConfigError, match="close other programs"):
+        module.encode_umt5("a fox", umt5)
+
+
+def test_encode_prompt_explains_mistakes(tmp_path):
+    options = "--out", tmp_path / "a.safetensors", "--encoder", tmp_path
+    assert_refused(
+        run("encode-prompt", "a", *options[:1], tmp_path / "a.npy", *options[2:]), "NAME.s"
+    )
+    pytest.importorskip("transformers")
+    pytest.importorskip("ftfy")
+    assert_refused(run("encode-prompt", "a", *options), "is no encoder")
+    assert not any(tmp_path.iterdir())
