@@ -1,8 +1,7 @@
 """Draws clips and encodes them once: what `train_transformer.py` reads.
 
-Three kinds: long clips (21 latent frames) to learn motion, tours of the same length to learn
-memory, and short clips (one block from an empty past) for the first block of a video, which has
-no history to lean on. The
+Long clips and tours (21 latent frames) teach motion and memory; short ones (one block from an
+empty past) teach the first block of a video, which has no history to lean on. The
 compressor's low branch depends on frozen weights alone, so its tokens are stored instead of
 pixels, for a block starting at any latent frame.
 """
@@ -26,7 +25,12 @@ from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.text import encode_words
 
-KINDS = {"long": (make_clip, 21), "tour": (make_tour, 21), "short": (make_clip, 2)}
+KINDS = {  # who draws them, latent frames
+    "long": (make_clip, 21),
+    "tour": (make_tour, 21),
+    "short": (make_clip, 2),
+    "short-tour": (make_tour, 2),
+}
 BATCH = 4  # clips encoded together
 
 

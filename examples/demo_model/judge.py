@@ -22,6 +22,7 @@ from packforcing.text import COLOURS, GROUNDS, SHAPES
 MIN_AREA = 350  # pixels; the smallest subject drawn covers 480
 FPS = 16
 ELSEWHERE = 0.02  # share of the other place's ground up to which a frame shows one place alone
+MOST = 0.4  # share of its own ground from which it is seen to be there: landmarks hide some
 EDGE = 5  # pixels
 STAY = 4  # frames; a halt is `world.HALT` long
 _PALETTE = np.float32(
@@ -79,7 +80,8 @@ def visits(prompt: str, frames: np.ndarray) -> list[Visit]:
     nearest = _NEAREST[tuple(np.moveaxis(frames >> 3, -1, 0))].astype(np.int8)
     ground = np.where(nearest < len(COLOURS), -1, (nearest - len(COLOURS)) // 2)
     shares = np.stack([(ground == GROUNDS.index(name)).mean((1, 2)) for name in places], 1)
-    alone = np.sort(shares, 1)[:, -2] <= ELSEWHERE
+    ranked = np.sort(shares, 1)
+    alone = (ranked[:, -2] <= ELSEWHERE) & (ranked[:, -1] >= MOST)
     where = np.where(alone, shares.argmax(1), -1)
     edges = [0, *(np.flatnonzero(np.diff(where)) + 1), len(where)]
     found = []
@@ -109,13 +111,14 @@ def view_error(before: Visit, after: Visit) -> float:
 
 
 def loop_closure(prompt: str, frames: np.ndarray) -> list[float]:
-    """`view_error` of every return to a place against its first visit, in order."""
+    """`view_error` of every return to a place, from another, against its first visit, in order."""
     first: dict[str, Visit] = {}
-    errors = []
+    errors, here = [], None
     for visit in visits(prompt, frames):
         before = first.setdefault(visit.place, visit)
-        if before is not visit:
+        if before is not visit and visit.place != here:
             errors.append(view_error(before, visit))
+        here = visit.place
     return errors
 
 

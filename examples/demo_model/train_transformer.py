@@ -26,6 +26,7 @@ import numpy as np
 import team
 import torch
 import torch.nn.functional as F
+from encode_dataset import KINDS
 from optim import Muon, make_optimisers, rate_factor, set_rate
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -154,15 +155,17 @@ def lone_flow(model: Model, noisy: Tensor, sigma: Tensor, text: Tensor, rope) ->
 
 
 class Data:
-    """The encoded clips of a folder, by kind ("short", "long", "tour")."""
+    """The encoded clips of a folder, by kind."""
 
     def __init__(self, folder: Path, config: Config) -> None:
         self.config = config
         self.clips: dict[str, dict[str, Tensor]] = {}
-        for kind in ("short", "long", "tour"):
-            files = sorted(folder.glob(f"{kind}*.safetensors"))
+        for kind in KINDS:
+            files = sorted(folder.glob(f"{kind}-[0-9]*.safetensors"))
             if not files:
-                raise SystemExit(f"no {kind}*.safetensors in {folder}: run encode_dataset.py first")
+                raise SystemExit(
+                    f"no {kind}-*.safetensors in {folder}: run encode_dataset.py first"
+                )
             parts = [load_file(file) for file in files]
             self.clips[kind] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
@@ -263,8 +266,14 @@ def train(rank: int, args: argparse.Namespace) -> None:
         loss = torch.zeros(())
 
         fresh = count // 3  # true first blocks; the rest are taken from anywhere in a clip
-        halves = [data.draw(rng, "short", fresh, 1), data.draw(rng, "long", count - fresh, 1)]
-        latents, _, text, cover = (torch.cat(pair) for pair in zip(*halves))
+        tours = round(args.tours * fresh), round(args.tours * (count - fresh))
+        drawn = [
+            data.draw(rng, "short", fresh - tours[0], 1),
+            data.draw(rng, "short-tour", tours[0], 1),
+            data.draw(rng, "long", count - fresh - tours[1], 1),
+            data.draw(rng, "tour", tours[1], 1),
+        ]
+        latents, _, text, cover = (torch.cat(parts) for parts in zip(*drawn))
         x0 = patchify(latents.flatten(0, 1), config.patch)
         noise, sigma = torch.randn_like(x0), draw_sigma((count,), args.shift)
         noisy = torch.lerp(x0, noise, sigma[:, None, None])
@@ -360,7 +369,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a clip")
     parser.add_argument("--subject-weight", type=float, default=3.0)
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels drawn")
-    parser.add_argument("--tours", type=float, default=0.3, help="share of tours among clips")
+    parser.add_argument("--tours", type=float, default=0.3, help="share of tours")
     parser.add_argument("--foreign", type=float, default=0.1, help="share of foreign histories")
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's; AdamW's is half")
     parser.add_argument("--decay", type=float, default=0.6, help="share of the run, at the end")
