@@ -55,7 +55,7 @@ def test_sixty_blocks_of_demo_video_stay_with_the_reference(model):
         run.select = lambda block, _: np.array(expected[min(block + 1, 59)].read, int)
         for block in expected:
             run.next_block()
-            error = np.square(run.buffers.pixels[0] - block.frames.numpy()).mean()
+            error = np.square(run.buffers.pixels.host[0] - block.frames.numpy()).mean()
             assert error < 1e-4, f"block {block.index}: {-10 * np.log10(error):.1f} dB"
 
 
