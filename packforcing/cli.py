@@ -207,7 +207,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     default="onnxruntime",
     show_default=True,
     help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt, "
-    "onnxruntime-cuda or onnxruntime-tensorrt.",
+    "onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx.",
 )
 @_json_option
 def render(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,15 @@ from packforcing.errors import BackendError, BundleError
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GraphSpec, Manifest, check_files, contract, graph_file
 from packforcing.runtime.device import CudaDevice, HostDevice
+from packforcing.runtime.engines import shapes
 from packforcing.runtime.estimate import CARD
+from packforcing.runtime.masked import with_mask
 from packforcing.runtime.plan import memory
 
 PROVIDERS = {
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+    "onnxruntime-rtx": "NvTensorRTRTXExecutionProvider",
 }
 ENGINES = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", *PROVIDERS, *ENGINES)
@@ -62,18 +65,14 @@ def open_backend(
     config: the manifest's, with the policy to run. threads: of each graph on the CPU, all cores
     by default. Raises `BackendError` and `BundleError`.
     """
-    if name == "onnxruntime-rtx":
-        raise BackendError(
-            "onnxruntime-rtx would read context that was never written: the plugin drops the "
-            "length that attention is given, without an error; use tensorrt-rtx"
-        )
     if name not in BACKENDS:
         raise BackendError(f"unknown backend '{name}'; known backends: {', '.join(BACKENDS)}")
     specs = contract(config)
     _onnxruntime()  # needed in any case, for what stays on the host
 
     def load(graph: str, provider: Provider | None = None) -> Graph:
-        return Graph(directory / graph_file(graph), specs[graph], threads, provider)
+        calls = list(shapes(config, graph).values()) if provider else []
+        return Graph(directory / graph_file(graph), specs[graph], threads, provider, calls)
 
     if name in ENGINES:
         from packforcing.runtime.tensorrt import Engines
@@ -82,7 +81,9 @@ def open_backend(
         engines = Engines(name, directory, config)
         device, close = engines.device, engines.close
     else:
-        device, provider = _provider(name, directory, manifest.config)
+        # the plugin fixes its shapes when it loads; the others take a history as long as a video
+        sized = config if name == "onnxruntime-rtx" else manifest.config
+        device, provider = _provider(name, directory, sized)
         close = device.close
     try:
         check_files(directory, manifest)
@@ -99,10 +100,18 @@ def open_backend(
 
 
 class Graph:
-    """A graph in ONNX Runtime: on the CPU, or on the device of a provider."""
+    """A graph in ONNX Runtime: on the CPU, or on the device of a provider.
+
+    calls: for a provider, the sizes of the axes that the graph leaves open, in each of its uses.
+    """
 
     def __init__(
-        self, path: Path, spec: GraphSpec, threads: int | None, provider: Provider | None = None
+        self,
+        path: Path,
+        spec: GraphSpec,
+        threads: int | None,
+        provider: Provider | None = None,
+        calls: Sequence[Mapping[str, int]] = (),
     ) -> None:
         ort = _onnxruntime()
         cores = os.cpu_count() or 1
@@ -111,14 +120,16 @@ class Graph:
         options.log_severity_level = 3
         # graphs take turns: one must not spin on the cores that the next one needs
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        providers: list[Any] = ["CPUExecutionProvider"]
+        where: dict[str, Any] = {"providers": ["CPUExecutionProvider"]}
+        model: Path | bytes = path
         if provider:
             # what the provider cannot run is an error, not something for the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            providers = provider.chain()
+            where = provider.place(options, spec, calls)
+            model = provider.graph(options, path, spec)
         self._device, self._provider = "cuda" if provider else "cpu", provider
         try:
-            self._session = ort.InferenceSession(path, options, providers, enable_fallback=0)
+            self._session = ort.InferenceSession(model, options, enable_fallback=0, **where)
         except Exception as error:  # the library raises its own unrelated types
             raise BackendError(f"ONNX Runtime cannot load {path}: {error}") from error
         self.spec, self.seconds = spec, 0.0
@@ -155,16 +166,54 @@ class Provider:
 
     def __init__(self, name: str, device: CudaDevice) -> None:
         self.name = name
-        self.options = {"device_id": "0", "user_compute_stream": str(device.stream)}
+        stream = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
+        self.options = {"device_id": "0", **stream}
 
-    def chain(self) -> list[tuple[str, dict[str, str]]]:
-        """This provider and what it hands over to, with their options."""
+    def place(
+        self, options: Any, spec: GraphSpec, calls: Sequence[Mapping[str, int]]
+    ) -> dict[str, Any]:
+        """Arguments of a session on this provider; the plugin goes into the session's options."""
+        if self.name == PROVIDERS["onnxruntime-rtx"]:
+            devices = [d for d in _onnxruntime().get_ep_devices() if d.ep_name == self.name]
+            # scratch is taken once, not anew in every run
+            fixed = {**self.options, **profile(spec, calls), "nv_persistent_context_memory": "1"}
+            options.add_provider_for_devices(devices[:1], fixed)
+            return {}
         chain = [(self.name, self.options)]
         if self.name == PROVIDERS["onnxruntime-tensorrt"]:
             # TensorRT's parser drops the length of attention's context without an error
             excluded = {**self.options, "trt_op_types_to_exclude": "Attention"}
             chain = [(self.name, excluded), (PROVIDERS["onnxruntime-cuda"], self.options)]
-        return chain
+        return {"providers": chain}
+
+    def graph(self, options: Any, path: Path, spec: GraphSpec) -> Path | bytes:
+        """What the session loads: the file, or the graph with a mask where the parser would drop
+        the length."""
+        told = any(tensor.name == "kv_len" for tensor in spec.inputs)
+        if self.name != PROVIDERS["onnxruntime-rtx"] or not told:
+            return path
+        beside = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(beside, str(path.parent))
+        return with_mask(path)
+
+
+def profile(spec: GraphSpec, calls: Sequence[Mapping[str, int]]) -> dict[str, str]:
+    """The plugin's options for a graph with open axes: the least and largest of its uses."""
+
+    def sizes(least: bool) -> str:
+        choose = min if least else max
+        return ",".join(
+            f"{tensor.name}:"
+            + "x".join(
+                str(choose(call[n] for call in calls) if isinstance(n, str) else n)
+                for n in tensor.shape
+            )
+            for tensor in spec.inputs
+            if any(isinstance(n, str) for n in tensor.shape)
+        )
+
+    names = ("nv_profile_min_shapes", "nv_profile_opt_shapes", "nv_profile_max_shapes")
+    return {name: sizes(least=name == names[0]) for name in names if sizes(least=True)}
 
 
 def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, Provider | None]:
@@ -173,7 +222,9 @@ def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, P
     if name == "onnxruntime":
         return HostDevice(), None
     provider = PROVIDERS[name]
-    if provider not in ort.get_available_providers():
+    if name == "onnxruntime-rtx":
+        plugin = _rtx_plugin(config)
+    elif provider not in ort.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime has no {provider}: pip uninstall onnxruntime, then pip install "
             "onnxruntime-gpu (both are one module: install exactly one)"
@@ -186,7 +237,43 @@ def _provider(name: str, directory: Path, config: Config) -> tuple[HostDevice, P
     device.require(
         weights + sum(buffers.values()) - buffers["archive_per_block"], f"{config.name} with {name}"
     )
+    if name == "onnxruntime-rtx":
+        _register(ort, plugin, device)
     return device, Provider(provider, device)
+
+
+def _rtx_plugin(config: Config) -> Any:
+    if config.precision.compute == "fp32":
+        raise BackendError(
+            f"{config.name} computes in fp32, which TensorRT-RTX has no attention for; "
+            "export it with --precision fp16"
+        )
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime's TensorRT-RTX plugin does not load ({error}): "
+            "pip install onnxruntime-ep-nv-tensorrt-rtx"
+        ) from error
+    return plugin
+
+
+def _register(ort: Any, plugin: Any, device: CudaDevice) -> None:
+    """Makes the plugin's provider known to the library, once per process."""
+    name = plugin.get_ep_name()
+    if not any(found.ep_name == name for found in ort.get_ep_devices()):
+        try:
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # the library raises its own unrelated types
+            raise BackendError(
+                f"ONNX Runtime cannot use its TensorRT-RTX plugin: {error}; install the plugin's "
+                "version that belongs to this onnxruntime"
+            ) from error
+    if not any(found.ep_name == name for found in ort.get_ep_devices()):
+        raise BackendError(
+            f"ONNX Runtime's TensorRT-RTX plugin does not take {device.name} ({device.target}): "
+            "choose another backend"
+        )
 
 
 def _onnxruntime() -> Any:

@@ -23,6 +23,7 @@ from packforcing.errors import BackendError
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.gpu import Driver, Gpu, driver, gpus
 
+PLUGIN_TARGETS = ["sm86", "sm89", "sm120", "sm121"]  # of ONNX Runtime's TensorRT-RTX plugin
 MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name is another
 
 
@@ -177,6 +178,12 @@ def _with_provider(provider: str) -> Callable[[], str]:
     return check
 
 
+def _with_plugin() -> str:
+    library, _ = _onnxruntime()
+    plugin = packages("rtx-plugin")
+    return f"{library}, {plugin}, on {_card(PLUGIN_TARGETS).name}"
+
+
 def rtx_targets() -> list[str]:
     """The targets that the installed TensorRT-RTX builds for; raises `BackendError`."""
     packages("tensorrt-rtx")
@@ -223,6 +230,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "run with onnxruntime": _on_cpu,
     "run with onnxruntime-cuda": _with_provider("CUDAExecutionProvider"),
     "run with onnxruntime-tensorrt": _with_provider("TensorrtExecutionProvider"),
+    "run with onnxruntime-rtx": _with_plugin,
     "run with tensorrt-rtx": _run_rtx,
     "run with tensorrt": _tensorrt,
 }

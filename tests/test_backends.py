@@ -12,7 +12,6 @@ from packforcing import model_config
 from packforcing.errors import BackendError
 from packforcing.plan_report import load_figures
 from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.backend import Provider
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.gpu import driver
 from packforcing.runtime.plan import make_plan
@@ -197,21 +196,6 @@ def test_a_library_that_is_not_installed(monkeypatch, tmp_path, backend, module,
     result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", backend)
     assert_one_line(result.exit_code, result.stdout, result.stderr, message)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_backend_that_would_read_garbage_is_refused(tmp_path):
-    """The plugin's parser drops `kv_len` too, and there is no CUDA provider beside it."""
-    result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", "onnxruntime-rtx")
-    assert_one_line(result.exit_code, result.stdout, result.stderr, "use tensorrt-rtx")
-
-
-def test_attention_is_kept_from_tensorrts_parser():
-    """Which drops `kv_len`: CUDA computes it, in the same stream. (None has run on a GPU.)"""
-    provider = Provider("TensorrtExecutionProvider", cuda_device(Cuda()))
-    (first, tensorrt), (second, cuda) = provider.chain()
-    assert (first, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-    assert tensorrt["trt_op_types_to_exclude"] == "Attention"
-    assert tensorrt["user_compute_stream"] == cuda["user_compute_stream"] == str(emulated.STREAM)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
