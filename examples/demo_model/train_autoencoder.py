@@ -93,9 +93,10 @@ def fold_scale(model: TinyAutoencoder, latents: Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
-    parser.add_argument("--start", type=Path, help="weights to refine: only the decoder trains, "
-                        "so data encoded with them stays good")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=22, help="length of the whole run")
+    parser.add_argument("--start", type=Path, help="weights to refine: the decoder alone, so that "
+                        "data encoded with them stays good")  # fmt: skip
+    parser.add_argument("--encoder", action="store_true", help="the encoder too: encode anew")
+    parser.add_argument("--minutes", type=float, default=22, help="of computing, the whole run")
     parser.add_argument("--clips", type=int, default=4, help="crops per step and worker")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
     parser.add_argument("--lr", type=float, default=2e-3, help="Muon's; AdamW's is half")
@@ -112,7 +113,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     initialise(model)
     if args.start:
         model.load_state_dict(load_file(args.start))
-        model.encoder.requires_grad_(False)
+        model.encoder.requires_grad_(args.encoder)
     torch.manual_seed(args.seed * 1000 + rank)
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 4]
@@ -134,7 +135,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
                disable=rank > 0)  # fmt: skip
     last_save, average, clock = seconds, None, torch.zeros(1)
     while seconds < length:
-        begun = time.monotonic()
+        begun = time.process_time()
         if not folded and seconds > 0.7 * length:  # early enough to mend what it disturbs
             fold_scale(model, sample_latents(model, np.random.default_rng(777)))
             folded = True
@@ -157,7 +158,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         step += 1
         error = F.mse_loss(output, frames).item()
         average = error if average is None else 0.95 * average + 0.05 * error
-        clock.fill_(time.monotonic() - begun)
+        clock.fill_(time.process_time() - begun)
         team.add_up([clock], 1 / args.workers)  # so that all stop at the same step
         seconds += clock.item()
         bar.update(round(seconds) - bar.n)
@@ -177,7 +178,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             progress.with_suffix(".partial").replace(progress)
     bar.close()
     if rank == 0:
-        finish(model, args.out, fold=not args.start)
+        finish(model, args.out, fold=args.encoder or not args.start)
 
 
 def initialise(model: TinyAutoencoder) -> None:

@@ -1,4 +1,4 @@
-"""The demo world: one turning, bouncing subject over a drifting two-tone ground, or on a tour.
+"""The demo world: one swaying, bouncing subject over a drifting two-tone ground, or on a tour.
 
 On a tour the camera pans between two places and back, again and again, and the subject travels
 along. Each place has a ground of its own, which the prompt names, and landmarks, which it does
@@ -20,7 +20,8 @@ from packforcing.text import COLOURS, GROUNDS, PATTERNS, SHAPES
 SIZE = 128  # pixels, both ways
 RADIUS = (20.0, 28.0)  # pixels; a subject covers about a tenth of the picture
 SPEED = (1.2, 2.4)  # pixels per frame
-TURN = 0.03  # radians per frame, at most
+TILT = 0.35  # radians either way from upright, at most
+SWAY = (0.02, 0.06)  # radians per frame, of the swing's phase
 DRIFT = (0.2, 0.6)  # pixels per frame, the ground's
 PERIOD = 32  # pixels; half a period is as wide as one latent cell, so a pattern survives
 PAN = (5.0, 6.5)  # pixels per frame: 63 to 75 frames there and back, with halts
@@ -111,7 +112,7 @@ def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
 
 
 class _Path(NamedTuple):
-    """A subject's radius, centres [T, 2] in pixels and angles [T]."""
+    """A subject's radius, centres [T, 2] in pixels and angles [T], 0 upright."""
 
     radius: float
     centres: np.ndarray
@@ -125,7 +126,8 @@ def _subject_path(rng: np.random.Generator, frames: int) -> _Path:
     velocity = speed * np.array([np.cos(heading), np.sin(heading)])
     times = np.arange(frames)
     centres = _bounce(start + velocity * times[:, None], radius, SIZE - radius)
-    return _Path(radius, centres, rng.uniform(0, 2 * np.pi) + rng.uniform(-TURN, TURN) * times)
+    phase = rng.uniform(0, 2 * np.pi) + rng.uniform(*SWAY) * times
+    return _Path(radius, centres, rng.uniform(0, TILT) * np.sin(phase))
 
 
 def _film(
@@ -156,7 +158,7 @@ def _place(rng: np.random.Generator, ground: str, others: list[str]) -> np.ndarr
             continue
         standing.append((centre, radius))
         mask = np.zeros((SIZE, SIZE), np.uint8)
-        _draw(mask, str(rng.choice(["circle", "square"])), centre, radius, np.pi / 4)
+        _draw(mask, str(rng.choice(["circle", "square"])), centre, radius, 0.0)
         cover = mask[..., None].astype(np.float32) / 255
         picture += cover * (np.float32(GROUND_RGB[str(rng.choice(others))][0]) - picture)
     return picture
@@ -206,14 +208,15 @@ def _second_tone(pattern: str) -> np.ndarray:
 
 
 def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float, angle: float) -> None:
-    """Fills the shape with 255, anti-aliased."""
+    """Fills the shape, turned by an angle from upright, with 255, anti-aliased."""
     if shape == "circle":
         corner = np.rint(centre * 2**_SHIFT).astype(int)
         size = round(radius * 2**_SHIFT)
         cv2.circle(mask, tuple(map(int, corner)), size, 255, -1, cv2.LINE_AA, _SHIFT)
         return
     count = {"square": 4, "triangle": 3, "star": 10}[shape]
-    around = angle + 2 * np.pi * np.arange(count) / count
+    upright = np.pi / 4 if shape == "square" else -np.pi / 2
+    around = upright + angle + 2 * np.pi * np.arange(count) / count
     reach = np.full(count, radius)
     if shape == "star":
         reach[1::2] *= 0.45
