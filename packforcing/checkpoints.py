@@ -31,6 +31,7 @@ from torch import Tensor
 
 from packforcing.config import PAPER, Config
 from packforcing.errors import CheckpointError, OutputError
+from packforcing.fetch import recorded
 from packforcing.model import mismatch, weight_shapes
 from packforcing.models import (
     DESCRIPTION,
@@ -145,8 +146,8 @@ def import_checkpoint(
     how many tensors are written, of how many.
 
     Number formats stay as they are. Raises `CheckpointError`, before anything is written, for
-    what is missing, damaged, unsafe or of another model, and `OutputError` when the folder
-    cannot be written.
+    what is missing, damaged, unsafe, of another model or not what `fetch` recorded, and
+    `OutputError` when the folder cannot be written.
     """
     if kind is not None:
         published(kind)
@@ -169,13 +170,14 @@ def import_checkpoint(
         for file, part in used
         if file.role == "LoRA"
     ]
+    fetched = {file.role: record for file in given if (record := recorded(file.path))}
     folder = ModelFolder(
         kind=kind,
         config=config,
         autoencoder="autoencoder" in roles,
         made_from=[Path(file).name for file in files],
         source=row.source,
-        licence=row.licence,
+        licence=fetched["transformer"].licence if "transformer" in fetched else row.licence,
     )
     kept = {name: stored for name, stored in tensors.items() if name not in PACK}
     size = write_folder(Path(directory), folder, kept, loras, on_tensor)

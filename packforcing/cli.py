@@ -406,6 +406,61 @@ def export(
         _say_training_free(config, config.policy)
 
 
+@main.command()
+@click.argument("name")
+@click.option("--out", metavar="DIR", help="Folder for the files.  [default: downloads/NAME]")
+@click.option(
+    "--from",
+    "folder",
+    metavar="DIR",
+    help="Copy from a folder laid out like the repository, instead of asking the hub.",
+)
+@_json_option
+def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None:
+    """Download published weights from the Hugging Face hub.
+
+    NAME is one of `packforcing models`, or taew2_1, wan-vae or umt5-xxl. The licence is shown
+    first. An interrupted download goes on when the command is run again; every checksum is
+    compared. Without a network, what the hub's cache on this machine holds is taken.
+    Needs `pip install ".[fetch]"` in the checkout.
+
+    \b
+    Examples:
+      packforcing fetch self-forcing
+      packforcing fetch umt5-xxl --from /media/usb/umt5-xxl
+    """
+    from functools import partial
+
+    import msgspec
+    from tqdm import tqdm
+
+    from packforcing import fetch as fetching
+
+    target = Path(out if out is not None else f"downloads/{name}")
+    offer = fetching.look_up(name, target, None if folder is None else Path(folder))
+    if not as_json:
+        where = offer.folder or f"{offer.source} at {offer.revision[:12]}"
+        click.echo(f"{name}: {len(offer.files)} files, {_size(offer.bytes)}, from {where}")
+        click.echo(f"licence of the weights: {offer.licence}")
+    bar = partial(tqdm, disable=as_json or None, leave=False)
+    try:
+        record = fetching.fetch(offer, target, bar)
+    except KeyboardInterrupt:
+        click.echo("interrupted: run the same command again to go on from here", err=True)
+        sys.exit(130)
+    unknown = [path for path, file in offer.files.items() if not file.checksum]
+    steps = fetching.next_steps(offer, target)
+    if as_json:
+        files = {path: msgspec.to_builtins(record[path]) for path in offer.files}
+        _print_json({"path": str(target), "files": files, "unverified": unknown, "next": steps})
+        return
+    if unknown:
+        click.echo(f"no checksum was known of {', '.join(unknown)}: recorded as it came")
+    click.echo(f"{target}: complete, checksums in {fetching.RECORD}")
+    for step in steps:
+        click.echo(f"next: {step}")
+
+
 @main.command("import-checkpoint")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @click.option("--out", metavar="DIR", required=True, help="Folder for the model; new or empty.")

@@ -17,6 +17,10 @@ class CheckpointError(PackForcingError):
     """A weights file that is missing, damaged or of another model."""
 
 
+class FetchError(PackForcingError):
+    """Published weights that cannot be had: no network, no access, or not what was published."""
+
+
 class PlanError(PackForcingError):
     """A memory budget that nothing fits into; `smallest` is the one in bytes that would do."""
 

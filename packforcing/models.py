@@ -73,6 +73,24 @@ PUBLISHED: dict[str, Published] = {
     ),
 }  # fmt: skip
 
+# What models need beside their transformer
+PARTS: dict[str, Published] = {
+    "taew2_1": Published("lightx2v/Autoencoders", ("taew2_1.pth",), "", UNREAD),
+    "wan-vae": Published("Wan-AI/Wan2.1-T2V-1.3B", ("Wan2.1_VAE.pth",), "", "Apache-2.0"),
+    "umt5-xxl": Published(
+        "Wan-AI/Wan2.1-T2V-1.3B",
+        (
+            "models_t5_umt5-xxl-enc-bf16.pth",
+            "google/umt5-xxl/tokenizer.json",
+            "google/umt5-xxl/tokenizer_config.json",
+            "google/umt5-xxl/special_tokens_map.json",
+            "google/umt5-xxl/spiece.model",
+        ),
+        "",
+        "Apache-2.0",
+    ),
+}
+
 
 def published(kind: str) -> Published:
     """The row of this name; raises `CheckpointError` naming the known ones."""

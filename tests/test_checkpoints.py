@@ -3,6 +3,7 @@ widths, and what is refused. The layouts are those of the public training and co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -26,8 +27,9 @@ from packforcing.checkpoints import import_checkpoint
 from packforcing.cli import main
 from packforcing.config import PAPER, Precision, policies
 from packforcing.errors import CheckpointError, OutputError
+from packforcing.fetch import RECORD
 from packforcing.model import load_model, open_weights, random_weights, weight_shapes
-from packforcing.models import PUBLISHED, WEIGHTS, published_config, read_model_folder
+from packforcing.models import DESCRIPTION, PUBLISHED, WEIGHTS, published_config, read_model_folder
 from packforcing.rollout import rollout
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import read_manifest
@@ -678,3 +680,20 @@ print(1024 * (peaks[1] - peaks[0]))
     largest = max(file.stat().st_size for file in (tmp_path / "large").iterdir())
     assert largest > 60e6 and int(result.stdout) < 1.3 * largest
     assert len(imported(tmp_path / "large-model")) == len(shapes)
+
+
+def test_a_fetched_file_is_compared_with_its_record(weights, tmp_path):
+    """One bit of a weight, which nothing else would notice; and the licence that was shown."""
+    [path] = self_forcing(tmp_path, weights)
+    licence = "cc-by-nc-sa-4.0, says its model card"
+    said = {"source": "team/model", "revision": "", "licence": licence}
+    content = path.read_bytes()
+    said |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (tmp_path / RECORD).write_text(json.dumps({path.name: said}))
+    import_checkpoint([path], tmp_path / "first")
+    folder = json.loads((tmp_path / "first" / DESCRIPTION).read_text())
+    assert folder["licence"] == licence
+    with path.open("r+b") as file:
+        file.seek(len(content) // 2)
+        file.write(bytes([content[len(content) // 2] ^ 1]))
+    refused([path], tmp_path, "damaged or was replaced")
