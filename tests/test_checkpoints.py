@@ -31,11 +31,13 @@ from packforcing.fetch import RECORD
 from packforcing.model import load_model, open_weights, random_weights, weight_shapes
 from packforcing.models import DESCRIPTION, PUBLISHED, WEIGHTS, published_config, read_model_folder
 from packforcing.rollout import rollout
+from packforcing.rope import block_positions, rope_table
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
+from packforcing.transformer import patchify, unpatchify
 
 TINY = {
     "height": 64, "width": 96, "dim": 24, "heads": 2, "ffn_dim": 16, "freq_dim": 8,
@@ -293,6 +295,42 @@ def test_names_are_those_that_diffusers_itself_has():
         )
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert theirs == {diffusers_name(name): shape for name, shape in wan_shapes().items()}
+
+
+def test_a_block_is_that_of_diffusers_own_transformer(tiny_autoencoder, tmp_path):
+    """Saved by diffusers with random weights in every tensor, imported here, and asked the same:
+    the flow of one block with no history is that of a clip whose frames share a timestep."""
+    diffusers = pytest.importorskip("diffusers")
+    kind = "wan2.1-t2v-1.3b"
+    config = model_config(kind)
+    theirs = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.heads, attention_head_dim=config.head_dim,
+        num_layers=config.layers, ffn_dim=config.ffn_dim, text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(6)
+    for name, tensor in theirs.state_dict().items():  # norms too, whose weights begin as ones
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3 + ("norm" in name))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")
+    import_checkpoint([tmp_path / "theirs", tiny_autoencoder], tmp_path / "model", kind=kind)
+    ours = load_model(config, tmp_path / "model" / WEIGHTS).transformer
+
+    frames = config.block_frames, config.latent_channels, *config.latent_size
+    latents = torch.randn(1, *frames, generator=generator)
+    text = torch.randn(1, config.text_len, config.text_dim, generator=generator)
+    rope = tuple(map(torch.from_numpy, rope_table(block_positions(config, 0), config.head_dim)))
+    empty = torch.zeros(1, config.heads, 0, config.head_dim)
+    nothing = [(empty, empty)] * config.layers, tuple(table[:0] for table in rope)
+    for timestep in (torch.tensor([937.5]), torch.tensor([0.0])):
+        with torch.no_grad():
+            wanted = theirs(latents.transpose(1, 2), timestep, text).sample.transpose(1, 2)
+            flow, *_ = ours(
+                patchify(latents, config.patch), torch.zeros(()), timestep, ours.cross_kv(text),
+                rope, *nothing,
+            )  # fmt: skip
+        assert 0.3 < wanted.std() < 30
+        found = unpatchify(flow, config.grid, config.patch)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
 def test_every_published_model_has_a_layout_here():
