@@ -65,3 +65,27 @@ def _grammar() -> str:
         f"colour ({', '.join(COLOURS)}), shape ({', '.join(SHAPES)}), "
         f"ground ({', '.join(GROUNDS)}), pattern ({', '.join(PATTERNS)})"
     )
+
+
+def make_prompt(
+    colour: str, shape: str, ground: str, pattern: str, beyond: str | None = None
+) -> str:
+    """The sentence that names the words: "a red star over navy stripes"; of a tour, whose other
+    ground is `beyond`, "a red star over plain navy and teal"."""
+    over = f"plain {ground}" if pattern == "plain" else f"{ground} {pattern}"
+    over += f" and {beyond}" if beyond else ""
+    article = "an" if colour[0] in "aeiou" else "a"
+    return f"{article} {colour} {shape} over {over}"
+
+
+def random_attributes(rng: np.random.Generator) -> dict[str, str]:
+    """One word of each kind, all equally likely."""
+    pools = {"colour": COLOURS, "shape": SHAPES, "ground": GROUNDS, "pattern": PATTERNS}
+    return {name: str(pool[rng.integers(len(pool))]) for name, pool in pools.items()}
+
+
+def random_tour(rng: np.random.Generator) -> dict[str, str]:
+    """The words of a tour: plain, and `beyond`, another ground."""
+    words = {**random_attributes(rng), "pattern": "plain"}
+    others = [ground for ground in GROUNDS if ground != words["ground"]]
+    return {**words, "beyond": str(rng.choice(others))}

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from packforcing import model_config
+from packforcing import judge, model_config
 from packforcing.model import load_model
 from packforcing.rollout import rollout
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import check_files, read_manifest
 from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
-from packforcing.text import encode_words
+from packforcing.text import encode_words, make_prompt, random_attributes
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a yellow star over maroon stripes"
@@ -65,7 +65,7 @@ def test_hundred_prompts_are_followed(monkeypatch):
     least 70 of 100 random prompts at 5 s. The judge is right on drawn clips, and with another
     clip's prompt it says no."""
     monkeypatch.syspath_prepend(ROOT / "examples" / "demo_model")
-    judge, world = importlib.import_module("judge"), importlib.import_module("world")
+    world = importlib.import_module("world")
 
     rng = np.random.default_rng(2026)
     drawn = [world.make_clip(rng, 80) for _ in range(10)]
@@ -77,7 +77,7 @@ def test_hundred_prompts_are_followed(monkeypatch):
     right = 0
     with Session.open(demo_bundle()) as session:
         for seed in range(100):
-            prompt = world.make_prompt(**world.random_attributes(rng))
+            prompt = make_prompt(**random_attributes(rng))
             frames = np.concatenate(list(session.stream(prompt, 5, seed)))
             right += judge.matches(prompt, frames)["both"]
     print(f"subject colour and ground both right: {right} of 100")

@@ -12,23 +12,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cv2
-import judge
 import msgspec
 import numpy as np
 import team
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from world import make_prompt, random_attributes, random_tour
 
-from packforcing import model_config
+from packforcing import judge, model_config
 from packforcing.autoencoder import MemBlock
 from packforcing.config import Config
 from packforcing.model import Model, load_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, select
-from packforcing.text import encode_words
+from packforcing.text import encode_words, make_prompt, random_attributes, random_tour
 from packforcing.transformer import KV, unpatchify
 
 PER_BATCH = 10  # prompts rolled out together, per worker

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from packforcing.text import COLOURS, GROUNDS, PATTERNS, SHAPES
+from packforcing.judge import GROUND_RGB, SUBJECT_RGB
+from packforcing.text import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
 
 SIZE = 128  # pixels, both ways
 RADIUS = (20.0, 28.0)  # pixels; a subject covers about a tenth of the picture
@@ -29,24 +30,6 @@ HALT = 12  # frames at each place
 LANDMARKS = 2  # at each place
 LANDMARK_RADIUS = (18.0, 24.0)  # pixels
 
-SUBJECT_RGB = {
-    "red": (232, 28, 36),
-    "green": (40, 204, 52),
-    "blue": (44, 92, 255),
-    "yellow": (250, 226, 30),
-    "purple": (168, 56, 224),
-    "orange": (252, 128, 16),
-    "white": (250, 250, 250),
-    "cyan": (40, 222, 242),
-}
-GROUND_RGB = {  # the ground's colour and its second tone
-    "navy": ((18, 28, 84), (42, 58, 128)),
-    "forest": ((20, 70, 34), (46, 106, 60)),
-    "sand": ((200, 176, 128), (166, 140, 96)),
-    "gray": ((116, 116, 120), (84, 84, 88)),
-    "maroon": ((92, 18, 36), (130, 44, 62)),
-    "teal": ((8, 100, 100), (30, 138, 136)),
-}
 _SHIFT = 6  # OpenCV's fractional bits
 
 
@@ -59,30 +42,6 @@ class Clip(NamedTuple):
     frames: np.ndarray
     masks: np.ndarray
     camera: np.ndarray
-
-
-def make_prompt(
-    colour: str, shape: str, ground: str, pattern: str, beyond: str | None = None
-) -> str:
-    """The sentence that names the words: "a red star over navy stripes"; of a tour, whose other
-    ground is `beyond`, "a red star over plain navy and teal"."""
-    over = f"plain {ground}" if pattern == "plain" else f"{ground} {pattern}"
-    over += f" and {beyond}" if beyond else ""
-    article = "an" if colour[0] in "aeiou" else "a"
-    return f"{article} {colour} {shape} over {over}"
-
-
-def random_attributes(rng: np.random.Generator) -> dict[str, str]:
-    """One word of each kind, all equally likely."""
-    pools = {"colour": COLOURS, "shape": SHAPES, "ground": GROUNDS, "pattern": PATTERNS}
-    return {name: str(pool[rng.integers(len(pool))]) for name, pool in pools.items()}
-
-
-def random_tour(rng: np.random.Generator) -> dict[str, str]:
-    """The words of a tour: plain, and `beyond`, another ground."""
-    words = {**random_attributes(rng), "pattern": "plain"}
-    others = [ground for ground in GROUNDS if ground != words["ground"]]
-    return {**words, "beyond": str(rng.choice(others))}
 
 
 def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
