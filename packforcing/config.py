@@ -26,7 +26,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Which blocks of the history are read, in blocks (PackForcing, sections 3.2 to 3.5).
 
     `mid_span` is how many latent frames a compressed block takes up in packed positions
-    (fractions allowed); None means as many as it stands for.
+    (fractions allowed); None means as many as it stands for. `branches`: what a compressed block
+    is made of, the sum of both branches of the compressor or one alone (section 3.3).
     """
 
     sink: int
@@ -35,6 +36,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     selection: Literal["affinity", "recency", "random"] = "affinity"
     positions: Literal["packed", "absolute"] = "packed"
     mid_span: float | None = None
+    branches: Literal["both", "high", "low"] = "both"
 
     def __post_init__(self) -> None:
         for name in ("sink", "mid", "recent"):
@@ -120,6 +122,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _require(self.head_dim % 2 == 0 and self.head_dim >= 6, "head size must be even, 6 or more")
         _require(self.freq_dim % 2 == 0, "freq_dim must be even")
         _require(len(self.compressor_widths) in (0, 4), "compressor_widths takes four numbers")
+        _require(
+            self.policy.branches != "high" or len(self.compressor_widths) > 0,
+            f"the high branch alone compresses nothing: {self.name} has no compressor",
+        )
         _require(
             self.policy.mid == 0 or min(self.grid) >= 4,
             f"a {self.grid[0]}x{self.grid[1]} token grid is too small to compress: 4x4 at least",
@@ -309,7 +315,9 @@ def policies(config: Config) -> dict[str, Policy]:
     blocks as the model's own context has room for, so that they compare at equal memory:
     "sliding-window" as in Self-Forcing and CausVid (packed or absolute, positions within a window
     differ by the same), "sink-window" as in StreamingLLM, and in LongLive but for its absolute
-    positions.
+    positions. The other names change one thing in "packforcing": how mid blocks are selected, how
+    many sink blocks there are, the positions a mid block spans (a half or a quarter of its own
+    latent frames), and, where the model has a compressor, the branch that stands for both.
     """
     own = config.policy
     sink = own.sink or 1
@@ -322,9 +330,23 @@ def policies(config: Config) -> dict[str, Policy]:
         mid=PAPER.policy.mid,
         recent=-(-recent_frames // config.block_frames),
     )
+    packed = own if own.mid else paper
+    changes: dict[str, dict[str, Any]] = {
+        "recency": {"selection": "recency"},
+        "random": {"selection": "random"},
+        **{f"sink-{blocks}": {"sink": blocks} for blocks in range(3)},
+        "half-span": {"mid_span": config.block_frames / 2},
+        "quarter-span": {"mid_span": config.block_frames / 4},
+    }
+    if config.compressor_widths:
+        changes |= {f"{branch}-branch": {"branches": branch} for branch in ("high", "low")}
     return {
-        "packforcing": own if own.mid else paper,
+        "packforcing": packed,
         "sliding-window": Policy(sink=0, mid=0, recent=window),
         "sink-window": Policy(sink=sink, mid=0, recent=window - sink),
         "full-history": Policy(sink=0, mid=0, recent=1_000_000),
+        **{
+            f"packforcing-{name}": msgspec.structs.replace(packed, **change)
+            for name, change in changes.items()
+        },
     }

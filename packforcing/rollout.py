@@ -102,6 +102,8 @@ def rollout(
         block = Past(index, full, [])
         if policy.mid and index >= policy.sink:
             tokens, extra = model.compressor(latents, torch.cat(frames)[None])
+            if policy.branches != "both":  # the other one adds nothing
+                (tokens if policy.branches == "high" else extra).zero_()
             centres = compressed_positions(config, start, config.block_frames)
             _, block.compressed, _, key = call(tokens, 0.0, centres, extra)
             block.pooled_key = key[0].numpy()

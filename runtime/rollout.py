@@ -31,6 +31,8 @@ class Rollout:
         self._prompt = graphs["prompt"].bind(buffers.prompt)
         self._denoise = graphs["denoiser"].bind(buffers.denoiser)
         self._compress = graphs["compressor"].bind(buffers.compressor)
+        unused = {"both": None, "high": "tokens", "low": "extra"}[config.policy.branches]
+        self._unused = unused and buffers.compressor[unused]  # what a branch left out wrote
         self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
         self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
 
@@ -104,6 +106,8 @@ class Rollout:
         block, compressed = cache.committed, buffers.new_compressed
         if cache.compresses():
             self._compress()
+            if self._unused is not None:
+                device.zero(self._unused)
             self._mid_pass()
             pooled_key = buffers.mid_pass["k_pool"]
             device.download(compressed, pooled_key)
