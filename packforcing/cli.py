@@ -515,7 +515,7 @@ def import_checkpoint(
             f"importing needs {error.name}, which is not installed: "
             "pip install '.[export]' in the checkout"
         ) from error
-    with _importing(quiet=as_json) as progress:
+    with _counting("tensor", quiet=as_json) as progress:
         done = checkpoints.import_checkpoint(
             files, out, kind=kind, entry=entry, lora_alpha=lora_alpha, on_tensor=progress
         )
@@ -897,6 +897,39 @@ def verify(ctx: click.Context, bundle: str | None, out: str, as_json: bool) -> N
     ctx.exit(1 if found.missed else 0)
 
 
+@main.command()
+@click.argument("videos", metavar="VIDEO...", nargs=-1, required=True)
+@click.option(
+    "--prompt",
+    metavar="TEXT",
+    help="What the demo model was asked to show: adds what its own detectors see.",
+)
+@_json_option
+def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None:
+    """Measure how well each VIDEO holds, ten seconds at a time.
+
+    Consistency of subject and background, colour drift, motion, smoothness and flicker, of any
+    video; of the demo model's also whether colour, shape and ground are as the PROMPT says, and
+    whether places look the same on return. Nothing is downloaded; a video of any length is read in
+    bounded memory. docs/compare.md defines the measures.
+
+    \b
+    Example:
+      packforcing evaluate square.mp4 --prompt "a blue square over sand checks"
+    """
+    from packforcing.evaluate import described, table
+    from packforcing.evaluate import evaluate as measure
+
+    found = []
+    for video in videos:
+        with _counting("frame", quiet=as_json) as on_frame:
+            found.append(measure(video, prompt, on_frame))
+    if as_json:
+        _print_json(described(found))
+    else:
+        click.echo("\n\n".join("\n".join(table(one)) for one in found))
+
+
 def _tokens(config: Config) -> dict[str, int]:
     return {
         "a block": config.block_tokens,
@@ -1081,17 +1114,17 @@ def _exporting(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _importing(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar in tensors."""
+def _counting(unit: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in units, told how many are done, of how many."""
     from tqdm import tqdm
 
-    with tqdm(unit="tensor", disable=quiet or None, leave=False) as bar:
+    with tqdm(unit=unit, disable=quiet or None, leave=False) as bar:
 
-        def on_tensor(done: int, total: int) -> None:
+        def on_unit(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        yield on_tensor
+        yield on_unit
 
 
 @contextmanager

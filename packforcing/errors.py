@@ -43,3 +43,7 @@ class BackendError(PackForcingError):
 
 class OutputError(PackForcingError):
     """A result that cannot be written where it was asked for."""
+
+
+class VideoError(PackForcingError):
+    """A video that cannot be read or measured."""

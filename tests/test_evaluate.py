@@ -1,0 +1,244 @@
+"""What is measured of videos, against videos whose answers are known."""
+
+import importlib
+import json
+import re
+import wave
+import weakref
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from packforcing import judge
+from packforcing.cli import main
+from packforcing.evaluate import DEMO_MEASURES, MEASURES, SEGMENT, SHORT_SIDE, evaluate, measure
+from packforcing.runtime.video import open_video
+
+ROOT = Path(__file__).parents[1]
+FPS = 16
+
+
+@pytest.fixture(scope="module")
+def world():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "demo_model")
+        yield importlib.import_module("world")
+
+
+def texture(seed=0, size=256):
+    """A picture that flow can follow, uint8 [size, size, 3]."""
+    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 4), None, 30, 225, cv2.NORM_MINMAX)
+
+
+def pan(steps):
+    """The texture seen through a window of 96x96 that has moved right by so many pixels."""
+    picture = texture()
+    return [
+        cv2.getRectSubPix(picture, (96, 96), (80 + float(x), 128)) for x in np.cumsum([0, *steps])
+    ]
+
+
+def values(frames, prompt=None):
+    return measure(frames, FPS, prompt).total()
+
+
+def test_a_still_picture_does_not_change():
+    still = values([texture()] * 20)
+    assert still.pop("subject_consistency") is None  # nothing moves
+    assert still == pytest.approx({
+        "background_consistency": 1, "colour_drift": 0, "motion": 0, "dynamic_degree": 0,
+        "smoothness": 1, "flicker": 0,
+    }, abs=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "dynamic"), [(0.75, 0), (1.5, 1)])
+def test_motion_is_the_speed_of_a_pan(step, dynamic):
+    """VBench's threshold, 6 pixels of 256 in an eighth of a second, lies at 1.125 of 96 here."""
+    seen = values(pan([step] * 20))
+    assert seen["motion"] == pytest.approx(100 * step * FPS / 96, rel=0.1)
+    assert seen["dynamic_degree"] == dynamic
+
+
+def test_flicker_is_what_motion_does_not_explain():
+    frames = pan([1.0] * 20)
+    lit = [cv2.add(frame, np.full_like(frame, 20 * (i % 2))) for i, frame in enumerate(frames)]
+    assert values(frames)["flicker"] < 1.5
+    assert values(lit)["flicker"] == pytest.approx(20, rel=0.1)
+
+
+def test_jerks_are_not_smooth():
+    even, jerky = values(pan([1.5] * 24)), values(pan([0, 3] * 12))
+    assert 1 - jerky["smoothness"] > 2 * (1 - even["smoothness"])
+
+
+def test_colour_drift_is_a_distance_in_cielab_from_the_first_second():
+    gray, bright = np.full((64, 64, 3), 100, np.uint8), np.full((64, 64, 3), 140, np.uint8)
+
+    def lightness(level):  # CIE 1976, of an sRGB gray
+        linear = ((level / 255 + 0.055) / 1.055) ** 2.4
+        return 116 * linear ** (1 / 3) - 16
+
+    frames = [gray] * int(SEGMENT * FPS) + [bright] * 32
+    before, after = (found.values for found in measure(frames, FPS).segments())
+    assert before["colour_drift"] == pytest.approx(0, abs=1e-3)
+    assert after["colour_drift"] == pytest.approx(lightness(140) - lightness(100), rel=0.01)
+    assert before["background_consistency"] == pytest.approx(1)
+    # all three channels alike before; lightness shares no bin after: two of three, and the last
+    # frame before agrees but once
+    expected = (2 / 3 + (2 / 3 + 31) / 32) / 2
+    assert after["background_consistency"] == pytest.approx(expected, abs=0.01)
+
+
+def test_the_subject_is_what_moves_against_the_camera():
+    """A disc crosses a still ground; then its colour changes while the ground's does not."""
+
+    def frame(t, colour):
+        return cv2.circle(texture(size=160), (30 + 2 * t, 80), 24, colour, -1, cv2.LINE_AA)
+
+    same = values([frame(t, (240, 40, 40)) for t in range(48)])
+    changed = values([frame(t, (240, 40, 40) if t < 24 else (40, 40, 240)) for t in range(48)])
+    assert same["subject_consistency"] > changed["subject_consistency"] + 0.05
+    assert same["background_consistency"] == pytest.approx(
+        changed["background_consistency"], abs=0.01
+    )
+
+
+def test_the_detectors_read_drawn_clips_exactly(world):
+    rng = np.random.default_rng(5)
+    for _ in range(6):
+        clip = world.make_clip(rng, 40)
+        seen = values(clip.frames, clip.prompt)
+        for name in ("colour", "shape", "colour_and_shape", "ground"):
+            assert seen[name] == 1, clip.prompt
+        centres = [np.argwhere(mask > 127).mean(0) for mask in clip.masks]
+        speed = np.linalg.norm(np.diff(centres, axis=0), axis=1).mean() * FPS / world.SIZE
+        assert seen["speed"] == pytest.approx(100 * speed, rel=0.05)
+        assert seen["subject_consistency"] > 0.99
+
+
+def test_another_clips_prompt_is_not_what_is_seen(world):
+    clip = world.make_clip(np.random.default_rng(1), 20, colour="red", shape="star", ground="navy")
+    seen = values(clip.frames, "a blue star over plain sand")
+    assert (seen["colour"], seen["shape"], seen["colour_and_shape"], seen["ground"]) == (0, 1, 0, 0)
+
+
+def test_a_tour_returns_to_its_places_and_another_tours_places_differ(world):
+    tours = [
+        world.make_tour(np.random.default_rng(seed), 200, ground="navy", beyond="sand")
+        for seed in (1, 2)
+    ]
+    places = [list(judge.visits(tour.prompt, iter(tour.frames))) for tour in tours]
+    for tour, visits in zip(tours, places):
+        assert [found.error for found in judge.returns(tour.prompt, tour.frames)] == [0] * (
+            len(visits) - 2
+        )
+        for visit in visits:  # the camera stands within a few pixels of the place
+            camera = tour.camera[visit.start : visit.stop]
+            away = camera if camera.mean() < world.SIZE / 2 else world.SIZE - camera
+            assert away.max() <= 4
+    for a in places[0]:
+        assert all(judge.view_error(a, b) > 0.5 for b in places[1] if a.place == b.place)
+    plain = world.make_clip(np.random.default_rng(1), 40)
+    assert not list(judge.visits(plain.prompt, plain.frames))
+
+
+def test_memory_does_not_grow_with_the_video():
+    alive = most = 0
+
+    def gone():
+        nonlocal alive
+        alive -= 1
+
+    def frames():
+        nonlocal alive, most
+        for picture in pan([0.5] * 100):
+            frame = picture.copy()
+            weakref.finalize(frame, gone)
+            alive += 1
+            most = max(most, alive)
+            yield frame
+            del frame
+
+    measure(frames(), FPS)
+    assert most <= 4
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def tour(world, tmp_path_factory):
+    """A drawn tour of 21 seconds, and its file."""
+    drawn = world.make_tour(np.random.default_rng(3), 21 * FPS)
+    path = tmp_path_factory.mktemp("videos") / "tour.mp4"
+    with open_video(path, world.SIZE, world.SIZE, FPS) as video:
+        video.write(drawn.frames)
+    return drawn, path
+
+
+def run(*args):
+    return CliRunner().invoke(main, ["evaluate", *map(str, args)])
+
+
+def test_a_file_is_measured_by_ten_seconds(tour):
+    drawn, path = tour
+    told = []
+    found = evaluate(path, drawn.prompt, lambda done, total: told.append((done, total)))
+    assert [(part.start, part.stop) for part in found.segments] == [(0, 10), (10, 20), (20, 21)]
+    assert found.frames == len(drawn.frames) and told[-1] == (2 * found.frames,) * 2
+    assert found.values["colour_and_shape"] == found.values["ground"] == 1  # H.264 and all
+    errors = [one.error for one in judge.returns(drawn.prompt, drawn.frames)]
+    assert (
+        found.values["returns"] == len(errors) == sum(p.values["returns"] for p in found.segments)
+    )
+    assert found.values["loop_closure"] < 0.02
+
+
+def test_the_command_prints_a_row_per_segment_or_json(world, tour, tmp_path):
+    drawn, path = tour
+    short = tmp_path / "short.mkv"
+    with open_video(short, world.SIZE, world.SIZE, FPS) as video:
+        video.write(drawn.frames[:20])
+    text = run(path, short).stdout.splitlines()
+    assert [line.split()[0] for line in text[2:6]] == ["0-10", "10-20", "20-21", "all"]
+    assert text[6] == "" and text[9].split()[0] == "0-1.25" and len(text) == 10
+    printed = json.loads(run(short, "--prompt", drawn.prompt, "--json").stdout)
+    (video,) = printed["videos"]
+    assert set(video["values"]) == set(printed["measures"]) == {*MEASURES, *DEMO_MEASURES}
+    assert video["values"]["loop_closure"] is None and video["values"]["returns"] == 0
+
+
+def test_mistakes_are_explained_in_one_line(tour, tmp_path):
+    _, path = tour
+    whole = path.read_bytes()
+    (tmp_path / "text.mp4").write_text("no video")
+    (tmp_path / "cut.mkv").write_bytes(b"")
+    small, odd, two = tmp_path / "small.mkv", tmp_path / "odd.mkv", tmp_path / "two.mkv"
+    for file, side, count in ((small, SHORT_SIDE[0] // 2, 9), (odd, 64, 9), (two, 64, 2)):
+        with open_video(file, side, side, FPS) as video:
+            video.write(np.zeros((count, side, side, 3), np.uint8))
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(1600))
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    for args, message in (
+        ((), "Missing argument 'VIDEO...'"),
+        ((tmp_path / "none.mp4",), "cannot read .*none.mp4: No such file"),
+        ((tmp_path,), "cannot read .*: Is a directory"),
+        ((tmp_path / "text.mp4",), "cannot read .*text.mp4: Invalid data"),
+        ((tmp_path / "cut.mkv",), "cannot read .*cut.mkv"),
+        ((tmp_path / "sound.wav",), "holds no video"),
+        ((small,), "too small to measure, 32 pixels"),
+        ((two,), "has 2 frames: three are needed"),
+        ((tmp_path / "cut.mp4",), "damaged after 2.. frames"),
+        ((path, "--prompt", "a fox"), "does not know 'fox'"),
+        ((odd, "--prompt", "a red star"), "is 64x64 and the demo model's videos are 128x128"),
+    ):
+        result = run(*args)
+        assert (result.exit_code, result.stdout) == (2, ""), (args, result.output)
+        assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+        assert re.search(message, result.stderr), result.stderr
