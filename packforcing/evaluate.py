@@ -331,8 +331,9 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
             stream = container.streams.video[0]
             shrink = min(1.0, SHORT_SIDE[1] / min(stream.width, stream.height))
             size = {"width": round(stream.width * shrink), "height": round(stream.height * shrink)}
-            for done, frame in enumerate(container.decode(stream), 1):
+            for frame in container.decode(stream):
                 yield frame.to_ndarray(format="rgb24", **size)
+                done += 1
     except (OSError, av.FFmpegError) as error:
         raise VideoError(f"{path} is damaged after {done} frames: {error.strerror}") from error
 

@@ -10,13 +10,14 @@ import html
 import importlib.metadata
 import platform
 import statistics
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from packforcing.config import Config
+from packforcing.config import Config, Policy
 from packforcing.errors import OutputError
 from packforcing.runtime.video import partial_path
 
@@ -82,11 +83,12 @@ def write_report(
                 for name, seconds in spent.items()
             }
         ),
-        reads=_reads(blocks, policy.sink, policy.recent),
+        read_key=READ_KEY,
+        reads=read_map([block.read for block in blocks], policy),
         kept=rows({name: (f"{count / 1e6:.2f} MB",) for name, count in kept.items()}),
         versions=rows(
             {
-                "Rendered with": (_versions(),),
+                "Rendered with": (versions(),),
                 "Bundle made with": (", ".join(f"{k} {v}" for k, v in tools.items()),),
             }
         ),
@@ -110,25 +112,41 @@ def save_page(path: Path, page: str) -> None:
 
 def _pictures(video: Path, frames: int, fps: int) -> str:
     """Frames spread over the video, first and last included, with their times."""
+    figures = []
+    for index, picture in sample_frames(video, frames, SAMPLES, SAMPLE_WIDTH):
+        time = f"{index / fps:.1f} s"
+        figures.append(
+            f'<figure><img src="{embedded(picture, ".png")}" alt="frame at {time}">'
+            f"<figcaption>{time}</figcaption></figure>"
+        )
+    return "".join(figures)
+
+
+def sample_frames(
+    video: Path, frames: int, samples: int, width: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Frames spread over a video of so many, first and last included: the number of each, and the
+    picture, uint8 BGR, at most `width` pixels wide."""
     import av
     import cv2
 
-    wanted = set(np.linspace(0, frames - 1, SAMPLES).round().astype(int).tolist())
-    figures = []
+    wanted = set(np.linspace(0, frames - 1, samples).round().astype(int).tolist())
     with av.open(video) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index not in wanted:
                 continue
             picture: np.ndarray = frame.to_ndarray(format="bgr24")
-            scale = min(1.0, SAMPLE_WIDTH / frame.width)
-            picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            data = base64.b64encode(cv2.imencode(".png", picture)[1].tobytes()).decode()
-            time = f"{index / fps:.1f} s"
-            figures.append(
-                f'<figure><img src="data:image/png;base64,{data}" alt="frame at {time}">'
-                f"<figcaption>{time}</figcaption></figure>"
-            )
-    return "".join(figures)
+            scale = min(1.0, width / frame.width)
+            size = round(frame.width * scale), round(frame.height * scale)
+            yield index, cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def embedded(picture: np.ndarray, suffix: Literal[".png", ".jpg"]) -> str:
+    """A picture, uint8 BGR, as the address of itself."""
+    import cv2
+
+    data = base64.b64encode(cv2.imencode(suffix, picture)[1].tobytes()).decode()
+    return f"data:image/{'jpeg' if suffix == '.jpg' else 'png'};base64,{data}"
 
 
 def _durations(seconds: list[float], playing: float) -> str:
@@ -148,23 +166,31 @@ def _durations(seconds: list[float], playing: float) -> str:
     )
 
 
-def _reads(blocks: list[BlockInfo], sink: int, recent: int) -> str:
-    """A square per block in context: across, the block being made; down, the block it read."""
+def read_map(reads: Sequence[Sequence[int]], policy: Policy) -> str:
+    """A square per block in context: across, the block being made; down, the block it read.
+
+    reads: the archived blocks that each block read.
+    """
     squares: dict[str, list[tuple[int, int]]] = {"sink": [], "mid": [], "recent": []}
-    for block in blocks:
-        now = block.index
-        squares["sink"] += [(now, old) for old in range(min(sink, now))]
-        squares["recent"] += [(now, old) for old in range(max(sink, now - recent), now)]
-        squares["mid"] += [(now, old) for old in block.read]
+    for now, archived in enumerate(reads):
+        sink, recent = whole_blocks(policy, now)
+        squares["sink"] += [(now, old) for old in sink]
+        squares["recent"] += [(now, old) for old in recent]
+        squares["mid"] += [(now, old) for old in archived]
     paths = "".join(
         f'<path class="{name}" d="{"".join(f"M{x} {y}h.9v.9h-.9z" for x, y in cells)}"/>'
         for name, cells in squares.items()
     )
-    count = len(blocks)
+    count = len(reads)
     return (
         f'<svg viewBox="0 0 {count} {count}" class="reads" role="img" '
         f'aria-label="which earlier blocks each block read">{paths}</svg>'
     )
+
+
+def whole_blocks(policy: Policy, block: int) -> tuple[range, range]:
+    """The sink and the recent blocks that a block reads at full resolution."""
+    return range(min(policy.sink, block)), range(max(policy.sink, block - policy.recent), block)
 
 
 def rows(table: dict[str, tuple[str, ...]]) -> str:
@@ -176,7 +202,7 @@ def rows(table: dict[str, tuple[str, ...]]) -> str:
     )
 
 
-def _versions() -> str:
+def versions() -> str:
     found = []
     for name in RUNTIME:
         try:
@@ -221,6 +247,11 @@ path.line { stroke: var(--sink); stroke-width: 1.5; vector-effect: non-scaling-s
 .recent::before { background: var(--recent); }
 """
 
+READ_KEY = """Across: the block being made. Down: the earlier block.
+<span class="key sink">sink</span>
+<span class="key mid">mid, from the archive</span>
+<span class="key recent">recent</span>"""
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -239,10 +270,7 @@ than real time.</p>
 <div class="pair">
 <div>
 <h2>Which blocks each block read</h2>
-<p>Across: the block being made. Down: the earlier block.
-<span class="key sink">sink</span>
-<span class="key mid">mid, from the archive</span>
-<span class="key recent">recent</span></p>
+<p>{read_key}</p>
 {reads}
 </div>
 <div>

@@ -232,7 +232,7 @@ class Session:
 
     def _rollout_for(self, blocks: int) -> Rollout:
         """Bound buffers, kept from video to video; full history alone depends on the length."""
-        policy = self._bounded(blocks)
+        policy = bounded(self.config.policy, self.manifest.config.policy, blocks)
         if self._rollout is None or self._rollout.config.policy != policy:
             self._rollout = None  # free the old buffers first
             config = msgspec.structs.replace(self.config, policy=policy)
@@ -245,19 +245,15 @@ class Session:
                 ) from error
         return self._rollout
 
-    def _bounded(self, blocks: int) -> Policy:
-        """Full history in as many slots as a video needs; other policies as they are."""
-        policy, own = self.config.policy, self.manifest.config.policy
-        recent = min(policy.recent, max(own.recent, blocks - 1))
-        return msgspec.structs.replace(policy, recent=recent)
-
     def _require_open(self) -> None:
         if self._closed:
             raise BackendError("the session is closed; open another one")
 
     def _check_memory(self, blocks: int) -> None:
         """Refuses what this machine cannot hold: a long video under full history."""
-        config = msgspec.structs.replace(self.config, policy=self._bounded(blocks))
+        config = msgspec.structs.replace(
+            self.config, policy=bounded(self.config.policy, self.manifest.config.policy, blocks)
+        )
         needed = sum(memory(config).values()) + archive_bytes(config, blocks)
         if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
             present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -311,6 +307,13 @@ class Session:
 
     def _graph_seconds(self) -> dict[str, float]:
         return {name: graph.seconds for name, graph in self._backend.graphs.items()}
+
+
+def bounded(policy: Policy, own: Policy, blocks: int) -> Policy:
+    """Full history in as many slots as a video needs, or the model's `own` policy has; other
+    policies as they are."""
+    recent = min(policy.recent, max(own.recent, blocks - 1))
+    return msgspec.structs.replace(policy, recent=recent)
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -1,0 +1,352 @@
+"""The same prompts and seeds under several policies: rendered, measured, compared.
+
+Every finished pair of a policy and a prompt is a video and, written after it, a JSON file of the
+same name, which holds a key of all that went in. A later call renders what has no such file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from packforcing import __version__
+from packforcing.config import Config, Policy, model_config
+from packforcing.embeddings import SUFFIX, load_embedding
+from packforcing.errors import ConfigError, OutputError, PromptError
+from packforcing.evaluate import Evaluation, Segment, Values, evaluate
+from packforcing.report import save_page, whole_blocks
+from packforcing.runtime.bundle import Manifest, read_manifest
+from packforcing.runtime.plan import archive_bytes, make_plan, memory
+from packforcing.runtime.session import BlockInfo, Session, bounded, check_request
+from packforcing.runtime.video import check_output
+from packforcing.text import make_prompt, random_attributes, random_tour
+
+END = 20.0  # seconds: what is left of a video at its end
+RESAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
+TARGET = "sm86"  # that device bytes are planned for
+
+
+class Prompt(NamedTuple):
+    """What is asked for: words to read and to show, and what the session is given."""
+
+    text: str
+    given: str | np.ndarray
+    seed: int
+
+
+class Job(NamedTuple):
+    """A policy and the number of a prompt; `stem` is where its files lie, without a suffix."""
+
+    policy: str
+    number: int
+    stem: Path
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A prompt rendered under a policy."""
+
+    policy: str
+    number: int
+    prompt: str
+    seed: int
+    video: str  # a path relative to the folder
+    evaluation: Evaluation
+    block_seconds: list[float]
+    tokens_read: list[int]  # of context, by every block
+    read: list[list[int]]  # the archived blocks that each block read
+    host_peak: int  # bytes of resident memory, of the whole process
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """What a policy takes, in bytes by plan and as measured."""
+
+    policy: Policy
+    buffers: int  # on the host, fixed
+    archive: int  # on the host at the end of a video
+    host_peak: int  # resident, the largest of its videos
+    device: int  # on a card, by plan
+    tokens_read: int  # by the last block
+    block_seconds: float  # median
+    last_block_seconds: float  # median over the last `END` seconds of the videos
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """A mean over prompts, and where 95% of the bootstrap's means lie; None for one prompt."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    prompts: int
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A measure of a policy, and how far it is from the first policy's on the same prompts."""
+
+    value: Estimate | None  # None where nothing was measured
+    difference: Estimate | None  # None for the first policy itself
+
+
+Summary = dict[str, dict[str, Row]]  # by policy, by measure
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """All that was found; the first policy is the one that others are compared with."""
+
+    bundle: str
+    config: Config
+    seconds: float
+    costs: dict[str, Costs]
+    whole: Summary  # over the whole videos
+    end: Summary  # over their last `END` seconds
+    pairs: list[Pair]
+
+
+def compare(
+    bundle: Path,
+    policies: Mapping[str, Policy],
+    prompts: Sequence[Prompt],
+    seconds: float,
+    folder: Path,
+    *,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Renders and measures what `folder` lacks, writes compare.json there, returns all of it.
+
+    progress is told how many frames are done, of how many that were missing. Raises what `Session`
+    and `evaluate` raise, and `OutputError`.
+    """
+    manifest = read_manifest(bundle)
+    config = manifest.config
+    for prompt in prompts:
+        check_request(config, prompt.given, seconds, prompt.seed)
+    videos = folder / "videos"
+    _make(videos)
+    jobs = [
+        Job(name, number, videos / f"{name}-{number:02}-{_key(manifest, policy, prompt, seconds)}")
+        for name, policy in policies.items()
+        for number, prompt in enumerate(prompts)
+    ]
+    finished = {job: pair for job in jobs if (pair := _finished(job))}
+    missing = [job for job in jobs if job not in finished]
+    frames = config.frames(seconds)
+    check_output(videos / "all.mp4", len(missing) * frames, config.width, config.height)
+    done = itertools.count()
+    for name, group in itertools.groupby(missing, lambda job: job.policy):
+        policy = policies[name]
+        with Session.open(bundle, policy=policy, backend=backend, threads=threads) as session:
+            for job in group:
+                tell = partial(_tell, progress, next(done), len(missing), frames)
+                pair = _render(session, job, prompts[job.number], seconds, tell)
+                save_page(job.stem.with_suffix(".json"), _json(pair))
+                finished[job] = pair
+    pairs = [finished[job] for job in jobs]
+    result = Comparison(
+        bundle=str(bundle),
+        config=config,
+        seconds=seconds,
+        costs={
+            name: _costs(config, policy, [pair for pair in pairs if pair.policy == name], seconds)
+            for name, policy in policies.items()
+        },
+        whole=summarise(pairs, None),
+        end=summarise(pairs, END),
+        pairs=pairs,
+    )
+    save_page(folder / "compare.json", _json(result))
+    return result
+
+
+def _tell(
+    progress: Callable[[int, int], None] | None, done: int, jobs: int, frames: int, share: float
+) -> None:
+    if progress:
+        progress(round((done + share) * frames), jobs * frames)
+
+
+def _render(
+    session: Session, job: Job, prompt: Prompt, seconds: float, tell: Callable[[float], None]
+) -> Pair:
+    """Renders and measures one pair; the video stands under its name when it is whole."""
+    import psutil
+
+    process, config = psutil.Process(), session.config
+    blocks: list[BlockInfo] = []
+    peak = 0
+
+    def on_block(info: BlockInfo) -> None:
+        nonlocal peak
+        blocks.append(info)
+        peak = max(peak, process.memory_info().rss)
+        tell(info.frames / info.frames_total / 2)
+
+    video = job.stem.with_suffix(".mp4")
+    session.render(prompt.given, seconds, video, prompt.seed, on_block=on_block)
+    # the detectors are of the demo model's world
+    words = prompt.text if session.manifest.config.name == model_config("demo").name else None
+    found = evaluate(video, words, lambda done, total: tell(0.5 + done / total / 2))
+    return Pair(
+        policy=job.policy,
+        number=job.number,
+        prompt=prompt.text,
+        seed=prompt.seed,
+        video=f"{video.parent.name}/{video.name}",
+        evaluation=found,
+        block_seconds=[round(block.seconds, 5) for block in blocks],
+        tokens_read=[
+            sum(map(len, whole_blocks(config.policy, block.index))) * config.block_tokens
+            + len(block.read) * config.compressed_tokens
+            for block in blocks
+        ],
+        read=[block.read for block in blocks],
+        host_peak=peak,
+    )
+
+
+def _key(manifest: Manifest, policy: Policy, prompt: Prompt, seconds: float) -> str:
+    """Of all that a pair depends on."""
+    given = prompt.given if isinstance(prompt.given, str) else prompt.given.tobytes().hex()
+    files = {name: entry.sha256 for name, entry in manifest.files.items()}
+    inputs = [__version__, files, msgspec.to_builtins(manifest.config), given, prompt.text]
+    inputs += [prompt.seed, seconds, msgspec.to_builtins(policy)]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _finished(job: Job) -> Pair | None:
+    """What an earlier call left, if its video is there as well; None for a damaged file too."""
+    with suppress(OSError, msgspec.DecodeError):
+        pair = msgspec.json.decode(job.stem.with_suffix(".json").read_bytes(), type=Pair)
+        if job.stem.with_suffix(".mp4").is_file():
+            return pair
+    return None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _json(value: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n"
+
+
+def _costs(config: Config, policy: Policy, pairs: Sequence[Pair], seconds: float) -> Costs:
+    blocks = config.blocks(config.frames(seconds))
+    kept = planned(config, policy, seconds)
+    buffers = memory(kept)
+    tail = max(1, round(END * config.fps / config.block_pixel_frames))
+    return Costs(
+        policy=policy,
+        buffers=sum(size for name, size in buffers.items() if name != "archive_per_block"),
+        archive=archive_bytes(kept, blocks),
+        host_peak=max(pair.host_peak for pair in pairs),
+        device=make_plan(kept, TARGET, seconds=seconds).total,
+        tokens_read=max(pair.tokens_read[-1] for pair in pairs),
+        block_seconds=float(np.median([pair.block_seconds for pair in pairs])),
+        last_block_seconds=float(np.median([pair.block_seconds[-tail:] for pair in pairs])),
+    )
+
+
+def planned(config: Config, policy: Policy, seconds: float) -> Config:
+    """The config whose buffers a video of this length takes under a policy."""
+    kept = bounded(policy, config.policy, config.blocks(config.frames(seconds)))
+    return msgspec.structs.replace(config, policy=kept)
+
+
+def summarise(pairs: Sequence[Pair], end: float | None) -> Summary:
+    """Means and differences by policy and measure; `end` takes so many seconds of each video."""
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for pair in pairs:
+        measured = pair.evaluation.values if end is None else last(pair.evaluation.segments, end)
+        for name, value in measured.items():
+            row = values.setdefault(pair.policy, {}).setdefault(name, {})
+            if value is not None:
+                row[pair.number] = value
+    first = next(iter(values))
+    summary: Summary = {}
+    for policy, measures in values.items():
+        summary[policy] = {}
+        for name, row in measures.items():
+            base = values[first][name]
+            both = [row[number] - base[number] for number in row if number in base]
+            summary[policy][name] = Row(
+                estimate(list(row.values())), None if policy == first else estimate(both)
+            )
+    return summary
+
+
+def last(segments: Sequence[Segment], seconds: float) -> Values:
+    """Mean values of the segments that make up the last `seconds`."""
+    begin = segments[-1].stop - seconds
+    chosen = [segment for segment in segments if segment.stop > max(begin, 0)]
+    means: Values = {}
+    for name in segments[-1].values:
+        parts = [
+            (segment.values[name], segment.values["returns"] if name == "loop_closure"
+             else segment.stop - segment.start)
+            for segment in chosen
+        ]  # fmt: skip
+        known = [(value, weight) for value, weight in parts if value is not None and weight]
+        if name == "returns":
+            means[name] = sum(value for value, _ in known)
+        else:
+            weights = sum(weight for _, weight in known)
+            means[name] = sum(v * w for v, w in known) / weights if weights else None
+    return means
+
+
+def estimate(values: Sequence[float]) -> Estimate | None:
+    """Mean and 95% interval by bootstrap over the values (percentiles, always the same draws)."""
+    if not values:
+        return None
+    given = np.asarray(values, np.float64)
+    if len(given) == 1:
+        return Estimate(float(given[0]), None, None, 1)
+    draws = np.random.default_rng(0).integers(len(given), size=(RESAMPLES, len(given)))
+    low, high = np.quantile(given[draws].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(given.mean()), float(low), float(high), len(given))
+
+
+def draw_prompts(config: Config, count: int, seed: int) -> list[Prompt]:
+    """Prompts for the demo model, every second one a tour; prompt i has the seed `seed` + i."""
+    if config.text_encoder != "words":
+        raise ConfigError(
+            f"prompts are made up for the demo model alone: give --prompts a file with one prompt "
+            f"for {config.name} in a line"
+        )
+    rng = np.random.default_rng(seed)
+    words = [(random_tour if number % 2 else random_attributes)(rng) for number in range(count)]
+    texts = [make_prompt(**given) for given in words]
+    return [Prompt(text, text, seed + number) for number, text in enumerate(texts)]
+
+
+def read_prompts(path: Path, seed: int) -> list[Prompt]:
+    """A prompt in each line; one that ends in .safetensors names a file of an embedding, from the
+    folder of this file. Raises `PromptError`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise PromptError(f"cannot read prompts from {path}: {reason}") from error
+    prompts = []
+    for text in filter(None, map(str.strip, lines)):
+        given: str | np.ndarray = text
+        if text.endswith(SUFFIX):
+            embedding = load_embedding(path.parent / text)
+            text, given = embedding.prompt or text, embedding.text
+        prompts.append(Prompt(text, given, seed + len(prompts)))
+    if not prompts:
+        raise PromptError(f"{path} holds no prompt: write one in each line")
+    return prompts
