@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
 MOST_BLOCKS = 1000  # of a kind in a history
+MOST_PROMPTS = 10_000
 
 
 class _Commands(click.Group):
@@ -101,6 +102,19 @@ _shape_options = _options(
         metavar="NAME",
         help="How the past is remembered: packforcing, sliding-window or sink-window.  "
         "[default: as the model was published]",
+    ),
+)
+_run_options = _options(
+    click.option(
+        "--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"
+    ),
+    click.option(
+        "--backend",
+        metavar="NAME",
+        default="onnxruntime",
+        show_default=True,
+        help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt, "
+        "onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx.",
     ),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -200,15 +214,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     help="How the past is remembered: packforcing, sliding-window, sink-window or full-history.  "
     "[default: as the model was made]",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]")
-@click.option(
-    "--backend",
-    metavar="NAME",
-    default="onnxruntime",
-    show_default=True,
-    help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt, "
-    "onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx.",
-)
+@_run_options
 @_json_option
 def render(
     prompt: str | None,
@@ -928,6 +934,82 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
         _print_json(described(found))
     else:
         click.echo("\n\n".join("\n".join(table(one)) for one in found))
+
+
+@main.command()
+@click.argument("bundle", required=False)
+@click.option(
+    "--policies",
+    metavar="NAME,...",
+    default="packforcing,sliding-window,sink-window",
+    show_default=True,
+    help="Ways to remember; the others are compared with the first. An unknown name makes the "
+    "command list the known ones.",
+)
+@click.option("--seconds", default=120.0, show_default=True, help="Length of every video.")
+@click.option(
+    "--prompts",
+    metavar="N|FILE",
+    default="4",
+    show_default=True,
+    help="How many to make up, for the demo model; or a file with a prompt in each line, or with "
+    "the name of a file of encode-prompt.",
+)
+@_seed_option
+@click.option(
+    "--out", metavar="DIR", default="out/compare", show_default=True, help="Folder for the results."
+)
+@_run_options
+@_json_option
+def compare(
+    bundle: str | None,
+    policies: str,
+    seconds: float,
+    prompts: str,
+    seed: int,
+    out: str,
+    threads: int | None,
+    backend: str,
+    as_json: bool,
+) -> None:
+    """Render the same prompts under several policies, measure and compare them.
+
+    Without BUNDLE, of the demo model that comes along. Writes the videos, compare.json and
+    compare.html, a page with tables, curves, pictures and what each block read. What is finished
+    is not rendered again: after an interruption, or with a policy more, the same command goes on.
+
+    \b
+    Example:
+      packforcing compare --policies packforcing,sliding-window --seconds 120 --prompts 16
+    """
+    from packforcing import compare_report
+    from packforcing.compare import compare as run
+    from packforcing.compare import draw_prompts, read_prompts
+    from packforcing.runtime import demo_bundle
+    from packforcing.runtime.bundle import read_manifest
+
+    compare_report.check_matplotlib()
+    directory = Path(bundle) if bundle is not None else demo_bundle()
+    config = read_manifest(directory).config
+    chosen = {name: _policy(name, config) for name in map(str.strip, policies.split(","))}
+    if prompts.isdecimal():
+        if not 0 < int(prompts) <= MOST_PROMPTS:
+            raise ConfigError(f"--prompts takes 1 to {MOST_PROMPTS}; it is {prompts}")
+        asked = draw_prompts(config, int(prompts), seed)
+    else:
+        asked = read_prompts(Path(prompts), seed)
+    folder = _folder(out)
+    with _counting("frame", quiet=as_json) as progress:
+        found = run(
+            directory, chosen, asked, seconds, folder,
+            backend=backend, threads=threads, progress=progress,
+        )  # fmt: skip
+    page = compare_report.write_report(folder, found)
+    if as_json:
+        click.echo((folder / "compare.json").read_text(encoding="utf-8"), nl=False)
+    else:
+        click.echo("\n".join(compare_report.table(found)))
+        click.echo(f"\nreport: {page}")
 
 
 def _tokens(config: Config) -> dict[str, int]:

@@ -218,7 +218,7 @@ def _key(manifest: Manifest, policy: Policy, prompt: Prompt, seconds: float) -> 
     given = prompt.given if isinstance(prompt.given, str) else prompt.given.tobytes().hex()
     files = {name: entry.sha256 for name, entry in manifest.files.items()}
     inputs = [__version__, files, msgspec.to_builtins(manifest.config), given, prompt.text]
-    inputs += [prompt.seed, seconds, msgspec.to_builtins(policy)]
+    inputs += [prompt.seed, float(seconds), msgspec.to_builtins(policy)]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -326,7 +326,7 @@ def draw_prompts(config: Config, count: int, seed: int) -> list[Prompt]:
             f"prompts are made up for the demo model alone: give --prompts a file with one prompt "
             f"for {config.name} in a line"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.Generator(np.random.Philox(key=seed % 2**64))  # others are refused later
     words = [(random_tour if number % 2 else random_attributes)(rng) for number in range(count)]
     texts = [make_prompt(**given) for given in words]
     return [Prompt(text, text, seed + number) for number, text in enumerate(texts)]

@@ -1,0 +1,343 @@
+"""A page about a comparison of policies, and the same for a terminal.
+
+One HTML file that loads nothing from elsewhere; the videos lie beside it.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from packforcing.compare import END, TARGET, Comparison, Costs, Estimate, Row, Summary, planned
+from packforcing.config import Policy
+from packforcing.errors import OutputError
+from packforcing.evaluate import DEMO_MEASURES, MEASURES, SEGMENT, shown
+from packforcing.plan_report import draw
+from packforcing.report import (
+    READ_KEY,
+    STYLE,
+    embedded,
+    read_map,
+    rows,
+    sample_frames,
+    save_page,
+    versions,
+)
+from packforcing.runtime.plan import make_plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHEETS, SAMPLES, SAMPLE_WIDTH = 8, 10, 160  # prompts, pictures of each video, their pixels
+COLUMNS = 3  # of curves
+FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
+KNOWN = {**MEASURES, **DEMO_MEASURES}
+
+
+def check_matplotlib() -> None:
+    """Raises `OutputError` where the report's curves cannot be drawn: before hours of rendering."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise OutputError(
+            "the report needs matplotlib, which is not installed: "
+            "pip install '.[plot]' in the checkout"
+        ) from error
+
+
+def write_report(folder: Path, found: Comparison) -> Path:
+    """Writes compare.html, whole or not at all, and returns its path; raises `OutputError`."""
+    page = folder / "compare.html"
+    save_page(page, _page(folder, found))
+    return page
+
+
+def table(found: Comparison) -> Iterator[str]:
+    """Lines for a terminal: measures of the last seconds, and costs, a row per policy."""
+    names = [name for name in KNOWN if any(name in row for row in found.end.values())]
+    width = max(map(len, found.costs)) + 2
+    yield f"last {min(END, found.seconds):g} of {found.seconds:g} s, mean over prompts"
+    yield " " * width + "".join(f"{KNOWN[name].head:>9}" for name in names)
+    for policy, measures in found.end.items():
+        cells = (value and value.mean for value in (measures[name].value for name in names))
+        yield f"{policy:<{width}}" + "".join(f"{shown(cell):>9}" for cell in cells)
+    yield ""
+    costs = {policy: _costs(cost) for policy, cost in found.costs.items()}
+    heads = next(iter(costs.values()))
+    yield " " * width + "".join(f"{head:>{len(head) + 3}}" for head in heads)
+    for policy, cells in costs.items():
+        yield f"{policy:<{width}}" + "".join(f"{cell:>{len(h) + 3}}" for h, cell in cells.items())
+
+
+def _costs(cost: Costs) -> dict[str, str]:
+    return {
+        "tokens read": f"{cost.tokens_read:,}",
+        "ms a block": f"{cost.block_seconds * 1e3:.0f}",
+        "ms at the end": f"{cost.last_block_seconds * 1e3:.0f}",
+        "host buffers": _mb(cost.buffers),
+        "archive": _mb(cost.archive),
+        "host peak": _mb(cost.host_peak),
+        f"card, planned for {TARGET}": _mb(cost.device),
+    }
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"
+
+
+def _page(folder: Path, found: Comparison) -> str:
+    config, first = found.config, next(iter(found.costs))
+    prompts = {pair.number: pair.prompt for pair in found.pairs}
+    facts = {
+        "Model": f"{config.name}, {config.width}x{config.height}, {config.fps} frames/s",
+        "Videos": f"{len(prompts)} prompts of {found.seconds:g} s, each under "
+        f"{len(found.costs)} policies with the same seed",
+        "Intervals": "95% of the means of 10,000 resamples of the prompts; differences are taken "
+        f"prompt by prompt, from {first}"
+        + (f". Under {FEWEST} prompts they say little" if len(prompts) < FEWEST else ""),
+    }
+    costs = {name: _costs(cost) for name, cost in found.costs.items()}
+    heads = "".join(f"<th>{html.escape(head)}</th>" for head in costs[first])
+    return _PAGE.format(
+        style=STYLE + _MORE_STYLE,
+        model=html.escape(config.name),
+        facts=rows({name: (text,) for name, text in facts.items()}),
+        first=html.escape(first),
+        fewest=FEWEST,
+        end=f"{min(END, found.seconds):g}",
+        end_table=_summary(found.end),
+        whole_table=_summary(found.whole),
+        cost_heads=heads,
+        costs=rows({name: tuple(cells.values()) for name, cells in costs.items()}),
+        curves=_curves(found),
+        segment=f"{SEGMENT:g}",
+        sheets="".join(_sheet(folder, found, number) for number in sorted(prompts)[:SHEETS]),
+        read_key=READ_KEY,
+        reads="".join(_reads(found)),
+        plan=_plan(found),
+        meanings=rows({
+            measure.head: (name.replace("_", " "), measure.better, measure.meaning)
+            for name, measure in KNOWN.items()
+        }),
+        versions=rows({"Made with": (versions(),), "Bundle": (found.bundle,)}),
+    )  # fmt: skip
+
+
+def _summary(summary: Summary) -> str:
+    """A table: a row per measure, a column per policy."""
+    lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(p)}</th>" for p in summary) + "</tr>"]
+    for name, measure in KNOWN.items():
+        if not any(name in measures for measures in summary.values()):
+            continue
+        cells = "".join(_cell(measures[name], measure.better) for measures in summary.values())
+        mark = {"higher": " &uarr;", "lower": " &darr;"}.get(measure.better, "")
+        lines.append(f"<tr><th>{name.replace('_', ' ')}{mark}</th>{cells}</tr>")
+    return "".join(lines)
+
+
+def _cell(row: Row, better: str) -> str:
+    """A mean with its interval, and whether it is better or worse than the first policy's."""
+    if row.value is None:
+        return "<td>-</td>"
+    verdict, change = "", row.difference
+    if better and change and change.prompts >= FEWEST:
+        assert change.low is not None and change.high is not None
+        if change.low > 0 or change.high < 0:
+            verdict = "better" if (change.low > 0) == (better == "higher") else "worse"
+    text = f"{shown(row.value.mean)}<small>{_interval(row.value)}</small>"
+    if change:
+        text += f"<small>{change.mean:+.2g}{_interval(change, '+.2g')}</small>"
+    return f'<td class="{verdict}">{text}</td>'
+
+
+def _interval(estimate: Estimate, form: str = ".3g") -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" ({estimate.low:{form}} to {estimate.high:{form}})"
+
+
+def _curves(found: Comparison) -> str:
+    """Every measure over the length of the video, a line per policy, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = [
+        name
+        for name in KNOWN
+        if any(
+            segment.values.get(name) is not None
+            for pair in found.pairs
+            for segment in pair.evaluation.segments
+        )
+    ]
+    lines = -(-(len(names) + 2) // COLUMNS)
+    with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "packforcing"}):
+        figure = Figure(figsize=(11, 1.9 * lines + 0.5), layout="constrained")
+        axes = np.ravel(figure.subplots(lines, COLUMNS))
+        for axis, name in zip(axes, names):
+            _curve(axis, found, name)
+        block = found.config.block_pixel_frames / found.config.fps
+        for axis, title, values in (
+            (axes[len(names)], "ms per block", "block_seconds"),
+            (axes[len(names) + 1], "context tokens read per block", "tokens_read"),
+        ):
+            scale = 1e3 if values == "block_seconds" else 1
+            for policy in found.costs:
+                given = [getattr(p, values) for p in found.pairs if p.policy == policy]
+                mean = _per_segment(np.mean(given, 0) * scale, block)
+                axis.plot(*mean, lw=1.4, label=policy)
+            axis.set_title(title, loc="left")
+            axis.set_ylim(bottom=0)
+        for axis in axes[len(names) + 2 :]:
+            axis.axis("off")
+        for axis in axes:
+            axis.set_xlim(0, found.seconds)
+            axis.spines[["top", "right"]].set_visible(False)
+        handles, labels = axes[len(names)].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def _curve(axis: Axes, found: Comparison, name: str) -> None:
+    """A measure's mean over prompts, segment by segment, and its spread."""
+    for policy in found.costs:
+        segments = [pair.evaluation.segments for pair in found.pairs if pair.policy == policy]
+        times, means, lows, highs = [], [], [], []
+        for column in zip(*segments):
+            values = [v for segment in column if (v := segment.values[name]) is not None]
+            if values:
+                times.append((column[0].start + column[0].stop) / 2)
+                means.append(np.mean(values))
+                error = np.std(values) / max(1, len(values) - 1) ** 0.5
+                lows.append(means[-1] - error)
+                highs.append(means[-1] + error)
+        (line,) = axis.plot(times, means, lw=1.4, marker=".", ms=4)
+        axis.fill_between(times, lows, highs, color=line.get_color(), alpha=0.12, lw=0)
+    axis.set_title(f"{name.replace('_', ' ')}", loc="left")
+
+
+def _per_segment(values: np.ndarray, block: float) -> tuple[np.ndarray, np.ndarray]:
+    """Times and medians of values per block, ten seconds at a time."""
+    size = max(1, round(SEGMENT / block / 5))
+    parts = [values[i : i + size] for i in range(0, len(values), size)]
+    times = [(i * size + len(part) / 2) * block for i, part in enumerate(parts)]
+    return np.array(times), np.array([np.median(part) for part in parts])
+
+
+def _sheet(folder: Path, found: Comparison, number: int) -> str:
+    """A prompt's videos, a strip of pictures under each policy."""
+    pairs = [pair for pair in found.pairs if pair.number == number]
+    strips = []
+    for pair in pairs:
+        frames = pair.evaluation.frames
+        pictures = [
+            picture
+            for _, picture in sample_frames(folder / pair.video, frames, SAMPLES, SAMPLE_WIDTH)
+        ]
+        address = embedded(np.concatenate(pictures, 1), ".jpg")
+        strips.append(
+            f'<figure><figcaption><a href="{html.escape(pair.video)}">'
+            f'{html.escape(pair.policy)}</a></figcaption><img src="{address}" '
+            f'alt="{html.escape(pair.policy)}"></figure>'
+        )
+    title = f"{pairs[0].prompt} (seed {pairs[0].seed})"
+    return f"<h3>{html.escape(title)}</h3>{''.join(strips)}"
+
+
+def _reads(found: Comparison) -> Iterator[str]:
+    """What each policy with an archive read, in the video of the first prompt."""
+    for name, cost in found.costs.items():
+        pair = next(pair for pair in found.pairs if pair.policy == name)
+        if cost.policy.mid:
+            yield (
+                f"<figure><figcaption>{html.escape(name)}: {_history(cost.policy)}</figcaption>"
+                f"{read_map(pair.read, cost.policy)}</figure>"
+            )
+
+
+def _history(policy: Policy) -> str:
+    return f"{policy.sink} sink, {policy.mid} mid, {policy.recent} recent, {policy.selection}"
+
+
+def _plan(found: Comparison) -> str:
+    """The picture of what the policies take on a card."""
+    import cv2
+
+    plans: list[Any] = [
+        (None, TARGET, make_plan(planned(found.config, cost.policy, found.seconds), TARGET,
+                                 seconds=found.seconds))
+        for cost in found.costs.values()
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "plan.png"
+        draw(plans, found.config, picture)
+        image = cv2.imread(str(picture))
+    assert image is not None
+    return f'<img src="{embedded(image, ".png")}" alt="memory on a card">'
+
+
+_MORE_STYLE = """
+body { max-width: 72rem; }
+h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; font-weight: 600; }
+.wide { overflow-x: auto; }
+.results th:first-child { white-space: nowrap; }
+.results th { width: auto; padding-right: 1rem; }
+.results tr:first-child th { color: var(--ink); }
+.results { width: auto; }
+.results td { padding-right: 1rem; vertical-align: top; }
+small { display: block; color: var(--faint); font-size: .75rem; white-space: nowrap; }
+.better { background: #2a9d5a33; } .worse { background: #c2571a33; }
+.curves svg, .plan img { background: #fff; border: 0; width: 100%; height: auto; }
+.sheets img { border-radius: 0; }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Policies of {model} - PackForcing</title>
+<style>{style}</style>
+<h1>How {model} holds under each policy</h1>
+<table>{facts}</table>
+<h2>The last {end} seconds</h2>
+<p>Mean over prompts and its interval; below it the difference from {first}. With {fewest} prompts
+or more, coloured where that difference's interval leaves zero out:
+<span class="better">better</span>, <span class="worse">worse</span>. Arrows say which way is
+better.</p>
+<div class="wide"><table class="results">{end_table}</table></div>
+<h2>What it takes</h2>
+<p>Buffers are fixed from the first block on, the archive is as long as the video. The host's peak
+is all of the process, libraries and graphs included. Other jobs on the machine show in the
+times.</p>
+<div class="wide"><table class="results"><tr><th></th>{cost_heads}</tr>{costs}</table></div>
+<h2>Over the length of the video</h2>
+<p>Means over prompts, {segment} seconds at a time, with one standard error on either side; time
+and tokens per block in steps of a fifth of that. Across: seconds of video.</p>
+<div class="curves">{curves}</div>
+<h2>Pictures</h2>
+<p>Spread over the video, first frame to last.</p>
+<div class="sheets">{sheets}</div>
+<h2>Which archived blocks were read when</h2>
+<p>In the video of the first prompt. {read_key}</p>
+<div class="maps">{reads}</div>
+<h2>Memory on a card</h2>
+<p>By plan, a bar for each different history.</p>
+<div class="plan">{plan}</div>
+<h2>The whole video</h2>
+<div class="wide"><table class="results">{whole_table}</table></div>
+<h2>What the measures are</h2>
+<table>{meanings}</table>
+<h2>Versions</h2>
+<table>{versions}</table>
+</html>
+"""
