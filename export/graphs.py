@@ -17,12 +17,14 @@ import onnxscript.rewriter
 import torch
 from onnx_ir.passes import common
 from onnxscript.rewriter.rules.common import (
+    expand_before_binary_op_rules,
+    fuse_pad_into_conv_rule,
     materialize_reshape_shape_rule,
     max_min_rule,
     min_max_rule,
 )
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from packforcing.config import Config
 from packforcing.export.lint import TRACE_SIZES, lint
@@ -146,8 +148,16 @@ def simplify(model: ir.Model) -> None:
     """
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of each weight left unread
     for value in model.graph.initializers.values():
-        value.const_value = None
-    rules = [materialize_reshape_shape_rule, min_max_rule, max_min_rule]
+        if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
+            value.const_value = None
+    # the last two: copies as large as a picture, which TensorRT-RTX would make
+    rules = [
+        materialize_reshape_shape_rule,
+        min_max_rule,
+        max_min_rule,
+        fuse_pad_into_conv_rule,
+        *expand_before_binary_op_rules,
+    ]
     for _ in range(2):
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
         onnxscript.rewriter.rewrite(model, rules)

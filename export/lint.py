@@ -16,8 +16,9 @@ TRACE_SIZES = {"N": 1009, "C": 2003}
 OPS = frozenset({
     "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv", "Cos",
     "DepthToSpace", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Pad",
-    "RMSNormalization", "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding", "Sigmoid",
-    "Sin", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "RMSNormalization", "ReduceL2", "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding",
+    "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Tanh", "Transpose",
+    "Unsqueeze",
 })  # fmt: skip
 
 

@@ -19,6 +19,27 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 
 State = list[Tensor]  # one [1, channels, height, width] per MemBlock, in layer order
 
+# Wan's VAE: what a model's latents are multiplied by, and what is added, to be its own
+# (vae.py of Wan2.1, and the defaults of diffusers' AutoencoderKLWan)
+LATENT_STD = torch.tensor((
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+))[:, None, None]  # fmt: skip
+LATENT_MEAN = torch.tensor((
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+))[:, None, None]  # fmt: skip
+
+
+def restore(latents: Tensor) -> Tensor:
+    """A model's latents [..., C, h, w] in the scale of Wan's VAE."""
+    return latents * LATENT_STD.to(latents) + LATENT_MEAN.to(latents)
+
+
+def normalise(latents: Tensor) -> Tensor:
+    """Latents of Wan's VAE [..., C, h, w] in the scale that models work in."""
+    return (latents - LATENT_MEAN.to(latents)) / LATENT_STD.to(latents)
+
 
 def _conv(inputs: int, outputs: int, **kwargs) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, **kwargs)
@@ -73,6 +94,7 @@ class TinyAutoencoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self._raw = config.vae == "lighttae"  # works in the scale of Wan's VAE
         pixels = 3 * config.vae_patch**2
         latent = config.latent_channels
         e = config.vae_encoder_width
@@ -94,6 +116,7 @@ class TinyAutoencoder(nn.Module):
 
     def decode_frame(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
         """One latent frame [1, C, h, w] to four frames [4, 3, H, W] in 0..1, and the new state."""
+        latent = restore(latent) if self._raw else latent
         layers = list(self.decoder)
         last = max(i for i, layer in enumerate(layers) if isinstance(layer, MemBlock)) + 1
         x, state = _run(layers[:last], latent, state)
@@ -102,7 +125,8 @@ class TinyAutoencoder(nn.Module):
 
     def encode_frame(self, frames: Tensor, state: State) -> tuple[Tensor, State]:
         """Four frames [4, 3, H, W] in 0..1 to one latent frame [1, C, h, w], and the new state."""
-        return _run(self.encoder, F.pixel_unshuffle(frames, self.config.vae_patch), state)
+        x, state = _run(self.encoder, F.pixel_unshuffle(frames, self.config.vae_patch), state)
+        return normalise(x) if self._raw else x, state
 
     def decoder_state(self) -> State:
         """The state before the first latent frame."""
@@ -124,6 +148,7 @@ class TinyAutoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """A whole clip at once, [B, T, C, h, w] to [B, 4T, 3, H, W], from an empty past."""
+        latents = restore(latents) if self._raw else latents
         x = _run_clip(self.decoder, latents.flatten(0, 1), latents.shape[0])
         x = F.pixel_shuffle(x, self.config.vae_patch)
         return x.unflatten(0, (latents.shape[0], -1))
@@ -132,7 +157,8 @@ class TinyAutoencoder(nn.Module):
         """A whole clip at once, [B, 4T, 3, H, W] to [B, T, C, h, w], from an empty past."""
         assert frames.shape[1] % TEMPORAL_FACTOR == 0
         x = F.pixel_unshuffle(frames.flatten(0, 1), self.config.vae_patch)
-        return _run_clip(self.encoder, x, frames.shape[0]).unflatten(0, (frames.shape[0], -1))
+        x = _run_clip(self.encoder, x, frames.shape[0]).unflatten(0, (frames.shape[0], -1))
+        return normalise(x) if self._raw else x
 
 
 def _run(layers: Iterable[nn.Module], x: Tensor, state: State) -> tuple[Tensor, State]:

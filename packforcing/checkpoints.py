@@ -1,9 +1,9 @@
 """Published checkpoints into model folders: recognised, checked by name and shape, copied.
 
 What a file is for is told from its contents: which container it is, which of a torch
-checkpoint's entries hold tensors, and whether those are a transformer's, the tiny autoencoder's
-or a LoRA's. Several models have the very same tensors; where these cannot tell them apart, the
-name under which a file is published does, or the caller.
+checkpoint's entries hold tensors, and whether those are a transformer's, an autoencoder's or a
+LoRA's. Several models have the very same tensors, and so have the two tiny autoencoders; where
+these cannot tell them apart, the name under which a file is published does, or the caller.
 
 Nothing in a file is ever executed. Tensors are copied one at a time from mapped files, one file
 after the other, so that memory stays near the size of the largest.
@@ -29,11 +29,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from packforcing.config import PAPER, Config
+from packforcing.config import PAPER, Config, with_autoencoder
 from packforcing.errors import CheckpointError, OutputError
 from packforcing.fetch import recorded
 from packforcing.model import mismatch, weight_shapes
 from packforcing.models import (
+    AUTOENCODERS,
     DESCRIPTION,
     PUBLISHED,
     WEIGHTS,
@@ -95,7 +96,7 @@ class Stored:
     dtype: str  # as safetensors names it
 
 
-Tensors = dict[str, Stored]  # by the name it has in Wan or in TAEHV
+Tensors = dict[str, Stored]  # by the name it has in Wan, in TAEHV or in diffusers' AutoencoderKLWan
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class File:
     path: Path
     entries: dict[str, Tensors]
     role: str
+    vae: str = ""  # which autoencoder: "wan", or "taehv" for either of the tiny ones
 
 
 @dataclass(frozen=True)
@@ -133,15 +135,17 @@ def import_checkpoint(
     *,
     kind: str | None = None,
     entry: str | None = None,
+    vae: str | None = None,
     lora_alpha: float | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
 ) -> Imported:
     """Makes a folder that `packforcing export` reads of the model in `files`.
 
     files: torch checkpoints, safetensors files, indices of sharded ones, or folders of the
-    latter two: one model, and perhaps LoRAs to merge into it and the tiny autoencoder's weights.
+    latter two: one model, and perhaps LoRAs to merge into it and an autoencoder's weights.
     kind: a name in `packforcing.models.PUBLISHED`, instead of the recognised one. entry: of a
-    torch checkpoint, instead of the one that models of this kind are run with. lora_alpha: LoRAs
+    torch checkpoint, instead of the one that models of this kind are run with. vae: which of the
+    tiny autoencoders it is, "taehv" or "lighttae", instead of by name. lora_alpha: LoRAs
     that do not hold their alpha are scaled by it over their rank, by 1 if None. on_tensor is told
     how many tensors are written, of how many.
 
@@ -157,6 +161,10 @@ def import_checkpoint(
         raise CheckpointError(f"no file here holds a model, only {names}: name its checkpoint too")
     kind, why = (kind, "as asked for") if kind else recognise(given)
     row, config = published(kind), published_config(kind)
+    autoencoders = [file for file in given if file.role == "autoencoder"]
+    if autoencoders:
+        vae = recognise_autoencoder(autoencoders, vae)
+        config = with_autoencoder(config, vae)
     if row.lora and "LoRA" not in roles:
         raise CheckpointError(
             f"{kind} is {row.files[0]} with {row.files[1]} merged into it: name both files, or "
@@ -174,7 +182,7 @@ def import_checkpoint(
     folder = ModelFolder(
         kind=kind,
         config=config,
-        autoencoder="autoencoder" in roles,
+        autoencoder=bool(autoencoders),
         made_from=[Path(file).name for file in files],
         source=row.source,
         licence=fetched["transformer"].licence if "transformer" in fetched else row.licence,
@@ -185,6 +193,8 @@ def import_checkpoint(
     for lora in loras:
         scales = ", ".join(f"{scale:g}" for scale in sorted({one.scale for one in lora.values()}))
         said.append(f"LoRA merged into {len(lora)} weights at scale {scales}")
+    if autoencoders and vae:
+        said.append(f"the autoencoder is {AUTOENCODERS[vae].file}: {AUTOENCODERS[vae].licence}")
     if len(kept) < len(tensors):
         said.append("pack_compressor left out: it is not the paper's; the low branch serves alone")
     return Imported(folder, why, said, len(kept), size)
@@ -228,13 +238,29 @@ def survey(path: Path) -> File:
     if any(LORA.match(name) for name in names):
         return File(path, entries, "LoRA")
     known = weight_shapes(PAPER)
-    for role in ("transformer", "autoencoder"):
+    for role, vae in (("transformer", ""), ("autoencoder", "taehv")):
         if 2 * sum(f"{role}.{name}" in known for name in names) > len(names):
-            return File(path, entries, role)
+            return File(path, entries, role, vae)
+    known = weight_shapes(with_autoencoder(PAPER, "wan"))
+    renamed = {entry: wan_vae_names(tensors) for entry, tensors in entries.items()}
+    held = [name for tensors in renamed.values() for name in tensors]
+    if 2 * sum(f"autoencoder.{name}" in known for name in held) > len(held):
+        return File(path, renamed, "autoencoder", "wan")
     raise CheckpointError(
         f"{path} holds none of what is read here, which is a Wan transformer, a LoRA for it or "
-        f"the tiny autoencoder, but {len(names)} other tensors: {', '.join(sorted(names)[:3])}, ..."
+        f"an autoencoder, but {len(names)} other tensors: {', '.join(sorted(names)[:3])}, ..."
     )
+
+
+def wan_vae_names(tensors: Tensors) -> Tensors:
+    """The tensors by the names that diffusers has for those of Wan's VAE; others keep theirs."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    renamed = convert_wan_vae_to_diffusers(tensors)
+    for name, stored in tensors.items():
+        if stored not in renamed.values():
+            raise CheckpointError(f"{stored.path} holds {name} twice, under two names")
+    return renamed
 
 
 def contents(path: Path) -> Iterator[Stored]:
@@ -353,6 +379,33 @@ def recognise(files: list[File]) -> tuple[str, str]:
     )
 
 
+def recognise_autoencoder(files: list[File], asked: str | None) -> str:
+    """Which autoencoder it is; raises `CheckpointError` if nothing tells, or there are several."""
+    layouts = {file.vae for file in files}
+    if len(layouts) > 1:
+        raise CheckpointError(
+            f"{' and '.join(str(file.path) for file in files)} are two autoencoders: name one"
+        )
+    (layout,) = layouts
+    fitting = ["wan"] if layout == "wan" else ["taehv", "lighttae"]
+    if asked is not None:
+        if asked not in fitting:
+            raise CheckpointError(
+                f"{files[0].path} is no '{asked}' by its tensors, but {' or '.join(fitting)}"
+            )
+        return asked
+    if layout == "wan":
+        return layout
+    name = files[0].path.name
+    for known in ("lighttae", "taehv"):  # the first one's name has the other's in it
+        if AUTOENCODERS[known].file in name:
+            return known
+    raise CheckpointError(
+        f"{files[0].path} is a tiny autoencoder, and its tensors do not say for latents of which "
+        "scale: name it with --vae, taehv (as taew2_1) or lighttae (as lighttaew2_1)"
+    )
+
+
 def choose(file: File, kind: str, entry: str | None) -> Tensors:
     """What is used of a file; raises `CheckpointError` where that is nothing or unclear.
 
@@ -451,8 +504,12 @@ def describe(file: File, tensors: Tensors) -> str:
         + (f" of '{first.entry}'" if first.entry else "")
         + (f" (not {', '.join(beside)})" if beside else "")
         + (", torch checkpoint" if is_torch(file.path) else ", safetensors")
-        + (", in diffusers' naming" if any("attn1" in t.name for t in tensors.values()) else "")
+        + (", in diffusers' naming" if any(map(in_diffusers, tensors.values())) else "")
     )
+
+
+def in_diffusers(stored: Stored) -> bool:
+    return ".attn1." in stored.name or ".mid_block." in stored.name
 
 
 # Writing

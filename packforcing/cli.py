@@ -103,6 +103,12 @@ _shape_options = _options(
         help="How the past is remembered: packforcing, sliding-window or sink-window.  "
         "[default: as the model was published]",
     ),
+    click.option(
+        "--vae",
+        type=click.Choice(["taehv", "lighttae", "wan"]),
+        help="Autoencoder: a tiny one, or Wan's.  [default: what the weights hold, or the tiny "
+        "one; in a plan for a budget, Wan's where nothing else has to go for it]",
+    ),
 )
 _run_options = _options(
     click.option(
@@ -378,7 +384,10 @@ def export(
     if weights and Path(weights).is_dir():
         if model_name:
             raise ConfigError(f"{weights} says itself which model it holds: leave out --model")
-        config = _shaped(read_model_folder(weights).config, **shape)
+        config = read_model_folder(weights).config
+        if shape["vae"] not in (None, config.vae):
+            raise ConfigError(f"{weights} holds the autoencoder {config.vae}: leave out --vae")
+        config = _shaped(config, **shape)
         weights = str(Path(weights) / WEIGHTS)
     else:
         config = _shaped(model_config(model_name or "demo"), **shape)
@@ -482,6 +491,11 @@ def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None
     "[default: what the model is published to be run with]",
 )
 @click.option(
+    "--vae",
+    type=click.Choice(["taehv", "lighttae"]),
+    help="Which of the tiny autoencoders it is.  [default: as its file is named]",
+)
+@click.option(
     "--lora-alpha",
     type=float,
     metavar="ALPHA",
@@ -493,15 +507,16 @@ def import_checkpoint(
     out: str,
     kind: str | None,
     entry: str | None,
+    vae: str | None,
     lora_alpha: float | None,
     as_json: bool,
 ) -> None:
     """Turn a published checkpoint into a folder to export from.
 
     FILE is a torch checkpoint, a safetensors file, or the index or folder of a sharded one. Name
-    with it LoRAs to merge, and the tiny autoencoder's weights, which exporting needs. Which model
-    it is, is recognised; nothing in a file is executed. Exit code 2 if a tensor is missing, extra
-    or misshaped, and nothing is written then.
+    with it LoRAs to merge, and an autoencoder's weights, which exporting needs: the tiny one's or
+    Wan's. Which model it is, is recognised; nothing in a file is executed. Exit code 2 if a tensor
+    is missing, extra or misshaped, and nothing is written then.
 
     \b
     Examples:
@@ -523,7 +538,7 @@ def import_checkpoint(
         ) from error
     with _counting("tensor", quiet=as_json) as progress:
         done = checkpoints.import_checkpoint(
-            files, out, kind=kind, entry=entry, lora_alpha=lora_alpha, on_tensor=progress
+            files, out, kind=kind, entry=entry, vae=vae, lora_alpha=lora_alpha, on_tensor=progress
         )
     folder = done.folder
     refused = published(folder.kind).refused
@@ -537,7 +552,7 @@ def import_checkpoint(
     if refused:
         click.echo(f"weights only, {folder.kind} cannot be rendered: {refused}")
     elif not folder.autoencoder:
-        click.echo("no autoencoder in it: exporting needs the tiny one's weights, taew2_1")
+        click.echo("no autoencoder in it: exporting needs one's weights, taew2_1 or Wan2.1_VAE")
 
 
 @main.command()
@@ -786,7 +801,7 @@ def plan(
         kept = _precision(precision, config)
     else:
         if model_name or precision or any(shape.values()):
-            raise ConfigError("a bundle has its model, size, history and precision already")
+            raise ConfigError("a bundle has its model, sizes, history and precision already")
         config, kept = read_manifest(bundle).config, None
         engines = plan_report.measured(Path(bundle))
     budgets = [None] if budget is None else _budgets(budget)
@@ -805,6 +820,7 @@ def plan(
             found = choose(
                 config, target, wanted, precision=kept, seconds=seconds,
                 built=engines and engines.built,
+                any_autoencoder=bundle is None and shape["vae"] is None,
             )  # fmt: skip
             rows.append((wanted, target, found))
         except PlanError as error:
@@ -1026,12 +1042,13 @@ def _shaped(
     block_frames: int | None,
     history: str | None,
     policy: str | None,
+    vae: str | None,
     precision: str | None = None,
 ) -> Config:
-    """A config with another frame size, block, history or number format."""
+    """A config with another frame size, block, history, autoencoder or number format."""
     import msgspec
 
-    from packforcing.config import Precision
+    from packforcing.config import Precision, with_autoencoder
 
     changes: dict[str, Any] = {}
     if size is not None:
@@ -1042,6 +1059,8 @@ def _shaped(
         everywhere = dict.fromkeys(("compute", "weights", "cache"), precision)
         changes["precision"] = msgspec.convert(everywhere, Precision)
     config = msgspec.structs.replace(config, **changes)
+    if vae is not None:
+        config = with_autoencoder(config, vae)
     if policy is not None:
         config = msgspec.structs.replace(config, policy=_policy(policy, config))
     if history is not None:

@@ -8,13 +8,17 @@ serves, training-free.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packforcing.autoencoder import TinyAutoencoder
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.transformer import patchify
+
+if TYPE_CHECKING:  # Wan's needs diffusers
+    from packforcing.model import Autoencoder
 
 # The paper's strides; kernel = stride, which alone gives 182 tokens at 480x832.
 STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
@@ -23,7 +27,7 @@ STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
 class Compressor(nn.Module):
     """Latents and pixels of a block to `tokens` and `extra`, the denoiser's inputs."""
 
-    def __init__(self, config: Config, autoencoder: TinyAutoencoder) -> None:
+    def __init__(self, config: Config, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.config = config
         self.encode = autoencoder.encode  # bound, not registered: its weights are its owner's

@@ -15,6 +15,7 @@ from packforcing.errors import ConfigError
 from packforcing.text import VOCABULARY
 
 TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV alike
+WAN_CHANNELS = 16  # of the latents of Wan's VAE
 
 
 def _require(condition: bool, message: str) -> None:
@@ -93,9 +94,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     text_dim: int
     # compressor: channels after each strided convolution; empty for the low branch alone
     compressor_widths: tuple[int, ...] = ()
-    # tiny autoencoder, in TAEHV's layout
+    # autoencoder: the tiny one in TAEHV's layout, one like it that computes in the scale of Wan's
+    # latents, or Wan's own; `with_autoencoder` has the published sizes
+    vae: Literal["taehv", "lighttae", "wan"] = "taehv"
     vae_patch: int = 1  # pixels folded into channels before the first convolution
-    vae_encoder_width: int = 64
+    vae_encoder_width: int = 64  # the narrowest, in Wan's
     vae_decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     vae_strips: int = 1  # parts of a frame that the decoder's last stage does one after the other
     # few-step sampler: timesteps before the shift; "renoise" for distilled models, or "euler"
@@ -113,6 +116,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     "vae_patch", "vae_encoder_width", "vae_strips", "shift")  # fmt: skip
         for name in positive:
             _require(getattr(self, name) > 0, f"{name} must be positive")
+        _require(
+            self.vae == "taehv" or self.wan_latents,
+            f"the autoencoder '{self.vae}' is for {WAN_CHANNELS} latent_channels and a vae_patch "
+            "of 1",
+        )
+        *wider, narrow = self.vae_decoder_widths
+        _require(
+            self.vae != "wan"
+            or (self.vae_strips == 1 and not any(n % narrow or n % 2 for n in wider)),
+            "Wan's autoencoder has no vae_strips, and its vae_decoder_widths are even multiples "
+            "of the last",
+        )
         cell = self.spatial_factor * self.patch
         _require(
             self.height % cell == 0 and self.width % cell == 0,
@@ -140,6 +155,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 steps[0] <= 1000 and steps[-1] > 0 and all(a > b for a, b in pairwise(steps)),
                 "timesteps must fall from 1000 or less and stay above 0",
             )
+
+    @property
+    def wan_latents(self) -> bool:
+        """Whether the latents have the shape of those of Wan's VAE."""
+        return self.latent_channels == WAN_CHANNELS and self.vae_patch == 1
 
     @property
     def spatial_factor(self) -> int:
@@ -305,6 +325,28 @@ def model_config(name: str) -> Config:
     if name not in MODELS:
         raise ConfigError(f"unknown model '{name}'; known models: {', '.join(MODELS)}")
     return MODELS[name]
+
+
+# Sizes of the published autoencoders for Wan2.1's latents: taew2_1, lighttaew2_1, Wan2.1_VAE
+_TINY = {"vae_encoder_width": 64, "vae_decoder_widths": (256, 128, 64, 64), "vae_strips": 6}
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "taehv": _TINY,
+    "lighttae": _TINY,
+    "wan": {
+        "vae_encoder_width": 96, "vae_decoder_widths": (384, 384, 192, 96), "vae_strips": 1,
+    },
+}  # fmt: skip
+
+
+def with_autoencoder(config: Config, name: str) -> Config:
+    """The config with one of `AUTOENCODERS` at its published size, unless it has that already.
+
+    Raises `ConfigError` for a model of other latents than Wan's.
+    """
+    if name == config.vae:
+        return config
+    _require(config.wan_latents, f"{config.name} has latents of its own, that '{name}' is not for")
+    return msgspec.structs.replace(config, vae=name, **AUTOENCODERS[name])
 
 
 def policies(config: Config) -> dict[str, Policy]:

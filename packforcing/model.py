@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,11 @@ from packforcing.config import Config
 from packforcing.errors import CheckpointError
 from packforcing.transformer import Transformer
 
+if TYPE_CHECKING:  # needs diffusers, which the tiny one does not
+    from packforcing.wan_autoencoder import WanAutoencoder
+
+    Autoencoder = TinyAutoencoder | WanAutoencoder
+
 Weights = Mapping[str, Tensor]  # by checkpoint name: part, a dot, the name in its state dict
 Shapes = Mapping[str, tuple[int, ...]]  # likewise
 
@@ -34,7 +40,7 @@ class Model:
 
     config: Config
     transformer: Transformer
-    autoencoder: TinyAutoencoder
+    autoencoder: Autoencoder
     compressor: Compressor
 
     def parts(self) -> dict[str, nn.Module]:
@@ -56,11 +62,24 @@ class Model:
 
 def skeleton(config: Config) -> Model:
     """A model in evaluation mode, on torch's current device and dtype, weights as they come."""
-    autoencoder = TinyAutoencoder(config)
+    autoencoder = _autoencoder(config)
     model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder))
     for part in model.parts().values():
         part.eval().requires_grad_(False)
     return model
+
+
+def _autoencoder(config: Config) -> Autoencoder:
+    if config.vae != "wan":
+        return TinyAutoencoder(config)
+    try:
+        from packforcing.wan_autoencoder import WanAutoencoder
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"Wan's autoencoder needs {error.name}, which is not installed: "
+            "pip install '.[export]' in the checkout"
+        ) from error
+    return WanAutoencoder(config)
 
 
 def random_model(config: Config, seed: int = 0) -> Model:

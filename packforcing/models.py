@@ -92,6 +92,21 @@ PARTS: dict[str, Published] = {
 }
 
 
+@dataclass(frozen=True)
+class PublishedAutoencoder:
+    """An autoencoder for Wan's latents, by the name it has in a config."""
+
+    file: str  # without its ending
+    licence: str  # of the weights
+
+
+AUTOENCODERS = {
+    "taehv": PublishedAutoencoder("taew2_1", UNREAD),
+    "lighttae": PublishedAutoencoder("lighttaew2_1", "Apache-2.0, as a mirror of them says"),
+    "wan": PublishedAutoencoder("Wan2.1_VAE", "Apache-2.0"),
+}
+
+
 def published(kind: str) -> Published:
     """The row of this name; raises `CheckpointError` naming the known ones."""
     if kind not in PUBLISHED:
@@ -138,7 +153,7 @@ def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
         raise CheckpointError(f"{path} holds {folder.kind}, as weights alone: {refused}")
     if not folder.autoencoder:
         raise CheckpointError(
-            f"{path} has no autoencoder: import the checkpoint again and name the tiny "
-            f"autoencoder's weights as well ({' '.join(folder.made_from)} taew2_1.pth)"
+            f"{path} has no autoencoder: import the checkpoint again and name one's weights as "
+            f"well ({' '.join(folder.made_from)} taew2_1.pth, or Wan2.1_VAE.pth)"
         )
     return folder

@@ -142,9 +142,9 @@ def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[str]:
     config's whole history takes at least."""
     yield f"{title(config)}; GiB on the card, beside the CUDA context"
     yield ""
-    form = "{:>6}  {:<6}  {:<19}  {:<7}  {:<5}  {:>8}  {:>5}  {}"
+    form = "{:>6}  {:<6}  {:<19}  {:<7}  {:<5}  {:>8}  {:>5}  {:<11}  {}"
     yield form.format("budget", "target", "sink + mid + recent", "weights", "cache", "streamed",
-                      "total", "needs")  # fmt: skip
+                      "total", "autoencoder", "needs")  # fmt: skip
     for budget, target, plan in rows:
         named = "-" if budget is None else gib(budget)
         if isinstance(plan, PlanError):
@@ -154,7 +154,7 @@ def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[str]:
         yield form.format(
             named, target, _history(plan.config),
             precision.weights, precision.cache, gib(plan.streamed) if plan.streamed else "-",
-            gib(plan.total), needs(plan) or "-",
+            gib(plan.total), plan.config.vae, needs(plan) or "-",
         )  # fmt: skip
     targets = list(dict.fromkeys(target for _, target, _ in rows))
     if free:

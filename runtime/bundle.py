@@ -42,6 +42,7 @@ import msgspec
 
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
+from packforcing.runtime import wan_vae
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -168,14 +169,18 @@ def contract(config: Config) -> dict[str, GraphSpec]:
 
 
 def decoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
-    """Memory of the tiny decoder between calls: three blocks at each of three scales."""
+    """Memory of the decoder between calls; the tiny one's, three blocks at each of three scales."""
+    if config.vae == "wan":
+        return wan_vae.state_shapes(wan_vae.decoder_layers(config))
     h, w = config.latent_size
     scales = zip(config.vae_decoder_widths[:3], (1, 2, 4))
     return [(1, width, h * scale, w * scale) for width, scale in scales for _ in range(3)]
 
 
 def encoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
-    """Memory of the tiny encoder between calls, fine scale first."""
+    """Memory of the encoder between calls, fine scale first."""
+    if config.vae == "wan":
+        return wan_vae.state_shapes(wan_vae.encoder_layers(config, config.height, config.width))
     h, w = config.latent_size
     return [
         (1, config.vae_encoder_width, h * scale, w * scale) for scale in (4, 2, 1) for _ in range(3)

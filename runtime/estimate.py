@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import ConfigError
+from packforcing.runtime import wan_vae
 from packforcing.runtime.bundle import DTYPES, TensorSpec, contract
 
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 ARRAY_ITEM = {"int64": 8} | {DTYPES[kind]: size for kind, size in ITEM.items()}
 FEWEST_STRIPS = 5  # of the decoder that TensorRT-RTX works through in turn; fewer it keeps at once
+WAN_STAGES = 7  # tensors of Wan's widest stage that are alive at once
 INT4_BLOCK = 128  # weights that share a scale
 CARD = ("denoiser", "compressor", "vae_decoder")  # graphs that run there; the host has the rest
 # Calls of these and their graphs: the denoiser has two shapes.
@@ -81,8 +83,13 @@ class Conv(NamedTuple):
         return 2 * self.inputs * self.outputs * self.taps * self.positions
 
 
-def encoder_convs(config: Config, height: int, width: int) -> list[Conv]:
-    """The tiny encoder over a latent frame's four pixel frames (packforcing/autoencoder.py)."""
+def encoder_layers(
+    config: Config, height: int, width: int, *, first: bool = False
+) -> list[Conv] | wan_vae.Layers:
+    """The encoder over a latent frame's four pixel frames (packforcing/autoencoder.py); Wan's
+    sees but one of those of a clip's first."""
+    if config.vae == "wan":
+        return wan_vae.encoder_layers(config, height, width, first=first)
     e, frames = config.vae_encoder_width, TEMPORAL_FACTOR
     h, w = height // config.vae_patch, width // config.vae_patch
     convs = [Conv(3 * config.vae_patch**2, e, 9, frames * h * w)]
@@ -95,8 +102,10 @@ def encoder_convs(config: Config, height: int, width: int) -> list[Conv]:
     return [*convs, Conv(e, config.latent_channels, 9, h * w)]
 
 
-def decoder_convs(config: Config) -> list[Conv]:
-    """The tiny decoder over one latent frame (packforcing/autoencoder.py)."""
+def decoder_layers(config: Config) -> list[Conv] | wan_vae.Layers:
+    """The decoder over one latent frame (packforcing/autoencoder.py)."""
+    if config.vae == "wan":
+        return wan_vae.decoder_layers(config)
     widths, frames = config.vae_decoder_widths, 1
     h, w = config.latent_size
     convs = [Conv(config.latent_channels, widths[0], 9, h * w)]
@@ -174,12 +183,12 @@ def parameters(config: Config) -> dict[str, int]:
     layer += 3 * d + 2 * d + 6 * d  # norms of q, k and the cross q; the norm before; modulation
     around = linear(config.token_dim, d) + linear(d, config.token_dim) + 2 * d
     time = linear(config.freq_dim, d) + linear(d, d) + linear(d, 6 * d)
-    encoder = sum(conv.parameters for conv in encoder_convs(config, config.height, config.width))
+    encoder = sum(layer.parameters for layer in encoder_layers(config, config.height, config.width))
     return {
         "prompt": linear(config.text_dim, d) + linear(d, d) + layers * (2 * linear(d, d) + d),
         "denoiser": around + time + layers * layer,
         "compressor": encoder + sum(conv.parameters for conv in compressor_convs(config)),
-        "vae_decoder": sum(conv.parameters for conv in decoder_convs(config)),
+        "vae_decoder": sum(layer.parameters for layer in decoder_layers(config)),
         "vae_encoder": encoder,
     }
 
@@ -235,13 +244,20 @@ def operations(config: Config) -> dict[str, int]:
         keys = new + config.context_tokens + config.text_len
         return 2 * (new * weights + time) + 4 * new * keys * d * layers
 
-    small = encoder_convs(config, config.height // 4, config.width // 4)
-    compressor = [*compressor_convs(config), *config.compressed_grid[0] * small]
+    small = config.height // 4, config.width // 4
+    compressor = [
+        *compressor_convs(config),
+        *(
+            layer
+            for latent in range(config.compressed_grid[0])
+            for layer in encoder_layers(config, *small, first=latent == 0)
+        ),
+    ]
     return {
         "denoiser.block": denoiser(config.block_tokens),
         "denoiser.compressed": denoiser(config.compressed_tokens),
-        "compressor": sum(conv.operations for conv in compressor),
-        "vae_decoder": sum(conv.operations for conv in decoder_convs(config)),
+        "compressor": sum(layer.operations for layer in compressor),
+        "vae_decoder": sum(layer.operations for layer in decoder_layers(config)),
     }
 
 
@@ -283,7 +299,9 @@ def scratch_bytes(config: Config) -> dict[str, int]:
     what it expands the new tokens to and two tensors of the model's width. compressor: three
     tensors of the encoder's first stage over the small clip. vae_decoder: what the last 3x3
     convolution reads and writes at full size, and three tensors of the stage before it; in
-    strips, six of those. Each with a workspace.
+    strips, six of those. Wan's, decoder and encoder: about seven of its stage at full size, most
+    of them in a norm, which computes in fp32, and in what a convolution reads, past included.
+    Each with a workspace.
     """
     workspace, item = 4 << 20, ITEM[config.precision.compute]
 
@@ -302,4 +320,8 @@ def scratch_bytes(config: Config) -> dict[str, int]:
         "compressor": 3 * _clip(config) * config.vae_encoder_width // config.vae_patch**2,
         "vae_decoder": 6 * half if in_turn else full + 3 * half,
     }
+    if config.vae == "wan":
+        small = TEMPORAL_FACTOR * (config.height // 4) * (config.width // 4)
+        values["compressor"] = WAN_STAGES * small * config.vae_encoder_width
+        values["vae_decoder"] = WAN_STAGES * TEMPORAL_FACTOR * h * w * last
     return {call: item * count + workspace for call, count in values.items()}

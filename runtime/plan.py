@@ -9,6 +9,8 @@ outside every budget.
 `choose` finds the plan for a budget: the first that fits of `plans`, so more memory never gives
 a worse plan. What is given up, in this order:
 
+0. Wan's autoencoder for the tiny one, where both are allowed: its state alone is larger than what
+   the next steps save, and it does 25 times the work.
 1. a little time, results being the same: at most a tenth of the denoiser's weights stays in host
    memory and is streamed in. (The decoder works in strips already, where the config says so.)
 2. precision: an 8-bit cache, then 8-bit weights, then 4-bit weights, at each of them 1 before the
@@ -25,7 +27,7 @@ from itertools import product
 
 import msgspec
 
-from packforcing.config import Config, Precision
+from packforcing.config import Config, Precision, with_autoencoder
 from packforcing.errors import ConfigError, PlanError
 from packforcing.runtime.estimate import (
     CARD,
@@ -44,6 +46,11 @@ RESERVE = 128 << 20
 # What the driver takes for itself, beside the budget. A prediction.
 CUDA_CONTEXT = 400 << 20
 STREAMED = 0.1  # the largest part of the denoiser's weights that a plan streams
+AUTOENCODERS = {  # in words
+    "taehv": "the tiny autoencoder",
+    "lighttae": "the tiny autoencoder",
+    "wan": "Wan's autoencoder",
+}
 # Number formats beyond fp32 and fp16 that engines for a target may hold (TensorRT-RTX 1.7)
 TARGETS: dict[str, tuple[str, ...]] = {
     "sm75": (),
@@ -202,16 +209,22 @@ def choose(
     precision: Precision | None = None,
     seconds: float = 60,
     built: Mapping[str, int] | None = None,
+    any_autoencoder: bool = False,
 ) -> Plan:
     """The first of `plans` that fits into `budget` bytes, streaming as little as it needs.
 
-    Without a budget, or with engines that are built, nothing is given up. Raises `PlanError`
-    naming the smallest budget that can be met, and `ConfigError` as `make_plan` does.
+    Without a budget, or with engines that are built, nothing is given up. any_autoencoder: given a
+    budget, Wan's comes before the config's own, but only where nothing else has to go. Raises
+    `PlanError` naming the smallest budget that can be met, and `ConfigError` as `make_plan` does.
     """
     whole = msgspec.structs.replace(config, precision=precision or config.precision)
     best = make_plan(whole, target, seconds=seconds, built=built)
     if budget is None:
         return best
+    if any_autoencoder and config.wan_latents:
+        large = make_plan(with_autoencoder(whole, "wan"), target, seconds=seconds)
+        if large.total <= budget:
+            return large
     least = best
     candidates = plans(config, target, budget, precision, seconds) if built is None else [best]
     for candidate in candidates:
@@ -221,9 +234,17 @@ def choose(
     raise PlanError(
         f"{config.name} at {config.width}x{config.height} does not fit into {gib(budget)} GiB on "
         f"{target}: the least it can take is {gib(least.total, up=True)} GiB, with "
-        f"{describe(least)}; give --budget {gib(least.total, up=True)} or more",
+        f"{describe(least)}; give --budget {gib(least.total, up=True)} or more{_tiny(least)}",
         least.total,
     )
+
+
+def _tiny(plan: Plan) -> str:
+    """What a plan that does not fit would take without Wan's autoencoder."""
+    if plan.config.vae != "wan":
+        return ""
+    tiny = make_plan(with_autoencoder(plan.config, "taehv"), plan.target)
+    return f", or {gib(tiny.total, up=True)} with the tiny autoencoder (--vae taehv)"
 
 
 def plans(
@@ -307,6 +328,7 @@ def describe(plan: Plan) -> str:
         f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks",
         f"{precision.weights} weights",
         f"{precision.cache} cache",
+        AUTOENCODERS[plan.config.vae],
     ]
     if plan.streamed:
         parts.append(f"{gib(plan.streamed)} GiB of weights streamed")
