@@ -230,9 +230,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Pixel frames of a video of this length."""
         return round(seconds * self.fps)
 
-    def blocks(self, frames: int) -> int:
-        """Blocks to generate for this many pixel frames."""
-        return -(-(frames + self.trimmed_frames) // self.block_pixel_frames)
+    def blocks(self, frames: int, scenes: int = 1) -> int:
+        """Blocks to generate for this many pixel frames of a video in scenes, each of them
+        trimmed at its start; also the first block that begins at or after this frame."""
+        return -(-(frames + self.trimmed_frames * scenes) // self.block_pixel_frames)
 
 
 MODELS: dict[str, Config] = {

@@ -9,7 +9,7 @@ next are selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from packforcing.config import Config
 from packforcing.model import Model
+from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, schedule
 from packforcing.selection import affinity, select
@@ -31,10 +32,11 @@ Noise = Callable[[int, int], np.ndarray]  # (block, step) to float32 [N, P]
 class Past:
     """A finished block: its keys and values at full resolution and compressed."""
 
-    index: int
+    index: int  # in its scene
     full: list[KV]
     compressed: list[KV]
     pooled_key: np.ndarray | None = None  # [L, H, d], of the compressed tokens
+    clean: Tensor | None = None  # [1, N, P]; a prompt switch may recompute `full` from it
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Rolled:
 
     index: int
     latents: Tensor  # [B_f, C, h, w]
-    frames: Tensor  # [4 B_f, 3, H, W] in 0..1; the first block still carries the trimmed ones
+    frames: Tensor  # [4 B_f, 3, H, W] in 0..1; a scene's first block still has the trimmed ones
     read: list[int]  # the archived blocks in context
     first_flow: Tensor | None  # [N, P], of the first step
     query: np.ndarray  # [L, H, d], mean clean query
@@ -59,21 +61,33 @@ def rollout(
     seed: int = 0,
     clip: Tensor | None = None,
     replay: list[list[int]] | None = None,
+    switches: Mapping[int, tuple[Tensor, History]] | None = None,
 ) -> Iterator[Rolled]:
     """Yields `blocks` blocks for the prompt embedding `text` [1, rows, text_dim].
 
     clip: clean latents [blocks B_f, C, h, w] that begin the video and are committed, not
-    generated. replay: the archived blocks each block reads, instead of selecting them.
+    generated. replay: the archived blocks each block reads, instead of selecting them. switches:
+    by the first block that follows it, another embedding, and what becomes of the history, as
+    `packforcing.prompts` defines it.
     """
     config, policy = model.config, model.config.policy
-    cross = model.transformer.cross_kv(text)
+    switches = {0: (text, "keep"), **(switches or {})}
     state = model.autoencoder.decoder_state()
-    history: list[Past] = []
+    history: list[Past] = []  # of the scene that began with block `scene`
     chosen: list[int] = []
+    scene = 0
 
     for index in range(blocks):
+        effect = None
+        if index in switches:
+            text, effect = switches[index]
+            cross = model.transformer.cross_kv(text)
+        if effect == "cut":
+            state, history, chosen, scene = model.autoencoder.decoder_state(), [], [], index
         if replay is not None:
-            chosen = replay[index]
+            chosen = [block - scene for block in replay[index]]
+        if effect == "recompute":
+            recompute(model, cross, history, chosen)
         context, context_rope, start = gather(config, history, chosen)
 
         call = partial(forward, model, cross, context, context_rope)
@@ -84,7 +98,7 @@ def rollout(
             x = patchify(given[None], config.patch)
         else:
             x = torch.from_numpy(noise(index, 0))[None]
-            for step, (told, now, then) in enumerate(schedule(config, index)):
+            for step, (told, now, then) in enumerate(schedule(config, index - scene)):
                 flow = call(x, told, positions)[0]
                 first_flow = flow[0] if step == 0 else first_flow
                 fresh = None
@@ -99,18 +113,19 @@ def rollout(
             decoded, state = model.autoencoder.decode_frame(latent[None], state)
             frames.append(decoded)
 
-        block = Past(index, full, [])
-        if policy.mid and index >= policy.sink:
+        block = Past(len(history), full, [], clean=x)
+        if policy.mid and block.index >= policy.sink:
             tokens, extra = model.compressor(latents, torch.cat(frames)[None])
             if policy.branches != "both":  # the other one adds nothing
                 (tokens if policy.branches == "high" else extra).zero_()
             centres = compressed_positions(config, start, config.block_frames)
             _, block.compressed, _, key = call(tokens, 0.0, centres, extra)
             block.pooled_key = key[0].numpy()
-        yield Rolled(index, latents[0], torch.cat(frames), chosen, first_flow, query[0].numpy())
+        read = [scene + other for other in chosen]
+        yield Rolled(index, latents[0], torch.cat(frames), read, first_flow, query[0].numpy())
 
         history.append(block)
-        chosen = choose(config, history, query[0].numpy(), seed)
+        chosen = choose(config, history, query[0].numpy(), seed, index)
         forget(config, history)
 
 
@@ -133,27 +148,51 @@ def forward(
     )
 
 
-def choose(config: Config, history: list[Past], query: np.ndarray, seed: int) -> list[int]:
-    """The archived blocks to read next, oldest first."""
+def recompute(model: Model, cross: list[KV], history: list[Past], chosen: list[int]) -> None:
+    """The recent blocks' keys and values under another prompt, each from what stands before it
+    in the context of the next block."""
+    sink, outside = model.config.policy.sink, past_recent(model.config, history)
+    before = [*history[:sink], *(history[index] for index in chosen)]
+    for block in history[sink + len(outside) :]:
+        context, context_rope, start = lay_out(model.config, before, chosen, block.index)
+        assert block.clean is not None
+        at = block_positions(model.config, start)
+        block.full = forward(model, cross, context, context_rope, block.clean, 0.0, at)[1]
+        before.append(block)
+
+
+def choose(
+    config: Config, history: list[Past], query: np.ndarray, seed: int, index: int
+) -> list[int]:
+    """The archived blocks to read after the video's block `index`, oldest first."""
     outside = past_recent(config, history)
     if not config.policy.mid or not outside:
         return []
     keys = np.stack([block.pooled_key for block in outside if block.pooled_key is not None])
     indices = np.array([block.index for block in outside])
     scores = affinity(query, keys)
-    return select(config.policy, indices, scores, seed, history[-1].index).tolist()
+    return select(config.policy, indices, scores, seed, index).tolist()
 
 
 def gather(config: Config, history: list[Past], chosen: list[int]) -> tuple[list[KV], Rope, float]:
-    """The context in time order (sink, mid, recent), its tables and where the new block starts."""
-    policy, frames = config.policy, config.block_frames
-    sink = history[: policy.sink]
-    recent = history[policy.sink + len(past_recent(config, history)) :]
-    packed, span = policy.positions == "packed", config.mid_span
+    """The context of the next block: sink, the chosen mids, recent blocks."""
+    sink = history[: config.policy.sink]
+    recent = history[config.policy.sink + len(past_recent(config, history)) :]
+    blocks = [*sink, *(history[index] for index in chosen), *recent]
+    return lay_out(config, blocks, chosen, len(history))
+
+
+def lay_out(
+    config: Config, blocks: list[Past], chosen: list[int], index: int
+) -> tuple[list[KV], Rope, float]:
+    """The context that block `index` of a scene reads, of blocks in time order, the chosen ones
+    compressed: keys and values, their tables, and where the block itself starts."""
+    frames, span = config.block_frames, config.mid_span
+    packed = config.policy.positions == "packed"
     parts: list[list[KV]] = []
     positions = [np.zeros((0, 3))]
     start = 0.0
-    for block in (*sink, *(history[index] for index in chosen), *recent):
+    for block in blocks:
         start = start if packed else float(block.index * frames)
         whole = block.index not in chosen
         parts.append(block.full if whole else block.compressed)
@@ -161,7 +200,7 @@ def gather(config: Config, history: list[Past], chosen: list[int]) -> tuple[list
             block_positions(config, start) if whole else compressed_positions(config, start, span)
         )
         start += frames if whole else span
-    start = start if packed else float(len(history) * frames)
+    start = start if packed else float(index * frames)
     empty = torch.zeros(1, config.heads, 0, config.head_dim)
     context = [
         (
@@ -174,9 +213,9 @@ def gather(config: Config, history: list[Past], chosen: list[int]) -> tuple[list
 
 
 def forget(config: Config, history: list[Past]) -> None:
-    """Drops full-resolution keys and values that no later block reads."""
+    """Drops full-resolution keys and values that no later block reads, and what they are of."""
     for block in past_recent(config, history):
-        block.full = []
+        block.full, block.clean = [], None
 
 
 def past_recent(config: Config, history: list[Past]) -> list[Past]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from packforcing.runtime.session import BlockInfo, RenderSummary, Session
+    from packforcing.runtime.session import BlockInfo, RenderSummary, Session, Switch
 
-__all__ = ["BlockInfo", "RenderSummary", "Session", "demo_bundle"]
+__all__ = ["BlockInfo", "RenderSummary", "Session", "Switch", "demo_bundle"]
 
 
 def demo_bundle() -> Path:

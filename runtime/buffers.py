@@ -41,6 +41,13 @@ class Buffers:
         self.text = device.host.allocate(
             "inputs_outputs", _shape(text.shape), text.dtype, host=True
         )
+        # the recent blocks' clean tokens, block b in row b % recent, for prompt switches
+        self.recent = device.host.allocate(
+            "inputs_outputs",
+            (config.policy.recent, config.block_tokens, config.token_dim),
+            np.float32,
+            host=True,
+        ).host
         cross = _named("cross", self.cross)
         self.prompt = {"text": self.text, **{name: cross[name].on_host() for name in cross}}
         self.compressor = self._io(graphs["compressor"], seen=("latents", "pixels"))

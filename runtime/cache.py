@@ -12,6 +12,11 @@ full block each, then `mid` slots of a compressed block each. The protocol, bloc
 3. `read(blocks)` names the archived blocks to read next, out of `candidates()`; it says which
    mid slots have to be filled. A block that stays selected stays where it is.
 
+Between two blocks, a prompt switch may have the recent ones recomputed: `rewind()` takes them out
+to be committed again, oldest first, as in 1 and 2. The mids stay selected, but lie right behind
+the full blocks that are in: after `rewind()` and after each commit, `mid_slots()` says where. A
+cut needs nothing here: it begins a new `Cache`.
+
 What always holds: sink fills before recent, recent before mid, so the valid tokens are a prefix
 and no mask is needed; a block is in the context once, full or compressed; slots say nothing
 about time, positions do (packed: sink, selected mids in time order, recent, the new block, with
@@ -50,6 +55,7 @@ class Cache:
         self.config = config
         self.committed = 0  # blocks so far; the next block's index
         self.mids: list[int] = []  # the block in each filled mid slot
+        self._oldest = config.policy.sink  # the block that was first to take a recent slot
 
     def layout(self) -> Layout:
         """What block number `committed` reads."""
@@ -101,18 +107,29 @@ class Cache:
                 fill.append((self.mids[slot], self._mid_first(slot)))
         return fill
 
+    def rewind(self) -> range:
+        """Takes the recent blocks out of the context, as if they were still to be committed;
+        returns them."""
+        blocks = self._recent()
+        if blocks:
+            self.committed = self._oldest = blocks.start
+        return blocks
+
+    def mid_slots(self) -> list[tuple[int, int]]:
+        """(block, first token) of each mid slot."""
+        return [(block, self._mid_first(slot)) for slot, block in enumerate(self.mids)]
+
     def _recent(self) -> range:
-        policy = self.config.policy
-        return range(max(policy.sink, self.committed - policy.recent), self.committed)
+        oldest = max(self._oldest, self.committed - self.config.policy.recent)
+        return range(oldest, max(oldest, self.committed))
 
     def _first(self, block: int) -> int:
         policy = self.config.policy
         slot = block
         if block >= policy.sink:
-            slot = policy.sink + (block - policy.sink) % policy.recent
+            slot = policy.sink + (block - self._oldest) % policy.recent
         return slot * self.config.block_tokens
 
     def _mid_first(self, slot: int) -> int:
-        policy = self.config.policy
-        full = (policy.sink + policy.recent) * self.config.block_tokens
-        return full + slot * self.config.compressed_tokens
+        full = min(self.committed, self.config.policy.sink) + len(self._recent())
+        return full * self.config.block_tokens + slot * self.config.compressed_tokens

@@ -66,7 +66,7 @@ def memory(config: Config) -> dict[str, int]:
     """Bytes of the buffers that a rollout allocates beside weights and scratch, by purpose.
 
     All but `archive_per_block` is allocated once; the archive grows by that much with every
-    block beyond the sink. `inputs_outputs` includes the prompt's embedding, on the host always.
+    block beyond the sink. `inputs_outputs` includes what lies on the host always, `host_only`.
     """
     tensors = tensor_bytes(config)
     block, compressed = tensors["denoiser.block"], tensors["denoiser.compressed"]
@@ -78,7 +78,7 @@ def memory(config: Config) -> dict[str, int]:
         "staging": _bytes(block, "k_new", "v_new") + _bytes(compressed, "k_new", "v_new"),
         "cross_attention": _bytes(tensors["prompt"], "cross_k", "cross_v"),
         "autoencoder_state": _bytes(tensors["vae_decoder"], "state", "new_state"),
-        "inputs_outputs": tensors["prompt"]["text"]
+        "inputs_outputs": host_only(config)
         + sum(size for name, size in block.items() if "." not in name)
         + sum(size for name, size in compressed.items() if "." not in name and name not in shared)
         + sum(tensors["compressor"].values())
@@ -100,6 +100,13 @@ def archive_bytes(config: Config, blocks: int) -> int:
 def token_bytes(config: Config) -> int:
     """Bytes of one token in the cache: keys and values of all layers."""
     return 2 * config.layers * config.dim * ITEM[config.precision.cache]
+
+
+def host_only(config: Config) -> int:
+    """Bytes of the prompt's embedding and the recent blocks' clean tokens."""
+    tensors = tensor_bytes(config)
+    recent = config.policy.recent * tensors["denoiser.block"]["tokens"]
+    return tensors["prompt"]["text"] + recent
 
 
 def host_copies(config: Config) -> int:
@@ -162,7 +169,7 @@ def make_plan(
     engines = {**estimates(config), **(built or {})}
     weights = {f"weights.{name}": engines[f"weights.{name}"] for name in CARD}
     buffers, policy, token = memory(config), config.policy, token_bytes(config)
-    text = tensor_bytes(config)["prompt"]["text"]
+    on_host_only = host_only(config)
     on_host = weight_bytes(config)["prompt"] + weight_bytes(config)["vae_encoder"]
     blocks = config.blocks(config.frames(seconds))
     return Plan(
@@ -178,12 +185,12 @@ def make_plan(
             "staging.compressed": token * config.compressed_tokens,
             "cross_attention": buffers["cross_attention"],
             "autoencoder_state": buffers["autoencoder_state"],
-            "inputs_outputs": buffers["inputs_outputs"] - text,
+            "inputs_outputs": buffers["inputs_outputs"] - on_host_only,
             "reserve": RESERVE,
         },
         host={
             "graphs": on_host,
-            "copies": host_copies(config) + text,
+            "copies": host_copies(config) + on_host_only,
             "archive": archive_bytes(config, blocks),
         },
         host_loading=on_host + max(weights.values()),

@@ -1,6 +1,7 @@
 """One video, block by block, on bound graphs: the steady state of the runtime.
 
-Steps read the history, commit changes it; `packforcing.runtime.cache` has the protocol.
+Steps read the history, commit changes it, and so does a prompt switch between two blocks;
+`packforcing.runtime.cache` has the protocol.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from packforcing.config import Config
+from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.runtime.backend import Backend
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
@@ -38,14 +40,46 @@ class Rollout:
 
     def begin(self, text: np.ndarray, blocks: int, seed: int) -> None:
         """A new video of at most `blocks` blocks for a prompt embedding [1, T, text_dim]."""
-        self.cache = Cache(self.config)
         self.archive = Archive(self.config, blocks)
         self.seed = seed
+        self._begin_scene(0)
+        self._follow(text)
+
+    def switch(self, text: np.ndarray, history: History) -> None:
+        """Between two blocks: the next ones follow another prompt embedding [1, T, text_dim], and
+        read what `history` leaves of the past; `packforcing.prompts` has the rules."""
+        self._follow(text)
+        if history == "cut":
+            self._begin_scene(self.scene + self.cache.committed)
+        elif history == "recompute":
+            self._recompute()
+
+    def _begin_scene(self, block: int) -> None:
+        """Forgets the past. The cache and the archive count blocks from here on."""
+        self.scene = block
+        self.cache = Cache(self.config)
         self._decoded = 0
         self.buffers.clear()
+
+    def _follow(self, text: np.ndarray) -> None:
         self.buffers.text.host[...] = text
         self._prompt()
         self._device.upload(self.buffers.cross)
+
+    def _recompute(self) -> None:
+        """The recent blocks' keys and values anew, each from those before it."""
+        buffers, cache = self.buffers, self.cache
+        blocks = cache.rewind()
+        for block in blocks:
+            self._load(cache.mid_slots())
+            self.place()
+            buffers.denoiser["tokens"].host[0] = buffers.recent[block % len(buffers.recent)]
+            self._call(0)
+            first = cache.commit()
+            assert first is not None
+            self._device.copy_tokens(buffers.new, buffers.context, first)
+        if blocks:
+            self._load(cache.mid_slots())
 
     def next_block(self, clean: np.ndarray | None = None) -> None:
         """Generates a block, or takes `clean` latents [B_f, C, h, w] as they are; commits it."""
@@ -81,13 +115,13 @@ class Rollout:
         """The few steps from noise to a clean block, in the `tokens` buffer. Reads only."""
         config, block = self.config, self.cache.committed
         x, flow = self.buffers.denoiser["tokens"].host, self.buffers.denoiser["flow"]
-        x[0] = draw_noise(config, self.seed, block, 0)
+        x[0] = draw_noise(config, self.seed, self.scene + block, 0)
         for step, (told, now, then) in enumerate(schedule(config, block)):
             self._call(told)
             self._device.download(flow)
             fresh = None
             if config.sampler == "renoise" and then > 0:
-                fresh = draw_noise(config, self.seed, block, step + 1)
+                fresh = draw_noise(config, self.seed, self.scene + block, step + 1)
             x[...] = advance(config, x, flow.host, fresh, now, then)
 
     def decode(self) -> None:
@@ -112,14 +146,20 @@ class Rollout:
             pooled_key = buffers.mid_pass["k_pool"]
             device.download(compressed, pooled_key)
             self.archive.put(block, compressed.host, pooled_key.host)
+        if len(buffers.recent):
+            buffers.recent[block % len(buffers.recent)] = buffers.denoiser["tokens"].host[0]
         first = cache.commit()
         if first is not None:
             device.copy_tokens(buffers.new, buffers.context, first)
-        selected = self.select(block, cache.candidates())
-        for chosen, first in cache.read(selected.tolist()):
-            compressed.host[...] = self.archive.get(chosen)
-            device.upload(compressed)
-            device.copy_tokens(compressed, buffers.context, first)
+        self._load(cache.read(self.select(block, cache.candidates()).tolist()))
+
+    def _load(self, slots: list[tuple[int, int]]) -> None:
+        """Brings archived blocks to the context: pairs of a block and its first token there."""
+        compressed = self.buffers.new_compressed
+        for block, first in slots:
+            compressed.host[...] = self.archive.get(block)
+            self._device.upload(compressed)
+            self._device.copy_tokens(compressed, self.buffers.context, first)
 
     def _call(self, timestep: float) -> None:
         """The denoiser on the tokens as the host has them."""
@@ -134,7 +174,7 @@ class Rollout:
         if policy.selection == "affinity" and len(candidates) > policy.mid:
             query = self.buffers.denoiser["q_pool"].host
             scores = affinity(query, self.archive.keys(candidates))
-        return select(policy, np.asarray(candidates), scores, self.seed, block)
+        return select(policy, np.asarray(candidates), scores, self.seed, self.scene + block)
 
     def _table(self, arrays: Arrays, name: str, positions: np.ndarray) -> None:
         cos, sin = rope_table(positions, self.config.head_dim)

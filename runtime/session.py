@@ -16,14 +16,13 @@ import msgspec
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
-from packforcing.embeddings import pad_embedding
 from packforcing.errors import BackendError, ConfigError
+from packforcing.prompts import History, Prompt, Switch, Timeline, encode, plan_prompts
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.plan import LONGEST, archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
-from packforcing.text import encode_words
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,17 @@ class BlockInfo:
     frames_total: int
     read: list[int]  # the archived blocks this block read
     seconds: float  # wall time of the block, without the consumer's
+    switch: Switch | None  # the prompt that it is the first to follow
+
+
+@dataclass(frozen=True)
+class SwitchInfo:
+    """A prompt, and when the video began to follow it."""
+
+    block: int
+    seconds: float  # of the video, at the block's first frame
+    prompt: str  # empty for an embedding
+    history: History
 
 
 @dataclass(frozen=True)
@@ -48,16 +58,15 @@ class RenderSummary:
     seconds_graphs: dict[str, float]
     seconds_video: float
     archive_bytes: int
+    prompts: list[SwitchInfo]
 
 
-def check_request(
-    config: Config, prompt: str | np.ndarray, seconds: float, seed: int
-) -> np.ndarray:
-    """The prompt's embedding, float32 [1, text_len, text_dim], if a video like this can be made.
+def check_request(config: Config, prompt: Prompt, seconds: float, seed: int) -> Timeline:
+    """When a video like this follows which prompt, if it can be made.
 
-    prompt: words, where the model has its encoder with it, or an embedding, float [T, text_dim].
-    Needs no graph, so it can come before a session is opened. Raises `PromptError` and
-    `ConfigError`.
+    prompt: words, where the model has its encoder with it, an embedding, float [T, text_dim], or
+    a schedule of them. Needs no graph, so it can come before a session is opened. Raises
+    `PromptError` and `ConfigError`.
     """
     if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and config.frames(seconds)):
         raise ConfigError(
@@ -66,9 +75,7 @@ def check_request(
         )
     if not 0 <= operator.index(seed) < 2**64:
         raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
-    if isinstance(prompt, str):
-        return encode_words(prompt, config)
-    return pad_embedding(prompt, config)
+    return plan_prompts(prompt, config, config.frames(seconds))
 
 
 class Session:
@@ -127,7 +134,7 @@ class Session:
 
     def stream(
         self,
-        prompt: str | np.ndarray,
+        prompt: Prompt,
         seconds: float,
         seed: int = 0,
         *,
@@ -136,11 +143,12 @@ class Session:
     ) -> Iterator[np.ndarray]:
         """Frames of a video as they are made, uint8 [n, H, W, 3] per block, RGB.
 
-        Exactly round(seconds x fps) frames come out; the first block is shorter by the frames
-        that stand for time before the video.
+        Exactly round(seconds x fps) frames come out; the first block, and the first after a cut,
+        is shorter by the frames that stand for time before it.
 
         prompt: words, or for any model an embedding, float [T, text_dim], like
-        `packforcing.embeddings.load_embedding` reads. start: an image or a clip, uint8
+        `packforcing.embeddings.load_embedding` reads; or a list of `Switch`, in which they change
+        over time (`packforcing.prompts` has the rules). start: an image or a clip, uint8
         [H, W, 3] or [T, H, W, 3], that the video begins with (encoded, committed, not
         generated); whole blocks of it are used, a shorter one holds its last frame.
 
@@ -148,15 +156,15 @@ class Session:
         `PromptError` and `ConfigError`.
         """
         self._require_open()
-        text = check_request(self.config, prompt, seconds, seed)
+        timeline = check_request(self.config, prompt, seconds, seed)
         clip = None if start is None else self._check_start(start)
         frames = self.config.frames(seconds)
-        self._check_memory(self.config.blocks(frames))
-        return self._run(text, frames, seed, clip, on_block)
+        self._check_memory(timeline.blocks)
+        return self._run(timeline, frames, seed, clip, on_block)
 
     def render(
         self,
-        prompt: str | np.ndarray,
+        prompt: Prompt,
         seconds: float,
         path: str | Path,
         seed: int = 0,
@@ -174,7 +182,18 @@ class Session:
         config = self.config
         began, in_graphs = time.perf_counter(), self._graph_seconds()
         in_video, written, blocks = 0.0, 0, 0
-        stream = self.stream(prompt, seconds, seed, start=start, on_block=on_block)
+        prompts: list[SwitchInfo] = []
+
+        def note(info: BlockInfo) -> None:
+            if info.switch:
+                text = info.switch.prompt if isinstance(info.switch.prompt, str) else ""
+                prompts.append(
+                    SwitchInfo(info.index, written / config.fps, text, info.switch.history)
+                )
+            if on_block:
+                on_block(info)
+
+        stream = self.stream(prompt, seconds, seed, start=start, on_block=note)
         check_output(path, config.frames(seconds), config.width, config.height)
         with open_video(path, config.width, config.height, config.fps) as video:
             for frames in stream:
@@ -192,22 +211,29 @@ class Session:
             },
             seconds_video=in_video,
             archive_bytes=archive_bytes(config, blocks),
+            prompts=prompts,
         )
 
     def _run(
         self,
-        text: np.ndarray,
+        timeline: Timeline,
         frames_total: int,
         seed: int,
         clip: np.ndarray | None,
         on_block: Callable[[BlockInfo], None] | None,
     ) -> Iterator[np.ndarray]:
-        blocks, size = self.config.blocks(frames_total), self.config.block_frames
+        (blocks, switches), size = timeline, self.config.block_frames
         with self._lock:
             self._require_open()
             latents = [] if clip is None else self._encode(clip, blocks)
+            for block, switch in switches.items():
+                if switch.history == "cut" and block * size < len(latents):
+                    raise ConfigError(
+                        f"the cut at {switch.time:g} s would fall into the start, {len(clip)} "
+                        "frames that the video begins with: set it later"
+                    )
             rollout = self._rollout_for(blocks)
-            rollout.begin(text, blocks, seed)
+            rollout.begin(encode(switches[0].prompt, self.config), blocks, seed)
             self._videos += 1
             video = self._videos
         delivered = 0
@@ -217,17 +243,20 @@ class Session:
                 if video != self._videos:
                     raise BackendError("the session began another video meanwhile")
                 began = time.perf_counter()
-                read = sorted(rollout.cache.mids)
+                switch = switches.get(index)
+                if switch and index:
+                    rollout.switch(encode(switch.prompt, self.config), switch.history)
+                read = sorted(rollout.scene + mid for mid in rollout.cache.mids)
                 given = latents[index * size : (index + 1) * size]
                 rollout.next_block(np.stack(given) if given else None)
-                skip = self.config.trimmed_frames if index == 0 else 0
+                skip = self.config.trimmed_frames if index == rollout.scene else 0
                 pixels = rollout.buffers.pixels.host[0]
                 fresh = pixels[skip : skip + frames_total - delivered]
                 frames = _to_bytes(fresh)
             delivered += len(frames)
             if on_block:
                 seconds = time.perf_counter() - began
-                on_block(BlockInfo(index, blocks, delivered, frames_total, read, seconds))
+                on_block(BlockInfo(index, blocks, delivered, frames_total, read, seconds, switch))
             yield frames
 
     def _rollout_for(self, blocks: int) -> Rollout:
