@@ -28,9 +28,8 @@ from packforcing.errors import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from packforcing.config import Config, Policy, Precision
+    from packforcing.prompts import Prompts
     from packforcing.runtime import BlockInfo, Session
     from packforcing.runtime.engines import Length
 
@@ -201,6 +200,11 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     help="Render from what encode-prompt made of a prompt, instead of PROMPT.",
 )
 @click.option(
+    "--schedule",
+    metavar="FILE",
+    help="Render prompts that change over time, instead of PROMPT.",
+)
+@click.option(
     "--out",
     metavar="PATH",
     required=True,
@@ -225,6 +229,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 def render(
     prompt: str | None,
     embedding: str | None,
+    schedule: str | None,
     out: str,
     bundle: str | None,
     seconds: float,
@@ -240,6 +245,19 @@ def render(
     The demo model reads its prompt itself; a model that reads UMT5's embeddings is given a FILE of
     `packforcing encode-prompt` with --embedding.
 
+    The FILE of --schedule is a list of prompts in TOML. A prompt is followed from the first block
+    that begins at its time, in seconds. "history" says what happens to the video's memory then:
+    keep (default), recompute (the recent blocks, under the new prompt) or cut (a new scene):
+
+    \b
+      [[switch]]
+      time = 0
+      prompt = "a red star over navy stripes"  # or embedding = "fox.safetensors"
+      [[switch]]
+      time = 5
+      prompt = "a blue circle over sand"
+      history = "cut"
+
     The video is written while it is made, and appears under its name once it is complete. A
     file that is there already is replaced; a folder must be new or empty.
 
@@ -248,18 +266,22 @@ def render(
       packforcing render "a blue square over sand checks" --out square.mp4 --seconds 60
       packforcing render "a red star" --start photo.jpg --out frames/
       packforcing render --embedding fox.safetensors --bundle my-bundle --out fox.mp4
+      packforcing render --schedule scenes.toml --seconds 20 --out scenes.mp4
     """
     from packforcing.embeddings import load_embedding
+    from packforcing.prompts import read_schedule
     from packforcing.runtime.video import check_output
 
-    if prompt is not None and embedding is not None:
-        raise ConfigError("choose one of PROMPT and --embedding")
+    if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
+        raise ConfigError("choose one of PROMPT, --embedding and --schedule")
     if embedding is not None:
-        asked: str | np.ndarray = load_embedding(embedding).text
+        asked: Prompts = load_embedding(embedding).text
+    elif schedule is not None:
+        asked = read_schedule(schedule)
     elif prompt is not None:
         asked = prompt
     else:
-        raise click.UsageError("Missing argument 'PROMPT', or --embedding FILE")
+        raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
     directory, config, chosen = _checked(bundle, asked, seconds, seed, policy)
     check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
@@ -276,6 +298,9 @@ def render(
         _print_json({"path": out, "fps": config.fps, "training_free": training_free, **did})
     else:
         click.echo(f"{out}: {_speed(summary.frames, config, summary.seconds_total)}")
+        for switch in summary.prompts[1:]:
+            said = switch.prompt or "another embedding"
+            click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {said}")
         _say_training_free(config, chosen or config.policy)
 
 
@@ -1142,7 +1167,7 @@ def _numbers(text: str, separator: str, option: str, form: str, count: int) -> l
 
 def _checked(
     bundle: str | None,
-    prompt: str | np.ndarray,
+    prompt: Prompts,
     seconds: float,
     seed: int,
     policy_name: str | None = None,

@@ -296,7 +296,8 @@ def _window(recent: int, sink: int = 0) -> Policy:
 
 # As published, except that windows go on sliding where Self-Forcing, CausVid and Causal-Forcing
 # stop after 21 frames, the current ones included, and that a history has whole blocks:
-# Infinity-RoPE's sink of one frame and window of two are a block each.
+# Infinity-RoPE's sink of one frame and window of two are a block each. (CausVid's long videos are
+# clips in a row, each begun with the last one's end: what `start` does.)
 MODELS |= {
     config.name: config
     for config in (

@@ -52,7 +52,7 @@ class Switch:
     history: History = "keep"
 
 
-Prompt: TypeAlias = str | np.ndarray | Sequence[Switch]
+Prompts: TypeAlias = str | np.ndarray | Sequence[Switch]
 
 
 class Timeline(NamedTuple):
@@ -72,7 +72,7 @@ def encode(prompt: str | np.ndarray, config: Config) -> np.ndarray:
     )
 
 
-def plan_prompts(prompt: Prompt, config: Config, frames: int) -> Timeline:
+def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
     """When a video of this many frames follows which prompt; all of them are checked.
 
     Raises `PromptError` naming the switch that is wrong.

@@ -34,7 +34,8 @@ def encode_words(prompt: str, config: Config) -> np.ndarray:
     if config.text_encoder != "words":
         raise PromptError(
             f"the {config.name} model reads {config.text_encoder} embeddings: encode the prompt "
-            "first with 'packforcing encode-prompt', then render from that file with --embedding"
+            "first with 'packforcing encode-prompt', then render from that file with --embedding, "
+            "or name it as 'embedding' in a schedule"
         )
     words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
     unknown = [word for word in words if word not in VOCABULARY]

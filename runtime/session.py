@@ -17,7 +17,7 @@ import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError
-from packforcing.prompts import History, Prompt, Switch, Timeline, encode, plan_prompts
+from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan_prompts
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
 from packforcing.runtime.device import HostDevice
@@ -61,7 +61,7 @@ class RenderSummary:
     prompts: list[SwitchInfo]
 
 
-def check_request(config: Config, prompt: Prompt, seconds: float, seed: int) -> Timeline:
+def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) -> Timeline:
     """When a video like this follows which prompt, if it can be made.
 
     prompt: words, where the model has its encoder with it, an embedding, float [T, text_dim], or
@@ -134,7 +134,7 @@ class Session:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompts,
         seconds: float,
         seed: int = 0,
         *,
@@ -164,7 +164,7 @@ class Session:
 
     def render(
         self,
-        prompt: Prompt,
+        prompt: Prompts,
         seconds: float,
         path: str | Path,
         seed: int = 0,
@@ -226,12 +226,12 @@ class Session:
         with self._lock:
             self._require_open()
             latents = [] if clip is None else self._encode(clip, blocks)
-            for block, switch in switches.items():
-                if switch.history == "cut" and block * size < len(latents):
-                    raise ConfigError(
-                        f"the cut at {switch.time:g} s would fall into the start, {len(clip)} "
-                        "frames that the video begins with: set it later"
-                    )
+            cuts = [block for block, switch in switches.items() if switch.history == "cut"]
+            if cuts and cuts[0] * size < len(latents):
+                raise ConfigError(
+                    f"the cut at {switches[cuts[0]].time:g} s falls into the start that the video "
+                    f"begins with, {len(latents) // size} blocks: set it later"
+                )
             rollout = self._rollout_for(blocks)
             rollout.begin(encode(switches[0].prompt, self.config), blocks, seed)
             self._videos += 1

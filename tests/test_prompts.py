@@ -1,17 +1,22 @@
 """Prompt schedules: when a switch takes effect, what it does to the history, and the published
 rules of LongLive's prompt switch and of rolling windows, with numbers worked out by hand."""
 
+import json
+import re
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import packforcing.runtime.rollout
 from packforcing import MODELS, Policy
+from packforcing.cli import main
 from packforcing.errors import ConfigError, PromptError
 from packforcing.model import Model
 from packforcing.prompts import Switch, Timeline, plan_prompts, read_schedule
@@ -370,7 +375,7 @@ def test_a_schedule_that_cannot_be_followed_is_refused_before_any_work(session, 
 def test_a_cut_within_the_start_is_refused(session):
     start = np.zeros((21, 64, 96, 3), np.uint8)  # two blocks
     schedule = [Switch(0, STAR), Switch(1, CIRCLE, "cut")]
-    with pytest.raises(ConfigError, match=r"the cut at 1 s .*start.*21 frames"):
+    with pytest.raises(ConfigError, match=r"the cut at 1 s .*start.*2 blocks"):
         next(session.stream(schedule, 5, start=start))
     schedule[1] = Switch(2, CIRCLE, "cut")
     assert sum(map(len, session.stream(schedule, 5, start=start))) == 40
@@ -396,6 +401,62 @@ def test_a_file_says_the_same_as_a_list(tmp_path):
     assert first == Switch(0, STAR)
     assert (second.time, second.history) == (2.5, "recompute")
     np.testing.assert_array_equal(second.prompt, circle)
+
+
+def render(tmp_path, text, *options):
+    (tmp_path / "plan.toml").write_text(text, encoding="utf-8")
+    args = ["render", "--schedule", tmp_path / "plan.toml", "--out", tmp_path / "a.mp4", *options]
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def test_the_command_renders_a_schedule_and_says_what_it_did(tiny_bundle, tmp_path):
+    options = "--bundle", tiny_bundle, "--seconds", 5
+    save_file({"text": encode_words(CIRCLE, TINY)[0]}, tmp_path / "circle.safetensors")
+    result = render(tmp_path, FILE, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "\nfrom 2.6 s (recompute): another embedding\n" in result.stdout
+    words = FILE.replace('embedding = "circle.safetensors"', f'prompt = "{CIRCLE}"')
+    result = render(tmp_path, words, *options, "--json")
+    assert json.loads(result.stdout)["prompts"] == [
+        {"block": 0, "seconds": 0, "prompt": STAR, "history": "keep"},
+        {"block": 2, "seconds": 21 / 8, "prompt": CIRCLE, "history": "recompute"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("time = 2.5", "time = 20"), r"switch 2: the video lasts from 0 to 5 s, 20 is not in it"),
+        (("time = 2.5", "time = 0"), r"switch 2: times must rise, but 0 s follows 0 s"),
+        (("time = 2.5", ""), r"plan\.toml is no schedule: .*`time`"),
+        (("time = 2.5", "time = '2.5'"), r"no schedule: Expected `float`, got `str`"),
+        (("time = 2.5", "at = 2.5"), r"no schedule: .*`at`"),
+        (("time = 2.5", "time = 2,5"), r"no schedule: .*line 7"),
+        (("recompute", "forget"), r"no schedule: Invalid enum value 'forget'"),
+        (("a red star", "a red stra"), r"switch 1: .*did you mean 'star'"),
+        (("circle.saf", "square.saf"), r"cannot read an embedding from .*square\.safetensors"),
+        (("embedding", 'prompt = "a star"\nembedding'), r"switch 2 takes one of 'prompt' and 'emb"),
+        ((FILE, ""), r"no schedule: .*`switch`"),
+        ((FILE, "switch = []"), r"the schedule is empty"),
+        ((FILE, "#" * (1 << 20) + "#"), r"no schedule: it is larger than 1048576 bytes"),
+    ],
+)
+def test_a_mistake_in_a_file_is_one_line(tiny_bundle, tmp_path, change, message):
+    save_file({"text": encode_words(CIRCLE, TINY)[0]}, tmp_path / "circle.safetensors")
+    result = render(tmp_path, FILE.replace(*change), "--bundle", tiny_bundle, "--seconds", 5)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(rf"error: .*{message}.*\n", result.stderr), result.stderr
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_file_that_is_not_there_and_two_kinds_of_prompt_are_explained(tiny_bundle, tmp_path):
+    result = CliRunner().invoke(main, ["render", "--schedule", "missing.toml", "--out", "a.mp4"])
+    assert (
+        result.stderr
+        == "error: cannot read a schedule from missing.toml: No such file or directory\n"
+    )
+    result = render(tmp_path, FILE, STAR)
+    assert result.stderr == "error: choose one of PROMPT, --embedding and --schedule\n"
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | st.sampled_from(range(8)))
