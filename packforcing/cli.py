@@ -28,7 +28,10 @@ from packforcing.errors import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from packforcing.config import Config, Policy, Precision
+    from packforcing.embeddings import Embedding
     from packforcing.prompts import Prompts
     from packforcing.runtime import BlockInfo, Session
     from packforcing.runtime.engines import Length
@@ -205,6 +208,11 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     help="Render prompts that change over time, instead of PROMPT.",
 )
 @click.option(
+    "--encoder",
+    metavar="DIR",
+    help="Encode PROMPT first, as encode-prompt does, with UMT5 from this folder.",
+)
+@click.option(
     "--out",
     metavar="PATH",
     required=True,
@@ -230,6 +238,7 @@ def render(
     prompt: str | None,
     embedding: str | None,
     schedule: str | None,
+    encoder: str | None,
     out: str,
     bundle: str | None,
     seconds: float,
@@ -243,7 +252,7 @@ def render(
     """Render PROMPT as a video.
 
     The demo model reads its prompt itself; a model that reads UMT5's embeddings is given a FILE of
-    `packforcing encode-prompt` with --embedding.
+    `packforcing encode-prompt` with --embedding, or the encoder with --encoder.
 
     The FILE of --schedule is a list of prompts in TOML. A prompt is followed from the first block
     that begins at its time, in seconds. "history" says what happens to the video's memory then:
@@ -274,10 +283,14 @@ def render(
 
     if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
+    if encoder is not None and prompt is None:
+        raise ConfigError("--encoder encodes PROMPT: name one")
     if embedding is not None:
         asked: Prompts = load_embedding(embedding).text
     elif schedule is not None:
         asked = read_schedule(schedule)
+    elif encoder is not None:  # everything else is checked before the encoder is loaded
+        asked = _any_embedding(bundle)
     elif prompt is not None:
         asked = prompt
     else:
@@ -285,6 +298,8 @@ def render(
     directory, config, chosen = _checked(bundle, asked, seconds, seed, policy)
     check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
+    if prompt is not None and encoder is not None:
+        asked = _encode(prompt, encoder, quiet=as_json).text
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
         _rendering(config.frames(seconds), quiet=as_json) as progress,
@@ -310,16 +325,18 @@ def render(
     "--encoder",
     metavar="DIR",
     required=True,
-    help="Folder of UMT5-XXL for transformers, or of a diffusers Wan that has it in text_encoder.",
+    help="Folder of UMT5-XXL: as fetched, for transformers, or of a diffusers Wan.",
 )
 @click.option("--out", metavar="FILE.safetensors", required=True, help="What to write.")
+@click.option("--int8", is_flag=True, help="Keep most weights in 8 bits: less memory, less exact.")
 @_json_option
-def encode_prompt(prompt: str, encoder: str, out: str, as_json: bool) -> None:
+def encode_prompt(prompt: str, encoder: str, out: str, int8: bool, as_json: bool) -> None:
     """Turn PROMPT into an embedding to render from.
 
     For models that read UMT5's embeddings. The encoder runs on the CPU in bfloat16; UMT5-XXL takes
-    11.4 GB of memory. Nothing is downloaded. Needs `pip install ".[text]"` in the checkout;
-    rendering from the file does not.
+    11.4 GB of memory, and 6.7 GB with --int8. What it made before comes from the user's cache.
+    Nothing is downloaded. Needs `pip install ".[text]"` in the checkout; rendering from the file
+    does not.
 
     \b
     Example:
@@ -329,20 +346,7 @@ def encode_prompt(prompt: str, encoder: str, out: str, as_json: bool) -> None:
     from packforcing.embeddings import check_target, save_embedding
 
     check_target(out)
-    try:
-        _say("loading PyTorch ...", as_json)
-        from transformers.utils import logging
-
-        from packforcing.umt5 import encode_umt5
-    except ModuleNotFoundError as error:
-        raise PromptError(
-            f"encoding needs {error.name}, which is not installed: "
-            "pip install '.[text]' in the checkout"
-        ) from error
-    logging.set_verbosity_error()
-    if as_json or not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    embedding = encode_umt5(prompt, encoder)
+    embedding = _encode(prompt, encoder, int8=int8, quiet=as_json)
     save_embedding(out, embedding)
     tokens, width = embedding.text.shape
     if as_json:
@@ -1051,6 +1055,38 @@ def compare(
     else:
         click.echo("\n".join(compare_report.table(found)))
         click.echo(f"\nreport: {page}")
+
+
+def _any_embedding(bundle: str | None) -> np.ndarray:
+    """What a bundle's model could be given; raises `ConfigError` if it reads prompts itself."""
+    import numpy as np
+
+    from packforcing.runtime import demo_bundle
+    from packforcing.runtime.bundle import read_manifest
+
+    config = read_manifest(bundle if bundle is not None else demo_bundle()).config
+    if config.text_encoder == "words":
+        raise ConfigError(f"the {config.name} model reads its prompt itself: leave out --encoder")
+    return np.zeros((1, config.text_dim), np.float32)
+
+
+def _encode(prompt: str, encoder: str, *, int8: bool = False, quiet: bool) -> Embedding:
+    """A prompt's embedding by UMT5, or from the user's cache."""
+    from packforcing.embeddings import user_cache
+
+    try:
+        _say("loading PyTorch ...", quiet)
+        from transformers.utils import logging
+
+        from packforcing.umt5 import encode_umt5
+    except ModuleNotFoundError as error:
+        raise PromptError(
+            f"encoding needs {error.name}, which is not installed: "
+            "pip install '.[text]' in the checkout"
+        ) from error
+    logging.set_verbosity_error()
+    _say("encoding the prompt ...", quiet)
+    return encode_umt5([prompt], encoder, "int8" if int8 else "bf16", user_cache())[0]
 
 
 def _tokens(config: Config) -> dict[str, int]:

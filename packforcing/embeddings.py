@@ -7,6 +7,7 @@ lack them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,18 @@ def save_embedding(path: str | os.PathLike[str], embedding: Embedding) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def cache_file(folder: Path, prompt: str, encoder: str, encoder_sha256: str, text_len: int) -> Path:
+    """Where a cache keeps the embedding of a prompt."""
+    key = "\n".join((encoder, encoder_sha256, str(text_len), prompt))
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()}{SUFFIX}"
+
+
+def user_cache() -> Path:
+    """The user's folder of embeddings, by the XDG convention."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "packforcing" / "embeddings"
 
 
 def check_target(path: str | os.PathLike[str]) -> None:

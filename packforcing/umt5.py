@@ -1,4 +1,7 @@
-"""Prompt to embedding with UMT5's encoder, as in Wan: transformers, on the CPU, from a folder."""
+"""Prompts to embeddings with UMT5's encoder, as in Wan: transformers, on the CPU, from a folder.
+
+Weights are read tensor by tensor, by the reader of published checkpoints: nothing is executed.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,115 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import ftfy
 import numpy as np
 import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from packforcing.embeddings import Embedding
-from packforcing.errors import CheckpointError, ConfigError, PromptError
+from packforcing.checkpoints import Stored, contents, parts, reader
+from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
+from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
+from packforcing.model import mismatch
 
 LONGEST = 512  # tokens, Wan's
 DECODERS = ("decoder.", "lm_head.")  # tensors of the whole model that encoding does without
+TIED = "encoder.embed_tokens.weight"  # the same tensor as this:
+EMBEDDING = "shared.weight"
+
+# Wan's own file: its layout beside its tokenizer's folder, and its names to transformers'
+WAN_FILE, WAN_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
+WAN_NAMES = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^token_embedding\.", "shared."),
+        (r"^norm\.", "encoder.final_layer_norm."),
+        (r"^blocks\.(\d+)\.", r"encoder.block.\1."),
+        (r"\.norm1\.", ".layer.0.layer_norm."),
+        (r"\.norm2\.", ".layer.1.layer_norm."),
+        (r"\.attn\.", ".layer.0.SelfAttention."),
+        (r"\.pos_embedding\.embedding\.", ".layer.0.SelfAttention.relative_attention_bias."),
+        (r"\.ffn\.gate\.0\.", ".layer.1.DenseReluDense.wi_0."),
+        (r"\.ffn\.fc1\.", ".layer.1.DenseReluDense.wi_1."),
+        (r"\.ffn\.fc2\.", ".layer.1.DenseReluDense.wo."),
+    )
+]
+
+Weights = Literal["fp32", "bf16", "int8"]  # int8: the linear layers', the rest in bfloat16
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The files of an encoder."""
+
+    folder: Path
+    weights: list[Path]
+    tokenizer: Path
+    settings: list[Path]  # what decides about an embedding beside the weights
 
 
 def encode_umt5(
-    prompt: str, folder: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
-) -> Embedding:
-    """The encoder's last hidden states of a prompt, one row per token with the final </s>.
+    prompts: Sequence[str],
+    folder: str | os.PathLike[str],
+    weights: Weights = "bf16",
+    cache: Path | None = None,
+) -> list[Embedding]:
+    """The encoder's last hidden states of prompts, one row per token with the final </s>.
 
-    folder: UMT5 as transformers saves it with its tokenizer, or the folder of a diffusers Wan,
-    which has both in `text_encoder` and `tokenizer`. Weights are safetensors. dtype: of weights
-    and arithmetic.
+    folder: UMT5 as transformers saves it with its tokenizer, the folder of a diffusers Wan, which
+    has both in `text_encoder` and `tokenizer`, or of Wan's own files. weights: how they are kept;
+    int8 ones are rounded to 127 steps per output, and computed with in bfloat16. cache: a folder
+    of embeddings made before, by the encoder's hash and the prompt; one that cannot be read or
+    written costs time alone.
 
     Raises `PromptError` for an empty prompt or one of more than 512 tokens, `CheckpointError` for
     a folder of another layout or damaged files, `ConfigError` if memory does not hold the weights.
     """
-    cleaned = clean(prompt)
-    if not cleaned:
+    cleaned = [clean(prompt) for prompt in prompts]
+    if not all(cleaned):
         raise PromptError("the prompt is empty: say what to show")
-    encoder, tokens = _parts(Path(folder))
-    weights = _weights(encoder)
-    tokenizer = _tokenizer(tokens)
-    ids = tokenizer(cleaned, return_tensors="pt").input_ids
-    if ids.shape[1] > LONGEST:
-        raise PromptError(f"the prompt has {ids.shape[1]} tokens, at most {LONGEST} are read")
-    _check_memory(weights, dtype.itemsize)
-    # Padding is masked inside UMT5 and its rows are zeroed after it: encoding the tokens alone is
-    # the same and takes a fraction of the time.
+    encoder = _find(Path(folder))
+    tokenizer = _tokenizer(encoder.tokenizer)
+    ids = {prompt: tokenizer(prompt, return_tensors="pt").input_ids for prompt in cleaned}
+    if (longest := max(tokens.shape[1] for tokens in ids.values())) > LONGEST:
+        raise PromptError(f"the prompt has {longest} tokens, at most {LONGEST} are read")
+    made_by = "umt5" if weights == "bf16" else f"umt5-{weights}"
+    sha256 = _sha256([*encoder.weights, *encoder.settings])
+    files = {
+        prompt: cache and cache_file(cache, prompt, made_by, sha256, LONGEST) for prompt in ids
+    }
+    done: dict[str, Embedding] = {}
+    for prompt, file in files.items():
+        with suppress(PromptError):
+            if file and (known := load_embedding(file)).prompt == prompt:
+                done[prompt] = known
+    if missing := [prompt for prompt in ids if prompt not in done]:
+        model = _model(encoder, weights)
+        for prompt in missing:
+            done[prompt] = Embedding(_encode(model, ids[prompt]), prompt, made_by, sha256)
+            if not np.isfinite(done[prompt].text).all():
+                raise CheckpointError(f"the encoder in {folder} gives values that are not finite")
+            with suppress(OutputError, OSError):
+                if file := files[prompt]:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    save_embedding(file, done[prompt])
+    return [done[prompt] for prompt in cleaned]
+
+
+def _encode(model: UMT5EncoderModel, ids: Tensor) -> np.ndarray:
+    """Padding is masked inside UMT5 and its rows are zeroed after it: encoding the tokens alone is
+    the same and takes a fraction of the time."""
     with torch.inference_mode():
-        text = _model(encoder, dtype)(input_ids=ids).last_hidden_state[0].float().numpy()
-    if not np.isfinite(text).all():
-        raise CheckpointError(f"the encoder in {encoder} gives values that are not finite")
-    return Embedding(text, cleaned, "umt5", _sha256([*weights, *_settings(encoder, tokens)]))
+        return model(input_ids=ids).last_hidden_state[0].float().numpy()
 
 
 def clean(prompt: str) -> str:
@@ -63,43 +129,54 @@ def clean(prompt: str) -> str:
     return re.sub(r"\s+", " ", mended).strip()
 
 
-def _parts(folder: Path) -> tuple[Path, Path]:
-    """Where the encoder and its tokenizer are."""
-    parts = folder / "text_encoder", folder / "tokenizer"
-    encoder, tokens = parts if parts[0].is_dir() else (folder, folder)
+class Int8Linear(nn.Module):
+    """A linear layer without bias whose weight [out, in] is kept as int8, with a scale per output.
+
+    Weights are off by half a step, scale / 2, at most, so an output is off by at most that times
+    the sum of |x|.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        scale = weight.float().abs().amax(1) / 127
+        steps = weight.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        self.register_buffer("weight", steps.round().to(torch.int8))
+        self.register_buffer("scale", scale.to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype)) * self.scale
+
+
+# Files
+
+
+def _find(folder: Path) -> Encoder:
+    if (folder / WAN_FILE).is_file():
+        tokens = folder / WAN_TOKENIZER
+        return Encoder(folder, [folder / WAN_FILE], tokens, _settings(tokens))
+    inside = folder / "text_encoder", folder / "tokenizer"
+    place, tokens = inside if inside[0].is_dir() else (folder, folder)
     try:
-        kind = json.loads((encoder / "config.json").read_bytes())["model_type"]
+        kind = json.loads((place / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} is no encoder: {encoder / 'config.json'} is missing or damaged; name the "
-            "folder of UMT5 for transformers, or one with text_encoder and tokenizer in it"
+            f"{folder} is no encoder: {place / 'config.json'} is missing or damaged; name the "
+            "folder of UMT5 for transformers, one with text_encoder and tokenizer in it, or one "
+            f"with Wan's {WAN_FILE} and {WAN_TOKENIZER}"
         ) from error
     if kind != "umt5":
-        raise CheckpointError(f"{encoder} holds a model of kind '{kind}', not umt5")
-    return encoder, tokens
+        raise CheckpointError(f"{place} holds a model of kind '{kind}', not umt5")
+    whole = place / "model.safetensors"
+    weights = [whole] if whole.is_file() else parts(place)
+    return Encoder(place, weights, tokens, [place / "config.json", *_settings(tokens)])
 
 
-def _weights(folder: Path) -> list[Path]:
-    """The safetensors files that transformers will read."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} holds no safetensors weights, neither {whole.name} nor {index.name}"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged") from error
-    return [folder / shard for shard in shards]
-
-
-def _settings(encoder: Path, tokens: Path) -> list[Path]:
-    """What decides about an embedding beside the weights."""
+def _settings(tokens: Path) -> list[Path]:
     names = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-    files = [encoder / "config.json", *(tokens / name for name in names)]
-    return [file for file in files if file.is_file()]
+    return [tokens / name for name in names if (tokens / name).is_file()]
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -109,47 +186,6 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"cannot read a tokenizer from {folder}: {error}") from error
 
 
-def _model(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
-    try:
-        loaded: Any = UMT5EncoderModel.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the encoder in {folder}: {error}") from error
-    model, report = loaded
-    if lacking := sorted(report["missing_keys"]):
-        names = ", ".join(lacking[:10])
-        raise CheckpointError(
-            f"the weights in {folder} lack {len(lacking)} of the encoder's: {names}"
-        )
-    return model.eval()
-
-
-def _check_memory(weights: list[Path], itemsize: int) -> None:
-    needed = 0
-    for path in weights:
-        try:
-            with safe_open(path, "np") as file:
-                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read weights from {path}: {error}") from error
-        needed += sum(
-            math.prod(shape) * itemsize
-            for name, shape in shapes.items()
-            if not name.startswith(DECODERS)
-        )
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise ConfigError(
-            f"the encoder needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
-            "close other programs, or encode on another machine and copy the file"
-        )
-
-
 def _sha256(files: list[Path]) -> str:
     """One hash of several files, whose names and order count."""
     digest = hashlib.sha256()
@@ -157,3 +193,85 @@ def _sha256(files: list[Path]) -> str:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+# The model
+
+
+def _model(encoder: Encoder, weights: Weights) -> UMT5EncoderModel:
+    tensors = {
+        name: stored
+        for path in encoder.weights
+        for stored in contents(path)
+        if not (name := _name(stored.name)).startswith(DECODERS)
+    }
+    with torch.device("meta"):
+        model = UMT5EncoderModel(_config(encoder, tensors)).eval().requires_grad_(False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    del wanted[TIED]
+    found = {name: stored.shape for name, stored in tensors.items()}
+    if problems := mismatch(found, wanted):
+        raise CheckpointError(f"the weights in {encoder.folder} are not its encoder's {problems}")
+    dtype = torch.float32 if weights == "fp32" else torch.bfloat16
+    linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    rounded = {f"{name}.weight" for name in linear} if weights == "int8" else set()
+    _check_memory(
+        sum(
+            math.prod(shape) * (1 if name in rounded else dtype.itemsize)
+            for name, shape in wanted.items()
+        ),
+        weights,
+    )
+    for path, group in groupby(tensors.items(), key=lambda item: item[1].path):
+        read = reader(path)
+        for name, stored in group:
+            owner, _, leaf = name.rpartition(".")
+            above, _, part = owner.rpartition(".")
+            if name in rounded:
+                setattr(model.get_submodule(above), part, Int8Linear(read(stored), dtype))
+            else:
+                value = nn.Parameter(read(stored).to(dtype), requires_grad=False)
+                setattr(model.get_submodule(owner), leaf, value)
+    model.encoder.embed_tokens.weight = model.shared.weight
+    return model
+
+
+def _name(name: str) -> str:
+    """A tensor's name as transformers has it."""
+    for pattern, theirs in WAN_NAMES:
+        name = pattern.sub(theirs, name)
+    return EMBEDDING if name == TIED else name
+
+
+def _config(encoder: Encoder, tensors: dict[str, Stored]) -> UMT5Config:
+    """As the folder says; of Wan's own file, which comes without, from the tensors' shapes."""
+    try:
+        if encoder.weights[0].name != WAN_FILE:
+            return UMT5Config.from_pretrained(encoder.folder, local_files_only=True)
+        first = "encoder.block.0.layer"
+        (vocabulary, width), (buckets, heads) = (
+            tensors[name].shape
+            for name in (EMBEDDING, f"{first}.0.SelfAttention.relative_attention_bias.weight")
+        )
+        return UMT5Config(
+            vocab_size=vocabulary,
+            d_model=width,
+            d_kv=tensors[f"{first}.0.SelfAttention.q.weight"].shape[0] // heads,
+            d_ff=tensors[f"{first}.1.DenseReluDense.wi_0.weight"].shape[0],
+            num_layers=len({name.split(".")[2] for name in tensors if ".block." in name}),
+            num_heads=heads,
+            relative_attention_num_buckets=buckets,
+            feed_forward_proj="gated-gelu",
+        )
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"cannot read the encoder in {encoder.folder}: {error}") from error
+
+
+def _check_memory(needed: int, weights: Weights) -> None:
+    free = psutil.virtual_memory().available
+    if needed > free:
+        smaller = "" if weights == "int8" else "encode-prompt --int8 takes little more than half; "
+        raise ConfigError(
+            f"the encoder needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            f"{smaller}close other programs, or encode on another machine and copy the file"
+        )

@@ -191,7 +191,7 @@ def framewise(name):
 
 def longlive(folder, w):
     """The base holds what the LoRA is to be added to: here W - B A, so that all give `w`."""
-    adapter = lora()
+    adapter = lora(layers=sum(name.endswith("ffn.0.bias") for name in w))
     base = dict(w)
     for name in adapter:
         if name.endswith("lora_A.weight"):
@@ -430,6 +430,24 @@ def test_an_imported_checkpoint_exports_and_renders_training_free(
     backend.close()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [kind for kind, row in PUBLISHED.items() if not row.refused])
+def test_every_layout_exports_and_renders(kind, tiny_autoencoder, tmp_path, monkeypatch):
+    """Two layers; under its own policy and under PackForcing's."""
+    config = msgspec.structs.replace(MODELS[kind], layers=2, text_encoder="words")
+    monkeypatch.setitem(MODELS, kind, config)
+    whole = {name: 0.2 * torch.randn(shape) for name, shape in wan_shapes(24, 16, 24, 8, 2).items()}
+    model, bundle, out = tmp_path / "model", tmp_path / "bundle", tmp_path / "star.mkv"
+    run("import-checkpoint", *LAYOUTS[kind](tmp_path, whole), tiny_autoencoder, "--out", model)
+    run("export", "--weights", model, "--out", bundle)
+    frames = 6 * config.block_pixel_frames
+    asked = "a red star", "--bundle", bundle, "--seconds", frames / config.fps, "--out", out
+    for policy in ((), ("--policy", "packforcing")):
+        did = json.loads(run("render", *asked, "--json", *policy))
+        assert did["frames"] == frames and did["training_free"] == bool(policy)
+        assert out.stat().st_size > 1000
+
+
 def run(*args) -> str:
     """Runs the command line, which is to succeed; its output."""
     result = CliRunner().invoke(main, [str(arg) for arg in args])
@@ -608,6 +626,39 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(weights, tmp_path):
     torch.save(content, path, _use_new_zipfile_serialization=False)
     refused([path], tmp_path, "is a bare pickle")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=[layout.__name__ for _, layout in CASES])
+def test_every_damage_to_every_layout_is_refused_by_name(kind, layout, tmp_path, monkeypatch):
+    """With two layers, as two have every kind of tensor."""
+    config = msgspec.structs.replace(model_config(kind), layers=2)
+    monkeypatch.setitem(MODELS, kind, config)
+    whole = {name: torch.ones(shape) for name, shape in wan_shapes(24, 16, 24, 8, 2).items()}
+    lacking = {name: tensor for name, tensor in whole.items() if name != "blocks.1.norm3.bias"}
+    misshaped = whole | {"blocks.1.modulation": torch.ones(1, 5, 24)}
+    images = whole | {"blocks.1.cross_attn.k_img.weight": torch.ones(24, 24)}  # image to video
+    for number, (weights, message) in enumerate((
+        (lacking, r"\(1 missing\): missing transformer.blocks.1.norm3.bias"),
+        (misshaped, r"\(1 misshaped\): misshaped transformer.blocks.1.modulation: \(1, 5, 24\)"),
+        (images, r"\(1 unexpected\): unexpected transformer.blocks.1.cross_attn.k_img.weight"),
+    )):  # fmt: skip
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        refused(layout(folder, weights), tmp_path, message, kind=kind)
+
+    (tmp_path / "whole").mkdir()
+    files = layout(tmp_path / "whole", whole)
+    for path in (tmp_path / "whole").rglob("*.*"):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        refused(files, tmp_path, rf"{path.name}.*(which is damaged|is not the index)", kind=kind)
+        marker = tmp_path / "was-run"
+        if path.suffix != ".json":
+            torch.save({"generator": {"model.head": torch.ones(2)}, "step": Code(marker)}, path)
+            refused(files, tmp_path, rf"{path.name} would run code when loaded", kind=kind)
+        assert not marker.exists()
+        path.write_bytes(content)
+    import_checkpoint(files, tmp_path / "model", kind=kind)
 
 
 def test_a_shard_that_is_not_there_is_named(weights, tmp_path):
