@@ -290,15 +290,16 @@ def is_torch(path: Path) -> bool:
     """Whether a file is torch's; raises `CheckpointError` for a bare pickle, torch's old format."""
     try:
         with path.open("rb") as file:
-            magic = file.read(4)
+            magic = file.read(9)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if magic[:1] == b"\x80":
+    # safetensors begins with the length of its header, which may begin like a pickle
+    if magic[:1] == b"\x80" and magic[8:] != b"{":
         raise CheckpointError(
             f"{path} is a bare pickle, which could run code and cannot be read in pieces: "
             "ask for safetensors, or save it with a current torch where you trust it"
         )
-    return magic == b"PK\x03\x04"
+    return magic[:4] == b"PK\x03\x04"
 
 
 def load_torch(path: Path) -> dict[str, dict[str, Tensor]]:

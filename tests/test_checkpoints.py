@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from packforcing import MODELS, model_config
 from packforcing.checkpoints import import_checkpoint
 from packforcing.cli import main
-from packforcing.config import PAPER, Precision, policies
+from packforcing.config import AUTOENCODERS, PAPER, Precision, policies, with_autoencoder
 from packforcing.errors import CheckpointError, OutputError
 from packforcing.fetch import RECORD
 from packforcing.model import load_model, open_weights, random_weights, weight_shapes
@@ -44,6 +44,7 @@ TINY = {
     "text_len": 4, "text_dim": 24, "vae_encoder_width": 8, "vae_decoder_widths": (8, 8, 8, 8),
     "vae_strips": 1, "precision": Precision(),
 }  # fmt: skip
+NARROW = {"vae_encoder_width": 2, "vae_decoder_widths": (8, 8, 4, 2), "vae_strips": 1}  # Wan's
 LINEAR = [
     *(f"{kind}_attn.{name}" for kind in ("self", "cross") for name in "qkvo"), "ffn.0", "ffn.2"
 ]  # fmt: skip
@@ -107,6 +108,9 @@ def tiny_models(monkeypatch):
     for kind in PUBLISHED:
         config = msgspec.structs.replace(published_config(kind), **TINY)
         monkeypatch.setitem(MODELS, kind, config)
+    tiny = {name: size for name, size in TINY.items() if name.startswith("vae_")}
+    for name, sizes in (("taehv", tiny), ("lighttae", tiny), ("wan", NARROW)):
+        monkeypatch.setitem(AUTOENCODERS, name, sizes)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +137,41 @@ def tiny_autoencoder(tmp_path_factory) -> Path:
         path,
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def wan_vae() -> dict[str, torch.Tensor]:
+    """Wan's autoencoder in diffusers' names."""
+    config = msgspec.structs.replace(PAPER, **TINY | NARROW, vae="wan")
+    tensors = random_weights(config)
+    return {
+        name.removeprefix("autoencoder."): tensors[name]
+        for name in tensors
+        if name.startswith("autoencoder.")
+    }
+
+
+def wan_vae_name(name: str) -> str:
+    """diffusers' names as Wan2.1_VAE.pth has them."""
+    name = re.sub(r"^quant_conv", "conv1", re.sub(r"^post_quant_conv", "conv2", name))
+    name = name.replace("coder.conv_in", "coder.conv1").replace("conv_out", "head.2")
+    name = name.replace("norm_out", "head.0").replace("mid_block.attentions.0", "middle.1")
+    name = re.sub(
+        r"mid_block\.resnets\.(\d)", lambda found: f"middle.{2 * int(found[1])}", name
+    ).replace("down_blocks", "downsamples")
+    name = re.sub(
+        r"up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)",
+        lambda found: f"upsamples.{4 * int(found[1]) + int(found[2] or 3)}",
+        name,
+    )
+    if "resample" in name or "time_conv" in name or "middle.1." in name:
+        return name
+    layers = {"norm1": 0, "conv1": 2, "norm2": 3, "conv2": 6}
+    return re.sub(
+        r"((?:samples|middle)\.\d+)\.(norm1|conv1|norm2|conv2)",
+        lambda found: f"{found[1]}.residual.{layers[found[2]]}",
+        name,
+    ).replace("conv_shortcut", "shortcut")
 
 
 def prefixed(tensors, prefix="model."):
@@ -378,6 +417,81 @@ def test_entry_chooses_another_entry_than_the_published_one(weights, tmp_path):
     import_checkpoint([path], tmp_path / "model", entry="generator")
     found = imported(tmp_path / "model")["transformer.head.head.bias"]
     assert found.equal(weights["head.head.bias"] + 1)
+
+
+def wan_vae_file(folder, tensors, naming=wan_vae_name):
+    """As Wan publishes it, one torch checkpoint; or with diffusers' names in its folder."""
+    if naming is wan_vae_name:
+        return save(folder / "Wan2.1_VAE.pth", {naming(n): t for n, t in tensors.items()})
+    (folder / "vae").mkdir()
+    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return folder / "vae"
+
+
+@pytest.mark.parametrize("naming", [wan_vae_name, str], ids=["Wan's names", "diffusers' names"])
+def test_wans_autoencoder_is_recognised_by_its_tensors(naming, weights, wan_vae, tmp_path):
+    """Names written down from the published checkpoint, which has 194 tensors."""
+    if naming is wan_vae_name:
+        named = {naming(name) for name in wan_vae}
+        assert len(named) == 194 and {
+            "conv1.weight", "conv2.bias", "encoder.conv1.weight", "decoder.head.2.weight",
+            "encoder.downsamples.3.shortcut.weight", "encoder.downsamples.5.time_conv.weight",
+            "encoder.downsamples.2.resample.1.weight", "encoder.middle.1.to_qkv.weight",
+            "decoder.middle.2.residual.6.weight", "decoder.upsamples.4.shortcut.bias",
+            "decoder.upsamples.7.time_conv.bias", "decoder.upsamples.11.resample.1.weight",
+            "decoder.upsamples.14.residual.3.gamma", "decoder.head.0.gamma",
+        } <= named  # fmt: skip
+    files = [*self_forcing(tmp_path, weights), wan_vae_file(tmp_path, wan_vae, naming)]
+    done = import_checkpoint(files, tmp_path / "model")
+    assert done.folder.config == with_autoencoder(model_config("self-forcing"), "wan")
+    assert done.folder.autoencoder and done.tensors == 825 + 194
+    assert "the autoencoder is Wan2.1_VAE: Apache-2.0" in done.said
+    found = imported(tmp_path / "model")
+    assert all(found[f"autoencoder.{name}"].equal(tensor) for name, tensor in wan_vae.items())
+    assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 194
+
+
+def test_a_damaged_autoencoder_is_refused_by_name(weights, wan_vae, tmp_path):
+    damaged = dict(wan_vae)
+    del damaged["decoder.conv_in.weight"], damaged["encoder.mid_block.resnets.0.norm1.gamma"]
+    damaged |= {"decoder.up_blocks.0.upsamplers.0.time_conv.bias": torch.zeros(3)}
+    files = [*self_forcing(tmp_path, weights), wan_vae_file(tmp_path, damaged)]
+    refused(
+        files, tmp_path,
+        r"\(2 missing, 1 misshaped\): missing autoencoder.encoder.mid_block.resnets.0.norm1.gamma; "
+        r"missing autoencoder.decoder.conv_in.weight; misshaped "
+        r"autoencoder.decoder.up_blocks.0.upsamplers.0.time_conv.bias: \(3,\), not \(16,\)",
+    )  # fmt: skip
+    twice = {**wan_vae, "conv1.bias": wan_vae["quant_conv.bias"].clone()}
+    path = wan_vae_file(tmp_path, twice, str)
+    refused([files[0], path], tmp_path, "holds .*twice, under two names")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("taew2_1.pth", {}, "taehv"),
+        ("lighttaew2_1.pth", {}, "lighttae"),
+        ("mine.pth", {"vae": "lighttae"}, "lighttae"),
+        ("mine.pth", {}, "do not say for latents of which scale: name it with --vae"),
+        ("taew2_1.pth", {"vae": "wan"}, "is no 'wan' by its tensors, but taehv or lighttae"),
+    ],
+)
+def test_the_tiny_autoencoders_differ_by_name_alone(
+    name, options, expected, weights, tiny_autoencoder, tmp_path
+):
+    shutil.copy(tiny_autoencoder, tmp_path / name)
+    files = [*self_forcing(tmp_path, weights), tmp_path / name]
+    if " " in expected:
+        refused(files, tmp_path, expected, **options)
+    else:
+        done = import_checkpoint(files, tmp_path / "model", **options)
+        assert done.folder.config == with_autoencoder(model_config("self-forcing"), expected)
+
+
+def test_two_autoencoders_are_one_too_many(weights, wan_vae, tiny_autoencoder, tmp_path):
+    files = [*self_forcing(tmp_path, weights), tiny_autoencoder, wan_vae_file(tmp_path, wan_vae)]
+    refused(files, tmp_path, "are two autoencoders: name one")
 
 
 # From a checkpoint to a video
@@ -662,6 +776,17 @@ def test_every_damage_to_every_layout_is_refused_by_name(kind, layout, tmp_path,
     import_checkpoint(files, tmp_path / "model", kind=kind)
 
 
+def test_a_header_as_long_as_a_pickle_begins_is_safetensors(weights, tmp_path):
+    """safetensors begins with its header's length, whose first byte may be a pickle's."""
+    path = tmp_path / "model.safetensors"
+    for padding in range(0, 256, 8):
+        save_file(weights, path, {"padding": "x" * padding})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    done = import_checkpoint([path], tmp_path / "model", kind="wan2.1-t2v-1.3b")
+    assert path.read_bytes()[:1] == b"\x80" and done.tensors == 825
+
+
 def test_a_shard_that_is_not_there_is_named(weights, tmp_path):
     [index] = base_diffusers_sharded(tmp_path, weights)
     (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
@@ -718,9 +843,9 @@ def test_a_folder_with_something_in_it_is_left_alone(weights, tmp_path):
 def test_number_formats_stay_as_they_are_mixed_as_well(weights, tiny_autoencoder, tmp_path):
     """The autoencoder's three 2-byte biases do not put 4-byte values off their alignment."""
     mixed = {name: t.bfloat16() if t.ndim == 1 else t for name, t in weights.items()}
-    shutil.copy(tiny_autoencoder, tmp_path / "a.pth")
+    shutil.copy(tiny_autoencoder, tmp_path / "a-taew2_1.pth")
     save_file(mixed, tmp_path / "b.safetensors")
-    import_checkpoint([tmp_path / "a.pth", tmp_path / "b.safetensors"], tmp_path / "model")
+    import_checkpoint([tmp_path / "a-taew2_1.pth", tmp_path / "b.safetensors"], tmp_path / "model")
     found = imported(tmp_path / "model")
     assert all(found[f"transformer.{name}"].equal(tensor) for name, tensor in mixed.items())
     with (tmp_path / "model" / WEIGHTS).open("rb") as file:
