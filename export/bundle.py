@@ -7,7 +7,8 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -50,6 +51,23 @@ def export_bundle(
     when the directory cannot be written or holds something that is not a bundle.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports absent torchvision ops
+    item = np.dtype(DTYPES[config.precision.compute]).itemsize
+    needed = item * sum(map(math.prod, weight_shapes(config).values()))
+    with writing(directory, needed) as partial:
+        for number, name in enumerate(WRAPPERS):
+            if on_graph:
+                on_graph(name, number, len(WRAPPERS))
+            save(export_graph(config, weights, name), partial / graph_file(name))
+        tools = {tool: importlib.metadata.version(tool) for tool in TOOLS}
+        return complete(partial, config, tools)
+
+
+@contextmanager
+def writing(directory: str | Path, needed: int) -> Iterator[Path]:
+    """An empty folder beside `directory`, to write a bundle into; it takes its place at the end.
+
+    needed: bytes. Raises `OutputError` as `export_bundle` does.
+    """
     try:
         target = Path(directory).resolve()  # so that '.' has a name and a link stays a link
         if target.exists() and not replaceable(target):
@@ -59,32 +77,31 @@ def export_bundle(
     except (OSError, RuntimeError) as error:  # pathlib reports a loop of links as the latter
         raise OutputError(f"cannot write a bundle to {directory}: {error}") from error
     try:
-        require_space(partial, config)
-        for number, name in enumerate(WRAPPERS):
-            if on_graph:
-                on_graph(name, number, len(WRAPPERS))
-            save(export_graph(config, weights, name), partial / graph_file(name))
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            config=config,
-            graphs=contract(config),
-            files={path.name: file_record(path) for path in sorted(partial.iterdir())},
-            tools={tool: importlib.metadata.version(tool) for tool in TOOLS},
-        )
-        write_manifest(partial, manifest)
+        require_space(partial, needed)
+        yield partial
         partial.chmod(0o755)
         replace(target, partial)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def complete(folder: Path, config: Config, tools: dict[str, str]) -> Manifest:
+    """Writes the manifest of a bundle whose graphs are all there."""
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        config=config,
+        graphs=contract(config),
+        files={path.name: file_record(path) for path in sorted(folder.iterdir())},
+        tools=tools,
+    )
+    write_manifest(folder, manifest)
     return manifest
 
 
-def require_space(folder: Path, config: Config) -> None:
-    """Raises `OutputError` unless the weights of a model fit on the disk."""
-    item = np.dtype(DTYPES[config.precision.compute]).itemsize
-    needed = item * sum(map(math.prod, weight_shapes(config).values()))
+def require_space(folder: Path, needed: int) -> None:
+    """Raises `OutputError` unless so many bytes fit on the disk."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
@@ -98,6 +115,8 @@ def save(graph: ir.Model, path: Path) -> None:
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values()
                if value.const_value is not None)  # fmt: skip
     beside = f"{path.name}.data" if size > LARGEST_INSIDE else None
+    if beside is None:  # or what was read from beside another graph would be looked for here
+        ir.external_data.load_to_model(graph)
     ir.save(graph, path, external_data=beside)
 
 

@@ -15,9 +15,10 @@ TRACE_SIZES = {"N": 1009, "C": 2003}
 # TensorRT-RTX's parser (1.7); anything new has to be tried on both before it joins the list.
 OPS = frozenset({
     "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv", "Cos",
-    "DepthToSpace", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul", "Mul", "Pad",
-    "RMSNormalization", "ReduceL2", "ReduceMean", "Relu", "Reshape", "Resize", "RotaryEmbedding",
-    "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Tanh", "Transpose",
+    "DepthToSpace", "DequantizeLinear", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul",
+    "Mul", "Pad", "QuantizeLinear", "RMSNormalization", "ReduceL2", "ReduceMean", "Relu", "Reshape",
+    "Resize", "RotaryEmbedding", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Sub",
+    "Tanh", "Transpose",
     "Unsqueeze",
 })  # fmt: skip
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -503,6 +503,48 @@ def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None
     click.echo(f"{target}: complete, checksums in {fetching.RECORD}")
     for step in steps:
         click.echo(f"next: {step}")
+
+
+@main.command()
+@click.argument("bundle")
+@click.option(
+    "--weights",
+    type=click.Choice(["int8", "int4"]),
+    required=True,
+    help="Number format of the matrices of all layers but the first and the last.",
+)
+@click.option("--out", metavar="DIR", required=True, help="Folder for the quantised bundle.")
+@_json_option
+def quantize(bundle: str, weights: Literal["int8", "int4"], out: str, as_json: bool) -> None:
+    """Write BUNDLE again with smaller weights.
+
+    The denoiser's weights become whole numbers with scales, in standard ONNX, and take a half
+    (int8) or a quarter (int4) of what they took in fp16. The rest is copied. Needs
+    `pip install ".[calibration]"` in the checkout; rendering does not.
+
+    \b
+    Example:
+      packforcing quantize my-bundle --weights int8 --out smaller
+    """
+    import msgspec
+
+    try:
+        from packforcing.calibration.quantize import quantize_bundle
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"quantising needs {error.name}, which is not installed: "
+            "pip install '.[calibration]' in the checkout"
+        ) from error
+    with _counting("matrix", quiet=as_json) as progress:
+        done = quantize_bundle(bundle, out, weights, progress)
+    if as_json:
+        _print_json({"path": out, "weights": weights, **msgspec.to_builtins(done)})
+        return
+    name, worst = next(iter(done.snr.items()))
+    click.echo(
+        f"{out}: {len(done.snr)} matrices in {weights}, {worst:.1f} dB above their rounding at "
+        f"least ({name}); the denoiser takes {_size(done.after)}, before {_size(done.before)}"
+    )
 
 
 @main.command("import-checkpoint")

@@ -224,7 +224,7 @@ def needs(plan: Plan) -> str:
     if precision.compute == "fp32":
         return "an export in fp16 (for attention)"
     if {precision.weights, precision.cache} != {precision.compute}:
-        return "quantised graphs (not exported yet)"
+        return "packforcing quantize"
     return "engines built with --stream-weights" if plan.streamed else ""
 
 

@@ -120,6 +120,8 @@ class Graph:
         options.log_severity_level = 3
         # graphs take turns: one must not spin on the cores that the next one needs
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # products with quantised weights in the activations' own precision, not rounded to int8
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         where: dict[str, Any] = {"providers": ["CPUExecutionProvider"]}
         model: Path | bytes = path
         if provider:

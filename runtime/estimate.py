@@ -143,9 +143,9 @@ def _clip(config: Config) -> int:
     return frames * (config.height // 4) * (config.width // 4)
 
 
-def _matrices(config: Config) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's matrices in the denoiser, which `prompt` takes two off:
-    keys and values of cross-attention."""
+def layer_matrices(config: Config) -> list[tuple[int, int]]:
+    """(inputs, outputs) of a layer's matrices in the denoiser, in the graph's order, which
+    `prompt` takes two off: keys and values of cross-attention."""
     square = (config.dim, config.dim)
     return [*[square] * 6, (config.dim, config.ffn_dim), (config.ffn_dim, config.dim)]
 
@@ -153,19 +153,30 @@ def _matrices(config: Config) -> list[tuple[int, int]]:
 def matrix_bytes(config: Config) -> list[int]:
     """Bytes of each matrix of a layer of the denoiser, in the format of the weights.
 
-    Quantised ones come with a scale, as computed, per output channel (int8 and fp8) or per 128
-    weights (int4).
+    Quantised ones come with scales, as computed: `weight_block` says how many.
     """
     kind, full = config.precision.weights, ITEM[config.precision.compute]
     sizes = []
-    for inputs, outputs in _matrices(config):
+    for inputs, outputs in layer_matrices(config):
+        count = inputs * outputs
         if kind == config.precision.compute:
-            sizes.append(inputs * outputs * full)
-        elif kind == "int4":
-            sizes.append(inputs * outputs // 2 + outputs * -(-inputs // INT4_BLOCK) * full)
+            sizes.append(count * full)
         else:
-            sizes.append(inputs * outputs * ITEM[kind] + outputs * full)
+            whole = count // 2 if kind == "int4" else count * ITEM[kind]
+            sizes.append(whole + count // weight_block(kind, inputs, outputs) * full)
     return sizes
+
+
+def weight_block(kind: str, inputs: int, outputs: int) -> int:
+    """Weights of an output channel that share a scale, in a matrix of int8, fp8 or int4.
+
+    int4: 128 of them, or the largest power of two below that divides them. 8 bits: all of them;
+    half where a matrix widens, since TensorRT-RTX 1.7 writes such a one out in fp16, into
+    scratch, if a channel has one scale.
+    """
+    if kind == "int4":
+        return math.gcd(inputs, INT4_BLOCK)
+    return inputs // 2 if outputs > inputs else inputs
 
 
 def parameters(config: Config) -> dict[str, int]:
@@ -179,7 +190,7 @@ def parameters(config: Config) -> dict[str, int]:
     def linear(inputs: int, outputs: int) -> int:
         return inputs * outputs + outputs
 
-    layer = sum(linear(*matrix) for matrix in _matrices(config))
+    layer = sum(linear(*matrix) for matrix in layer_matrices(config))
     layer += 3 * d + 2 * d + 6 * d  # norms of q, k and the cross q; the norm before; modulation
     around = linear(config.token_dim, d) + linear(d, config.token_dim) + 2 * d
     time = linear(config.freq_dim, d) + linear(d, d) + linear(d, 6 * d)
@@ -205,7 +216,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
     on_host = ITEM["fp32"] + ITEM["fp16"]
     sizes = {name: count * on_host for name, count in counts.items()}
     sizes |= {name: counts[name] * full for name in CARD}
-    plain = sum(inputs * outputs * full for inputs, outputs in _matrices(config))
+    plain = sum(inputs * outputs * full for inputs, outputs in layer_matrices(config))
     # TensorRT writes down what each value of the compressor's average pool is divided by
     sizes["compressor"] += full * _clip(config)
     sizes["denoiser"] += max(0, config.layers - 2) * (sum(matrix_bytes(config)) - plain)
@@ -237,7 +248,7 @@ def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
 def operations(config: Config) -> dict[str, int]:
     """Multiplications and additions of the matrix products of one call with a full context."""
     d, layers = config.dim, config.layers
-    weights = layers * sum(map(math.prod, _matrices(config))) + 2 * config.token_dim * d
+    weights = layers * sum(map(math.prod, layer_matrices(config))) + 2 * config.token_dim * d
     time = config.freq_dim * d + d * d + 6 * d * d
 
     def denoiser(new: int) -> int:

@@ -1,0 +1,209 @@
+"""Quantised bundles: standard ONNX, whole numbers with a DequantizeLinear before each product.
+
+A weight [inputs, outputs] becomes int8 or int4 with a scale per output channel [outputs] or per
+block [inputs / block, outputs]; the node's output is what the MatMul had before. No weight is read
+before its matrix is at work, and the whole numbers are made while they are written, so memory stays
+small whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from packforcing.calibration.recipes import WEIGHTS, Recipe, quantised_layers
+from packforcing.config import Config
+from packforcing.errors import BundleError, ConfigError
+from packforcing.export.bundle import complete, save, writing
+from packforcing.export.lint import lint
+from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
+from packforcing.runtime.estimate import layer_matrices, weight_block
+
+DENOISER = graph_file("denoiser")
+# a layer's matrices, as `layer_matrices` lists their shapes
+NAMES = (
+    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o",
+    "ffn.0", "ffn.2",
+)  # fmt: skip
+
+
+class Quantised(msgspec.Struct, frozen=True, kw_only=True):
+    """What `quantize_bundle` did: signal-to-noise ratio of every matrix in dB, worst first, and
+    bytes of the denoiser before and after."""
+
+    snr: dict[str, float]
+    before: int
+    after: int
+
+
+def quantize_bundle(
+    source: str | Path,
+    directory: str | Path,
+    weights: Literal["int8", "int4"],
+    on_matrix: Callable[[int, int], None] | None = None,
+) -> Quantised:
+    """Writes the bundle `source` with quantised weights into `directory`, whole or not at all.
+
+    `on_matrix` is told how many matrices are done, and of how many. Raises `BundleError` for a
+    damaged bundle, a weight that is no number, or a denoiser of other matrices than its config
+    calls for, `ConfigError` for a bundle that is quantised already and `OutputError` if the
+    folder cannot be written.
+    """
+    source = Path(source)
+    manifest = read_manifest(source)
+    config = manifest.config
+    if config.precision.weights != config.precision.compute:
+        raise ConfigError(
+            f"{source} holds {config.precision.weights} weights already; name the bundle that it "
+            "was made of"
+        )
+    if Path(directory).resolve() == source.resolve():
+        raise ConfigError(f"{directory} is the bundle to be quantised; choose another folder")
+    check_files(source, manifest)
+    precision = msgspec.structs.replace(config.precision, weights=weights)
+    config = msgspec.structs.replace(config, precision=precision)
+    with writing(directory, sum(record.bytes for record in manifest.files.values())) as folder:
+        for name in manifest.files:
+            if not name.startswith(DENOISER):
+                shutil.copyfile(source / name, folder / name)
+        model = ir.load(source / DENOISER)
+        found = matrices(model.graph, config)
+        snr = {}
+        for number, (name, product) in enumerate(found.items()):
+            try:
+                snr[name] = quantize_product(product, name, weights)
+            except ValueError as error:
+                raise BundleError(f"{source / DENOISER}: {error}") from error
+            if on_matrix:
+                on_matrix(number + 1, len(found))
+        lint("denoiser", model, contract(config)["denoiser"])
+        save(model, folder / DENOISER)
+        complete(folder, config, manifest.tools)
+        sizes = [
+            sum(path.stat().st_size for path in where.glob(f"{DENOISER}*"))
+            for where in (source, folder)
+        ]
+    worst_first = dict(sorted(snr.items(), key=lambda item: item[1]))
+    return Quantised(snr=worst_first, before=sizes[0], after=sizes[1])
+
+
+def matrices(graph: ir.Graph, config: Config) -> dict[str, ir.Node]:
+    """The products that are quantised, by their matrix's name in a checkpoint.
+
+    Told by their order: the layers' matrices come last but for the head's. Raises `BundleError`
+    where shapes say otherwise.
+    """
+    products = [
+        node
+        for node in graph
+        if node.op_type == "MatMul" and stored(node.inputs[1]).const_value is not None
+    ]
+    shapes = layer_matrices(config) * config.layers
+    products = products[-len(shapes) - 1 : -1]
+    if [tuple(stored(node.inputs[1]).shape) for node in products] != shapes:
+        raise BundleError(
+            f"the denoiser's matrices are not those of {config.name}; export the bundle anew"
+        )
+    named = {
+        f"blocks.{layer}.{name}": products[layer * len(NAMES) + number]
+        for layer in quantised_layers(config)
+        for number, name in enumerate(NAMES)
+    }
+    if not named:
+        raise ConfigError(f"{config.name} has no layer between its first and its last")
+    return named
+
+
+def stored(value: ir.Value) -> ir.Value:
+    """What a weight is read from: itself, or what is cast to it."""
+    cast = value.producer()
+    return cast.inputs[0] if cast is not None and cast.op_type == "Cast" else value
+
+
+def quantize_product(product: ir.Node, name: str, kind: str) -> float:
+    """Quantises the matrix of a MatMul in its graph; returns the signal-to-noise ratio in dB."""
+    graph, weight, recipe = product.graph, product.inputs[1], WEIGHTS[kind]
+    source = stored(weight)
+    tensor = source.const_value
+    inputs, outputs = shape = tensor.shape.numpy()
+    block = weight_block(kind, inputs, outputs)
+    matrix = tensor.numpy().astype(np.float32)
+    scale, snr = scales(matrix, block, recipe, weight.dtype.numpy(), name)
+    number = ir.DataType[kind.upper()]
+
+    def whole() -> ir.TensorProtocol:
+        values = rounded(tensor.numpy().astype(np.float32), block, scale, recipe)
+        return ir.tensor(values.reshape(shape).astype(number.numpy()))
+
+    if block == inputs:
+        scale_in_graph, axes = scale[0], {"axis": 1}
+    else:
+        scale_in_graph, axes = scale, {"axis": 0, "block_size": block}
+    read = ir.node(
+        "DequantizeLinear",
+        [
+            initializer(graph, f"{name}.{kind}", ir.LazyTensor(whole, number, ir.Shape(shape))),
+            initializer(graph, f"{name}.scale", ir.tensor(scale_in_graph)),
+        ],
+        attributes=axes,
+    )
+    (value,) = read.outputs
+    value.name, value.shape, value.dtype = f"{name}.read", weight.shape, weight.dtype
+    graph.insert_before(product, read)
+    product.replace_input_with(1, value)
+    if source is not weight and not weight.uses():
+        graph.remove(weight.producer(), safe=True)
+    if not source.uses():
+        del graph.initializers[source.name]
+    return snr
+
+
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A constant of this name in a graph."""
+    value = ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    tensor.name = name
+    graph.register_initializer(value)
+    return value
+
+
+def scales(
+    matrix: np.ndarray, block: int, recipe: Recipe, dtype: np.dtype, name: str
+) -> tuple[np.ndarray, float]:
+    """Scales [inputs / block, outputs] in `dtype` of a matrix [inputs, outputs], float32, and the
+    signal-to-noise ratio with them in dB.
+
+    Raises `ValueError` for a weight that is no number.
+    """
+    parts = matrix.reshape(-1, block, matrix.shape[1])
+    largest = np.abs(parts).max(1)
+    if not np.isfinite(largest).all():
+        raise ValueError(f"{name} holds weights that are no numbers; export from sound weights")
+    smallest = np.finfo(dtype).smallest_subnormal  # a block of zeros has a scale too
+    best = scale = np.empty(0)
+    error = np.full(largest.shape, np.inf, np.float32)
+    for clip in recipe.clips:
+        tried = np.maximum((largest * np.float32(clip / recipe.high)).astype(dtype), smallest)
+        difference = rounded(matrix, block, tried, recipe)
+        difference *= tried[:, None].astype(np.float32)
+        difference -= parts
+        squared = np.einsum("ibo,ibo->io", difference, difference)
+        best = squared < error
+        scale = np.where(best, tried, scale) if scale.size else tried
+        error = np.where(best, squared, error)
+    signal, noise = np.square(matrix, dtype=np.float64).sum(), error.sum(dtype=np.float64)
+    return scale, 10 * math.log10(signal / noise) if noise else math.inf
+
+
+def rounded(matrix: np.ndarray, block: int, scale: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """A matrix in steps of its scales, [inputs / block, block, outputs]; whole, in float32."""
+    parts = matrix.reshape(-1, block, matrix.shape[1]) / scale[:, None].astype(np.float32)
+    return np.clip(np.rint(parts, out=parts), recipe.low, recipe.high, out=parts)
