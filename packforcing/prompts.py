@@ -67,9 +67,9 @@ def encode(prompt: str | np.ndarray, config: Config) -> np.ndarray:
 
     Raises `PromptError`.
     """
-    return (
-        encode_words(prompt, config) if isinstance(prompt, str) else pad_embedding(prompt, config)
-    )
+    if isinstance(prompt, str):
+        return encode_words(prompt, config)
+    return pad_embedding(prompt, config)
 
 
 def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
@@ -81,17 +81,18 @@ def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
         encode(prompt, config)
         return Timeline(config.blocks(frames), {0: Switch(0, prompt)})
     switches: dict[int, Switch] = {}
-    scenes = 1
+    scenes, begun = 1, -1  # the frame with which the latest switch takes effect
     for number, switch in enumerate(prompt, 1):
         try:
             _check(switch, switches, frames / config.fps)
             encode(switch.prompt, config)
-            block = config.blocks(config.frames(switch.time), scenes) if switches else 0
-            if block in switches:
+            frame = config.frames(switch.time)
+            if frame <= begun:
                 raise PromptError(
                     f"no block begins between the one before and {switch.time:g} s, so that one "
                     "would never be followed: set them further apart"
                 )
+            block = config.blocks(frame, scenes) if switches else 0
             if block >= config.blocks(frames, scenes):
                 raise PromptError(
                     f"no block begins between {switch.time:g} s and the end of the video at "
@@ -100,6 +101,7 @@ def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
         except PromptError as error:
             raise PromptError(f"switch {number}: {error}") from error
         switches[block] = switch
+        begun = block * config.block_pixel_frames - config.trimmed_frames * scenes if block else 0
         scenes += switch.history == "cut"
     if not switches:
         raise PromptError("the schedule is empty: begin it with a prompt at time 0")

@@ -64,21 +64,23 @@ def history(run):
     frames=st.integers(1, 160),
 )
 @example(times=[1.125, 2.625], effects=["cut"] * 6, frames=30)
+@example(times=[2.5, 2.625], effects=["cut"] * 6, frames=60)  # both due at frame 21
+@example(times=[0.01], effects=["keep"] * 6, frames=60)  # due at frame 0, as the first is
 def test_a_switch_takes_effect_with_the_first_block_that_begins_at_or_after_it(
     times, effects, frames
 ):
     """Against a walk through the video, frame by frame delivered, that takes each switch when it
     is due; where that would skip one or leave one over, the schedule is refused."""
     schedule = [Switch(0, STAR), *map(Switch, times, [CIRCLE] * 6, effects)]
-    expected: dict[int, Switch] | None = {0: schedule[0]}
-    waiting, delivered, block = schedule[1:], 9, 1
+    expected: dict[int, Switch] = {}
+    waiting, delivered, block = schedule, 0, 0
     while delivered < frames:
         due = [switch for switch in waiting if round(switch.time * 8) <= delivered]
         if due:
             expected[block], waiting = due[0], waiting[1:]
         if len(due) > 1:
             break
-        delivered += 9 if due and due[0].history == "cut" else 12
+        delivered += 9 if due and (block == 0 or due[0].history == "cut") else 12
         block += 1
     try:
         found = plan_prompts(schedule, TINY, frames)
@@ -333,6 +335,24 @@ def test_recomputing_under_the_same_prompt_changes_nothing_while_nothing_was_dro
     run.switch(encode_words(CIRCLE, config), "recompute")
     changed = np.abs(history(run) - before).max() > 1e-3
     assert changed == (config.policy.recent > 0)
+
+
+def test_recomputing_leaves_every_mid_where_it_is_read(session):
+    """Also where mids take more room than a block: on their way they come to lie on their own."""
+    config = msgspec.structs.replace(TINY, policy=Policy(sink=0, mid=40, recent=1))
+    assert 40 * config.compressed_tokens > config.block_tokens
+    run = Rollout(config, session._backend)
+    run.begin(encode_words(STAR, config), 41, SEED)
+    rng = np.random.default_rng(0)
+    for _ in range(41):
+        run.next_block(clean=rng.standard_normal(run.buffers.latents.shape[1:], np.float32))
+    run.switch(encode_words(CIRCLE, config), "recompute")
+    held = history(run)
+    slots = [slot for slot in run.cache.layout().slots if slot.compressed]
+    assert [slot.block for slot in slots] == list(range(40))
+    for slot in slots:
+        found = held[..., slot.first : slot.first + config.compressed_tokens, :]
+        np.testing.assert_array_equal(found, run.archive.get(slot.block))
 
 
 def test_a_cut_begins_a_video_of_its_own(session, monkeypatch):
