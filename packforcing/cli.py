@@ -210,7 +210,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 @click.option(
     "--encoder",
     metavar="DIR",
-    help="Encode PROMPT first, as encode-prompt does, with UMT5 from this folder.",
+    help="Encode prompts first, as encode-prompt does, with UMT5 from this folder.",
 )
 @click.option(
     "--out",
@@ -283,23 +283,24 @@ def render(
 
     if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
-    if encoder is not None and prompt is None:
-        raise ConfigError("--encoder encodes PROMPT: name one")
+    if encoder is not None and embedding is not None:
+        raise ConfigError("an embedding is encoded already: leave out --encoder")
     if embedding is not None:
         asked: Prompts = load_embedding(embedding).text
     elif schedule is not None:
         asked = read_schedule(schedule)
-    elif encoder is not None:  # everything else is checked before the encoder is loaded
-        asked = _any_embedding(bundle)
     elif prompt is not None:
         asked = prompt
     else:
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
-    directory, config, chosen = _checked(bundle, asked, seconds, seed, policy)
+    words = _words(asked) if encoder is not None else []
+    known = dict.fromkeys(words, _any_embedding(bundle)) if words else {}
+    directory, config, chosen = _checked(bundle, _replaced(asked, known), seconds, seed, policy)
     check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
-    if prompt is not None and encoder is not None:
-        asked = _encode(prompt, encoder, quiet=as_json).text
+    if words and encoder is not None:  # last, as nothing takes as long to load
+        made = _encode(words, encoder, quiet=as_json)
+        asked = _replaced(asked, {word: one.text for word, one in zip(words, made)})
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
         _rendering(config.frames(seconds), quiet=as_json) as progress,
@@ -346,7 +347,7 @@ def encode_prompt(prompt: str, encoder: str, out: str, int8: bool, as_json: bool
     from packforcing.embeddings import check_target, save_embedding
 
     check_target(out)
-    embedding = _encode(prompt, encoder, int8=int8, quiet=as_json)
+    [embedding] = _encode([prompt], encoder, int8=int8, quiet=as_json)
     save_embedding(out, embedding)
     tokens, width = embedding.text.shape
     if as_json:
@@ -463,10 +464,9 @@ def export(
 def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None:
     """Download published weights from the Hugging Face hub.
 
-    NAME is one of `packforcing models`, or taew2_1, wan-vae or umt5-xxl. The licence is shown
-    first. An interrupted download goes on when the command is run again; every checksum is
-    compared. Without a network, what the hub's cache on this machine holds is taken.
-    Needs `pip install ".[fetch]"` in the checkout.
+    NAME is one of `packforcing models`. The licence is shown first. An interrupted download goes
+    on when the command is run again; every checksum is compared. Without a network, what the hub's
+    cache on this machine holds is taken. Needs `pip install ".[fetch]"` in the checkout.
 
     \b
     Examples:
@@ -629,7 +629,7 @@ def import_checkpoint(
 @main.command()
 @_json_option
 def models(as_json: bool) -> None:
-    """List the published models that checkpoints can be imported of.
+    """List the published models that checkpoints can be imported of, and what they need beside.
 
     \b
     Example:
@@ -639,7 +639,7 @@ def models(as_json: bool) -> None:
 
     import msgspec
 
-    from packforcing.models import PUBLISHED, published_config
+    from packforcing.models import PARTS, PUBLISHED, published_config
 
     if as_json:
         _print_json(
@@ -669,6 +669,8 @@ def models(as_json: bool) -> None:
             )
         where = f"{row.source}: {', '.join(row.files)}" if row.source else "no public place known"
         click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; licence: {row.licence}")
+    for name, row in PARTS.items():
+        click.echo(f"{name}\n  {row.source}: {', '.join(row.files)}; licence: {row.licence}")
 
 
 @main.command()
@@ -1112,8 +1114,30 @@ def _any_embedding(bundle: str | None) -> np.ndarray:
     return np.zeros((1, config.text_dim), np.float32)
 
 
-def _encode(prompt: str, encoder: str, *, int8: bool = False, quiet: bool) -> Embedding:
-    """A prompt's embedding by UMT5, or from the user's cache."""
+def _words(asked: Any) -> list[str]:
+    """The prompts in words, of what `render` is asked for."""
+    prompts = [asked] if isinstance(asked, str) else [getattr(one, "prompt", None) for one in asked]
+    return [prompt for prompt in prompts if isinstance(prompt, str)]
+
+
+def _replaced(asked: Any, known: dict[str, np.ndarray]) -> Prompts:
+    """The same with embeddings in place of the words that are known."""
+    from dataclasses import replace
+
+    if isinstance(asked, str):
+        return known.get(asked, asked)
+    if not known:
+        return asked
+    return [
+        replace(one, prompt=known[one.prompt]) if isinstance(one.prompt, str) else one
+        for one in asked
+    ]
+
+
+def _encode(
+    prompts: list[str], encoder: str, *, int8: bool = False, quiet: bool
+) -> list[Embedding]:
+    """Prompts' embeddings by UMT5, or from the user's cache."""
     from packforcing.embeddings import user_cache
 
     try:
@@ -1127,8 +1151,8 @@ def _encode(prompt: str, encoder: str, *, int8: bool = False, quiet: bool) -> Em
             "pip install '.[text]' in the checkout"
         ) from error
     logging.set_verbosity_error()
-    _say("encoding the prompt ...", quiet)
-    return encode_umt5([prompt], encoder, "int8" if int8 else "bf16", user_cache())[0]
+    _say("encoding ...", quiet)
+    return encode_umt5(prompts, encoder, "int8" if int8 else "bf16", user_cache())
 
 
 def _tokens(config: Config) -> dict[str, int]:

@@ -76,6 +76,7 @@ PUBLISHED: dict[str, Published] = {
 # What models need beside their transformer
 PARTS: dict[str, Published] = {
     "taew2_1": Published("lightx2v/Autoencoders", ("taew2_1.pth",), "", UNREAD),
+    "lighttaew2_1": Published("lightx2v/Autoencoders", ("lighttaew2_1.safetensors",), "", UNREAD),
     "wan-vae": Published("Wan-AI/Wan2.1-T2V-1.3B", ("Wan2.1_VAE.pth",), "", "Apache-2.0"),
     "umt5-xxl": Published(
         "Wan-AI/Wan2.1-T2V-1.3B",

@@ -156,7 +156,7 @@ def test_a_bundle_of_a_umt5_model_renders_from_a_file(tmp_path):
     options = "--bundle", bundle, "--seconds", 1, "--out", tmp_path / "a.mkv"
     assert_refused(run("render", PROMPT, *options), "encode-prompt")
     assert_refused(run("render", PROMPT, "--embedding", file, *options), "choose one of PROMPT")
-    assert_refused(run("render", *options), "Missing argument 'PROMPT', or --embedding FILE")
+    assert_refused(run("render", *options), "Missing argument 'PROMPT', --embedding FILE or --sch")
     assert_refused(run("render", "--embedding", "no.safetensors", *options), "cannot read")
     assert not (tmp_path / "a.mkv").exists()
     result = run("render", "--embedding", file, "--json", *options)
@@ -478,11 +478,22 @@ def test_render_encodes_the_prompt_itself(umt5, tmp_path):
     assert one and [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1
 
+    (tmp_path / "scenes.toml").write_text(
+        '[[switch]]\ntime = 0\nprompt = "a fox"\n[[switch]]\ntime = 0.5\nprompt = "a dog"\n'
+    )
+    result = run("render", "--schedule", tmp_path / "scenes.toml", "--encoder", umt5,
+                 *options, f"{tmp_path / 'both'}/")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    both = [file.read_bytes() for file in sorted((tmp_path / "both").iterdir())]
+    assert both[0] == one[0].read_bytes() and both[-1] != one[-1].read_bytes()
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+
     ask = "render", "a fox", "--encoder", tmp_path / "none"
     assert_refused(run(*ask, *options, tmp_path / "none" / "a.mkv"), "no folder")
     assert_refused(run(*ask, *options, tmp_path / "c.mkv"), "is no encoder")
     assert_refused(run(*ask, "--out", tmp_path / "c.mkv"), "leave out --encoder")
-    assert_refused(run(*ask[:1], *ask[2:], *options, tmp_path / "c.mkv"), "name one")
+    again = run("render", "--embedding", file, *ask[2:], *options, tmp_path / "c.mkv")
+    assert_refused(again, "encoded already")
 
 
 def test_other_weights_have_another_hash(umt5):
