@@ -340,7 +340,7 @@ def read_prompts(path: Path, seed: int) -> list[Prompt]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise PromptError(f"cannot read prompts from {path}: {reason}") from error
-    prompts = []
+    prompts: list[Prompt] = []
     for text in filter(None, map(str.strip, lines)):
         given: str | np.ndarray = text
         if text.endswith(SUFFIX):

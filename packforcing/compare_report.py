@@ -65,8 +65,9 @@ def table(found: Comparison) -> Iterator[str]:
     yield f"last {min(END, found.seconds):g} of {found.seconds:g} s, mean over prompts"
     yield " " * width + "".join(f"{KNOWN[name].head:>9}" for name in names)
     for policy, measures in found.end.items():
-        cells = (value and value.mean for value in (measures[name].value for name in names))
-        yield f"{policy:<{width}}" + "".join(f"{shown(cell):>9}" for cell in cells)
+        values = (measures[name].value for name in names)
+        means = (None if value is None else value.mean for value in values)
+        yield f"{policy:<{width}}" + "".join(f"{shown(mean):>9}" for mean in means)
     yield ""
     costs = {policy: _costs(cost) for policy, cost in found.costs.items()}
     heads = next(iter(costs.values()))

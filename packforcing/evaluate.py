@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +183,12 @@ def measure(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None)
     All but `returns` and `loop_closure`, which take another pass over a tour's frames.
     """
     tally = Tally(fps, MEASURES if prompt is None else {**MEASURES, **DEMO_MEASURES})
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+
+    def flow(a: _Frame, b: _Frame) -> np.ndarray:
+        """Where each pixel of `a` is in `b`, relative to itself: float32 [H, W, 2]."""
+        return np.asarray(dis.calc(a.gray, b.gray, None))  # type: ignore[call-overload]
+
     reference = _Reference(max(1, round(REFERENCE * fps)))
     before: _Frame | None = None
     earlier: _Frame | None = None
@@ -191,19 +197,21 @@ def measure(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None)
         values: Values = {}
         subject = np.zeros(now.gray.shape, bool)
         if before is not None:
-            back = flow.calc(now.gray, before.gray, None)
+            back = flow(now, before)
             values |= _motion(back, fps)
             values["flicker"] = _difference(pixels, _moved(before.pixels, back))
             subject = _moving(back) if prompt is None else subject
         if before is not None and earlier is not None and index % 2 == 0:
-            across = flow.calc(earlier.gray, now.gray, None)
+            across = flow(earlier, now)
             halves = _moved(earlier.pixels, across / -2), _moved(pixels, across / 2)
             between = cv2.addWeighted(halves[0], 0.5, halves[1], 0.5, 0)
             values["smoothness"] = 1 - _difference(before.pixels, between) / 255
         if prompt is not None:
-            now = now._replace(seen=judge.read(pixels))
-            values |= _demo_values(now, before, fps, prompt)
-            subject = _inside(now.seen.outline, subject.shape)
+            seen = judge.read(pixels)
+            now = now._replace(seen=seen)
+            rate = fps / min(now.gray.shape)
+            values |= _demo_values(seen, before and before.seen, prompt, rate)
+            subject = _inside(seen.outline, subject.shape)
         values |= reference.compare(pixels, subject)
         tally.add(index, values)
         earlier, before = before, now
@@ -227,7 +235,7 @@ class _Reference:
 
     def compare(self, pixels: np.ndarray, subject: np.ndarray) -> Values:
         """Consistency of the subject's pixels, bool [H, W], and of the rest; colour drift."""
-        lab = cv2.cvtColor(np.float32(pixels) / 255, cv2.COLOR_RGB2LAB)
+        lab = cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
         begins = self._seen < self._frames
         colour = lab.mean((0, 1))
         self._seen += 1
@@ -290,8 +298,9 @@ def _moving(flow: np.ndarray) -> np.ndarray:
 def _moved(pixels: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """The picture whose pixel at x is the given one's at x + flow(x)."""
     rows, columns = flow.shape[:2]
-    grid = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), 2).astype(np.float32)
-    return cv2.remap(pixels, grid + flow, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    x, y = flow[..., 0] + np.arange(columns), flow[..., 1] + np.arange(rows)[:, None]
+    maps = x.astype(np.float32), y.astype(np.float32)
+    return cv2.remap(pixels, *maps, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -306,18 +315,21 @@ def _inside(outline: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _demo_values(now: _Frame, before: _Frame | None, fps: float, prompt: str) -> Values:
-    """What the detectors say of a frame; a kind of word that the prompt leaves out is right."""
-    assert now.seen is not None
-    words = set(prompt.lower().replace(",", " ").split())
+def _demo_values(
+    now: judge.Reading, before: judge.Reading | None, prompt: str, rate: float
+) -> Values:
+    """What the detectors say of a frame; a kind of word that the prompt leaves out is right.
+
+    rate: frames a second over the short side in pixels.
+    """
+    words = set(re.findall(r"\w+", prompt.lower()))
     right = {
-        name: float(not words & set(pool) or getattr(now.seen, name) in words)
+        name: float(not words & set(pool) or getattr(now, name) in words)
         for name, pool in (("colour", COLOURS), ("shape", SHAPES), ("ground", GROUNDS))
     }
     values: Values = {**right, "colour_and_shape": min(right["colour"], right["shape"])}
-    if before is not None and before.seen and before.seen.centre and now.seen.centre:
-        way = math.dist(before.seen.centre, now.seen.centre)
-        values["speed"] = 100 * way * fps / min(now.gray.shape)
+    if before is not None and before.centre and now.centre:
+        values["speed"] = 100 * math.dist(before.centre, now.centre) * rate
     return values
 
 
@@ -330,9 +342,9 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         with av.open(path.absolute()) as container:  # no protocol before a colon in it
             stream = container.streams.video[0]
             shrink = min(1.0, SHORT_SIDE[1] / min(stream.width, stream.height))
-            size = {"width": round(stream.width * shrink), "height": round(stream.height * shrink)}
+            width, height = round(stream.width * shrink), round(stream.height * shrink)
             for frame in container.decode(stream):
-                yield frame.to_ndarray(format="rgb24", **size)
+                yield frame.to_ndarray(format="rgb24", width=width, height=height)
                 done += 1
     except (OSError, av.FFmpegError) as error:
         raise VideoError(f"{path} is damaged after {done} frames: {error.strerror}") from error

@@ -42,9 +42,10 @@ ELSEWHERE = 0.02  # share of the other place's ground up to which a frame shows 
 MOST = 0.4  # share of its own ground from which it is seen to be there: landmarks hide some
 EDGE = 5  # pixels
 STAY = 4  # frames; a halt is `world.HALT` long
-_PALETTE = np.float32(
+_PALETTE = np.array(
     [SUBJECT_RGB[name] for name in COLOURS]
-    + [tone for name in GROUNDS for tone in GROUND_RGB[name]]
+    + [tone for name in GROUNDS for tone in GROUND_RGB[name]],
+    np.float32,
 )
 
 

@@ -34,7 +34,8 @@ class Rollout:
         self._denoise = graphs["denoiser"].bind(buffers.denoiser)
         self._compress = graphs["compressor"].bind(buffers.compressor)
         unused = {"both": None, "high": "tokens", "low": "extra"}[config.policy.branches]
-        self._unused = unused and buffers.compressor[unused]  # what a branch left out wrote
+        # what the branch that is left out writes
+        self._unused = buffers.compressor[unused] if unused else None
         self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
         self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
 
