@@ -24,7 +24,7 @@ from packforcing.embeddings import SUFFIX, load_embedding
 from packforcing.errors import ConfigError, OutputError, PromptError
 from packforcing.evaluate import Evaluation, Segment, Values, evaluate
 from packforcing.report import save_page, whole_blocks
-from packforcing.runtime.bundle import Manifest, read_manifest
+from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.plan import archive_bytes, make_plan, memory
 from packforcing.runtime.session import BlockInfo, Session, bounded, check_request
 from packforcing.runtime.video import check_output
@@ -126,14 +126,13 @@ def compare(
     progress is told how many frames are done, of how many that were missing. Raises what `Session`
     and `evaluate` raise, and `OutputError`.
     """
-    manifest = read_manifest(bundle)
-    config = manifest.config
+    config = read_manifest(bundle).config
     for prompt in prompts:
         check_request(config, prompt.given, seconds, prompt.seed)
     videos = folder / "videos"
     _make(videos)
     jobs = [
-        Job(name, number, videos / f"{name}-{number:02}-{_key(manifest, policy, prompt, seconds)}")
+        Job(name, number, videos / f"{name}-{number:02}-{_key(bundle, policy, prompt, seconds)}")
         for name, policy in policies.items()
         for number, prompt in enumerate(prompts)
     ]
@@ -213,13 +212,13 @@ def _render(
     )
 
 
-def _key(manifest: Manifest, policy: Policy, prompt: Prompt, seconds: float) -> str:
-    """Of all that a pair depends on."""
+def _key(bundle: Path, policy: Policy, prompt: Prompt, seconds: float) -> str:
+    """Of all that a pair depends on; the manifest holds the hash of every file of the bundle."""
+    manifest = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
     given = prompt.given if isinstance(prompt.given, str) else prompt.given.tobytes().hex()
-    files = {name: entry.sha256 for name, entry in manifest.files.items()}
-    inputs = [__version__, files, msgspec.to_builtins(manifest.config), given, prompt.text]
-    inputs += [prompt.seed, float(seconds), msgspec.to_builtins(policy)]
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    inputs = [__version__, manifest, given, prompt.text, prompt.seed, float(seconds)]
+    inputs.append(msgspec.to_builtins(policy))
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
 
 
 def _finished(job: Job) -> Pair | None:

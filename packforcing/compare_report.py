@@ -34,7 +34,8 @@ from packforcing.runtime.plan import make_plan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHEETS, SAMPLES, SAMPLE_WIDTH = 8, 10, 160  # prompts, pictures of each video, their pixels
+SHEETS, SAMPLES = 8, 10  # prompts, pictures of each video
+SAMPLE_WIDTH, GAP = 160, 4  # pixels
 COLUMNS = 3  # of curves
 FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
 KNOWN = {**MEASURES, **DEMO_MEASURES}
@@ -209,21 +210,17 @@ def _curves(found: Comparison) -> str:
 
 
 def _curve(axis: Axes, found: Comparison, name: str) -> None:
-    """A measure's mean over prompts, segment by segment, and its spread."""
+    """A measure's mean over prompts, segment by segment."""
     for policy in found.costs:
         segments = [pair.evaluation.segments for pair in found.pairs if pair.policy == policy]
-        times, means, lows, highs = [], [], [], []
+        times, means = [], []
         for column in zip(*segments):
             values = [v for segment in column if (v := segment.values[name]) is not None]
             if values:
                 times.append((column[0].start + column[0].stop) / 2)
                 means.append(np.mean(values))
-                error = np.std(values) / max(1, len(values) - 1) ** 0.5
-                lows.append(means[-1] - error)
-                highs.append(means[-1] + error)
-        (line,) = axis.plot(times, means, lw=1.4, marker=".", ms=4)
-        axis.fill_between(times, lows, highs, color=line.get_color(), alpha=0.12, lw=0)
-    axis.set_title(f"{name.replace('_', ' ')}", loc="left")
+        axis.plot(times, means, lw=1.4, marker=".", ms=4)
+    axis.set_title(name.replace("_", " "), loc="left")
 
 
 def _per_segment(values: np.ndarray, block: float) -> tuple[np.ndarray, np.ndarray]:
@@ -241,7 +238,7 @@ def _sheet(folder: Path, found: Comparison, number: int) -> str:
     for pair in pairs:
         frames = pair.evaluation.frames
         pictures = [
-            picture
+            np.pad(picture, ((0, 0), (0, GAP), (0, 0)), constant_values=255)
             for _, picture in sample_frames(folder / pair.video, frames, SAMPLES, SAMPLE_WIDTH)
         ]
         address = embedded(np.concatenate(pictures, 1), ".jpg")
@@ -322,8 +319,8 @@ is all of the process, libraries and graphs included. Other jobs on the machine 
 times.</p>
 <div class="wide"><table class="results"><tr><th></th>{cost_heads}</tr>{costs}</table></div>
 <h2>Over the length of the video</h2>
-<p>Means over prompts, {segment} seconds at a time, with one standard error on either side; time
-and tokens per block in steps of a fifth of that. Across: seconds of video.</p>
+<p>Means over prompts, {segment} seconds at a time; time and tokens per block in steps of a fifth
+of that. Across: seconds of video.</p>
 <div class="curves">{curves}</div>
 <h2>Pictures</h2>
 <p>Spread over the video, first frame to last.</p>
