@@ -16,10 +16,9 @@ TRACE_SIZES = {"N": 1009, "C": 2003}
 OPS = frozenset({
     "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv", "Cos",
     "DepthToSpace", "DequantizeLinear", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul",
-    "Mul", "Pad", "QuantizeLinear", "RMSNormalization", "ReduceL2", "ReduceMean", "Relu", "Reshape",
-    "Resize", "RotaryEmbedding", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Squeeze", "Sub",
-    "Tanh", "Transpose",
-    "Unsqueeze",
+    "Mul", "Pad", "QuantizeLinear", "RMSNormalization", "Reciprocal", "ReduceL2", "ReduceMean",
+    "Relu", "Reshape", "Resize", "RotaryEmbedding", "Sigmoid", "Sin", "Slice", "Softmax", "Split",
+    "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 })  # fmt: skip
 
 

@@ -9,13 +9,22 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from packforcing.config import Config
+from packforcing.config import Config, with_autoencoder
 from packforcing.errors import BackendError, OutputError, PlanError
 from packforcing.runtime.backend import ENGINES
 from packforcing.runtime.bundle import contract, read_manifest
 from packforcing.runtime.engines import graph_files, read_record
 from packforcing.runtime.estimate import CALLS, CARD, GPUS, seconds_per_block
-from packforcing.runtime.plan import CUDA_CONTEXT, GIB, Plan, describe, estimates, gib, smallest
+from packforcing.runtime.plan import (
+    CUDA_CONTEXT,
+    GIB,
+    Plan,
+    describe,
+    estimates,
+    gib,
+    make_plan,
+    smallest,
+)
 from packforcing.runtime.video import partial_path
 
 Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
@@ -113,6 +122,10 @@ def detail(
     yield _row("total", plan.total)
     if budget is not None:
         yield _row("budget", budget)
+    if budget is not None and engines is None and plan.config.wan_latents:
+        larger = with_autoencoder(plan.config, "wan")
+        if larger != plan.config:
+            yield _row("the same with Wan's autoencoder", make_plan(larger, plan.target).total)
     yield _row("beside it, the CUDA context (prediction)", CUDA_CONTEXT)
     yield from ("", *_engines(plan.config, engines))
     yield from ("", f"on the host, for {seconds:g} s of video")

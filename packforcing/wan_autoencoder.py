@@ -32,8 +32,9 @@ class Norm(WanRMS_norm):
     scratch of an engine."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.scale / x.float().norm(dim=1, keepdim=True)
-        return x * gain.clamp(0, torch.finfo(x.dtype).max).to(x.dtype) * self.gamma  # of 0, 0
+        least = max(1e-12, self.scale / torch.finfo(x.dtype).max)  # so that 0 gives 0
+        length = x.float().norm(dim=1, keepdim=True).clamp(min=least)
+        return x * (self.scale / length).to(x.dtype) * self.gamma
 
 
 class Attention(WanAttentionBlock):

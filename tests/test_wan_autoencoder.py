@@ -10,9 +10,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 
 from packforcing import Policy
 from packforcing.autoencoder import LATENT_MEAN, LATENT_STD, TinyAutoencoder
+from packforcing.cli import main
 from packforcing.config import PAPER, with_autoencoder
 from packforcing.errors import ConfigError, PlanError
 from packforcing.export import export_bundle
@@ -280,6 +282,19 @@ def test_a_budget_too_small_for_wans_autoencoder_names_the_tiny_one():
         choose(WAN, "sm86", 4 * GIB)
     named = re.search(r"or ([\d.]+) with the tiny", str(caught.value))
     assert float(named[1]) * GIB < caught.value.smallest
+
+
+def test_the_command_says_which_autoencoder_fits():
+    def said(*options):
+        result = CliRunner().invoke(main, ["plan", "--model", "wan-1.3b", *options])
+        return result.stdout + result.stderr
+
+    assert "fp16 cache, Wan's autoencoder" in said("--budget", "16")
+    eight = said("--budget", "8")
+    assert "fp16 cache, the tiny autoencoder" in eight and "same with Wan's autoencoder" in eight
+    assert "tiny" not in said("--vae", "wan") and "Wan's" not in said("--vae", "taehv")
+    rows = [line.split() for line in said("--budget", "8,16").splitlines() if " + 16 + " in line]
+    assert [row[-2] for row in rows[:2]] == ["taehv", "wan"]
 
 
 @pytest.mark.parametrize("width", [256, pytest.param(832, marks=pytest.mark.full)])
