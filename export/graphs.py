@@ -17,7 +17,6 @@ import onnxscript.rewriter
 import torch
 from onnx_ir.passes import common
 from onnxscript.rewriter.rules.common import (
-    expand_before_binary_op_rules,
     fuse_pad_into_conv_rule,
     materialize_reshape_shape_rule,
     max_min_rule,
@@ -150,13 +149,11 @@ def simplify(model: ir.Model) -> None:
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             value.const_value = None
-    # the last two: copies as large as a picture, which TensorRT-RTX would make
     rules = [
         materialize_reshape_shape_rule,
         min_max_rule,
         max_min_rule,
-        fuse_pad_into_conv_rule,
-        *expand_before_binary_op_rules,
+        fuse_pad_into_conv_rule,  # TensorRT-RTX would pad a copy
     ]
     for _ in range(2):
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)

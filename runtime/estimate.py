@@ -20,7 +20,7 @@ from packforcing.runtime.bundle import DTYPES, TensorSpec, contract
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 ARRAY_ITEM = {"int64": 8} | {DTYPES[kind]: size for kind, size in ITEM.items()}
 FEWEST_STRIPS = 5  # of the decoder that TensorRT-RTX works through in turn; fewer it keeps at once
-WAN_STAGES = 7  # tensors of Wan's widest stage that are alive at once
+WAN_STAGES = 5  # tensors of Wan's stage at full size that are alive at once
 INT4_BLOCK = 128  # weights that share a scale
 CARD = ("denoiser", "compressor", "vae_decoder")  # graphs that run there; the host has the rest
 # Calls of these and their graphs: the denoiser has two shapes.
@@ -310,9 +310,8 @@ def scratch_bytes(config: Config) -> dict[str, int]:
     what it expands the new tokens to and two tensors of the model's width. compressor: three
     tensors of the encoder's first stage over the small clip. vae_decoder: what the last 3x3
     convolution reads and writes at full size, and three tensors of the stage before it; in
-    strips, six of those. Wan's, decoder and encoder: about seven of its stage at full size, most
-    of them in a norm, which computes in fp32, and in what a convolution reads, past included.
-    Each with a workspace.
+    strips, six of those. Wan's, decoder and encoder: `WAN_STAGES` tensors of the stage at full
+    size, over four frames. Each with a workspace.
     """
     workspace, item = 4 << 20, ITEM[config.precision.compute]
 
