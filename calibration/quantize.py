@@ -4,6 +4,12 @@ A weight [inputs, outputs] becomes int8 or int4 with a scale per output channel 
 block [inputs / block, outputs]; the node's output is what the MatMul had before. No weight is read
 before its matrix is at work, and the whole numbers are made while they are written, so memory stays
 small whatever the size of the model.
+
+A cache in int8 has fixed scales per layer, head and channel; the two channels of a RoPE pair of a
+key share one. New keys and values are divided by them, rounded and handed out; those of the
+context are multiplied by them as they are read. A block's own keys and values stay exact for
+itself. Q/DQ nodes know scales along one axis only, so theirs is 1 and the scale is a product of
+its own.
 """
 
 from __future__ import annotations
@@ -18,9 +24,10 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from packforcing.calibration.recipes import WEIGHTS, Recipe, quantised_layers
+from packforcing.calibration.recipes import CACHE, WEIGHTS, Recipe, quantised_layers
+from packforcing.calibration.statistics import MIDDLES, Statistics, statistics_for
 from packforcing.config import Config
-from packforcing.errors import BundleError, ConfigError
+from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export.bundle import complete, save, writing
 from packforcing.export.lint import lint
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
@@ -46,43 +53,62 @@ class Quantised(msgspec.Struct, frozen=True, kw_only=True):
 def quantize_bundle(
     source: str | Path,
     directory: str | Path,
-    weights: Literal["int8", "int4"],
+    weights: Literal["int8", "int4"] | None = None,
+    cache: Literal["int8"] | None = None,
+    calibration: str | Path | None = None,
     on_matrix: Callable[[int, int], None] | None = None,
 ) -> Quantised:
-    """Writes the bundle `source` with quantised weights into `directory`, whole or not at all.
+    """Writes the bundle `source` with quantised weights, a quantised cache or both into
+    `directory`, whole or not at all.
 
-    `on_matrix` is told how many matrices are done, and of how many. Raises `BundleError` for a
-    damaged bundle, a weight that is no number, or a denoiser of other matrices than its config
-    calls for, `ConfigError` for a bundle that is quantised already and `OutputError` if the
-    folder cannot be written.
+    calibration: statistics of `source`, for the cache. `on_matrix` is told how many matrices are
+    done, and of how many. Raises `BundleError` for a damaged bundle, a weight that is no number, or
+    a denoiser of other matrices than its config calls for, `ConfigError` for nothing to do or a
+    bundle that is quantised already, `CalibrationError` for statistics that are missing or of
+    another model and `OutputError` if the folder cannot be written.
     """
     source = Path(source)
     manifest = read_manifest(source)
     config = manifest.config
-    if config.precision.weights != config.precision.compute:
-        raise ConfigError(
-            f"{source} holds {config.precision.weights} weights already; name the bundle that it "
-            "was made of"
+    asked = {"weights": weights, "cache": cache}
+    asked = {what: kind for what, kind in asked.items() if kind}
+    if not asked:
+        raise ConfigError("nothing to quantise: name --weights, --cache or both")
+    for what in asked:
+        if getattr(config.precision, what) != config.precision.compute:
+            raise ConfigError(
+                f"{source} has {what} in {getattr(config.precision, what)} already; name the "
+                "bundle that it was made of"
+            )
+    if cache and calibration is None:
+        raise CalibrationError(
+            "a quantised cache needs to know its keys and values: make a file with "
+            "'packforcing calibrate' and name it with --calibration"
         )
     if Path(directory).resolve() == source.resolve():
         raise ConfigError(f"{directory} is the bundle to be quantised; choose another folder")
+    steps = cache_steps(statistics_for(calibration, manifest)) if calibration and cache else {}
     check_files(source, manifest)
-    precision = msgspec.structs.replace(config.precision, weights=weights)
-    config = msgspec.structs.replace(config, precision=precision)
+    config = msgspec.structs.replace(
+        config, precision=msgspec.structs.replace(config.precision, **asked)
+    )
     with writing(directory, sum(record.bytes for record in manifest.files.values())) as folder:
         for name in manifest.files:
             if not name.startswith(DENOISER):
                 shutil.copyfile(source / name, folder / name)
         model = ir.load(source / DENOISER)
-        found = matrices(model.graph, config)
+        found = matrices(model.graph, config) if weights else {}
         snr = {}
         for number, (name, product) in enumerate(found.items()):
             try:
-                snr[name] = quantize_product(product, name, weights)
+                snr[name] = quantize_product(product, name, config.precision.weights)
             except ValueError as error:
                 raise BundleError(f"{source / DENOISER}: {error}") from error
             if on_matrix:
                 on_matrix(number + 1, len(found))
+        for kind, by_layer in steps.items():
+            for layer, step in enumerate(by_layer):
+                quantize_cache(model.graph, f"{kind}_new.{layer}", f"{kind}_ctx.{layer}", step)
         lint("denoiser", model, contract(config)["denoiser"])
         save(model, folder / DENOISER)
         complete(folder, config, manifest.tools)
@@ -207,3 +233,72 @@ def rounded(matrix: np.ndarray, block: int, scale: np.ndarray, recipe: Recipe) -
     """A matrix in steps of its scales, [inputs / block, block, outputs]; whole, in float32."""
     parts = matrix.reshape(-1, block, matrix.shape[1]) / scale[:, None].astype(np.float32)
     return np.clip(np.rint(parts, out=parts), recipe.low, recipe.high, out=parts)
+
+
+def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) -> None:
+    """Quantises an output of new keys or values and the input that they come back by, with the
+    steps [H, d]."""
+    index = next(i for i, value in enumerate(graph.outputs) if value.name == new)
+    exact, whole = graph.outputs[index], ir.DataType.INT8
+    cached = next(value for value in graph.inputs if value.name == context)
+    dtype = exact.dtype.numpy()
+    step = step.astype(dtype)[None, :, None]
+    one = graph.initializers.get("cache.step") or initializer(
+        graph, "cache.step", ir.tensor(np.ones((), dtype))
+    )
+    exact.name = f"{new}.exact"
+    inverse = initializer(graph, f"{new}.inverse", ir.tensor((1 / step.astype("f")).astype(dtype)))
+    divide = ir.node("Mul", [exact, inverse])
+    quantize = ir.node("QuantizeLinear", [divide.outputs[0], one], {"output_dtype": int(whole)})
+    dequantize = ir.node("DequantizeLinear", [cached, one])
+    multiply = ir.node(
+        "Mul", [dequantize.outputs[0], initializer(graph, f"{context}.step", ir.tensor(step))]
+    )
+    for node, name, like, kind in (
+        (divide, f"{new}.steps", exact, exact.dtype),
+        (quantize, new, exact, whole),
+        (dequantize, f"{context}.steps", cached, exact.dtype),
+        (multiply, f"{context}.exact", cached, exact.dtype),
+    ):
+        (value,) = node.outputs
+        value.name, value.shape, value.dtype = name, like.shape, kind
+    cached.dtype = whole
+    for node, position in list(cached.uses()):
+        if node is not dequantize:
+            node.replace_input_with(position, multiply.outputs[0])
+    graph.insert_before(graph[0], [dequantize, multiply])
+    graph.insert_after(exact.producer(), [divide, quantize])
+    graph.outputs[index] = quantize.outputs[0]
+
+
+def cache_steps(found: Statistics) -> dict[str, np.ndarray]:
+    """The steps of keys and values, "k" and "v", float32 [L, H, d]: of the recipe's ends of the
+    range the one whose squared error, summed over the histogram, is least.
+
+    Raises `CalibrationError` for a channel that was always zero.
+    """
+    steps = {}
+    for kind in "kv":
+        largest, counts = found[f"{kind}.largest"], found[f"{kind}.counts"]
+        shared = 2 if kind == "k" else 1  # a RoPE pair
+        largest = largest.reshape(*largest.shape[:-1], -1, shared).max(-1)
+        counts = counts.reshape(*largest.shape, shared, -1).sum(-2)
+        if not largest.all():
+            layer, head, channel = np.argwhere(largest == 0)[0]
+            raise CalibrationError(
+                f"{kind} of layer {layer}, head {head}, channel {channel * shared} was zero "
+                "throughout: calibrate with more prompts, or check the model's weights"
+            )
+        best = np.full(largest.shape, np.inf)
+        steps[kind] = np.zeros((*largest.shape, shared), np.float32)
+        for clip in CACHE["int8"].clips:
+            end = (largest * np.float32(clip))[..., None]
+            step = end / CACHE["int8"].high
+            error = np.where(end < MIDDLES, (MIDDLES - end) ** 2, step**2 / 12)
+            squared = (error * counts).sum(-1)
+            steps[kind] = np.where((squared < best)[..., None], step, steps[kind])
+            best = np.minimum(best, squared)
+        steps[kind] = np.broadcast_to(steps[kind], (*largest.shape, shared)).reshape(
+            found[f"{kind}.largest"].shape
+        )
+    return steps

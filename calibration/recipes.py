@@ -24,6 +24,8 @@ WEIGHTS = {
     "int8": Recipe(-127, 127, (1.0,)),
     "int4": Recipe(-8, 7, (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)),
 }
+# keys and values of the history; a scale per layer, head and channel, or RoPE pair of a key
+CACHE = {"int8": Recipe(-127, 127, (1.0, 0.9, 0.8, 0.7, 0.6, 0.5))}
 
 
 def quantised_layers(config: Config) -> range:

@@ -128,9 +128,16 @@ def _cast(graph: ir.Graph, value: ir.Value, *types: ir.DataType) -> list[ir.Node
     return casts
 
 
+def in_full(config: Config) -> Config:
+    """What the oracles are of: all in fp32, but for a cache that the graph itself quantises."""
+    cache = config.precision.cache
+    kept = Precision() if cache == config.precision.compute else Precision(cache=cache)
+    return msgspec.structs.replace(config, precision=kept)
+
+
 def rehearsal(config: Config) -> Config:
     """The rollout that is recorded: in fp32, and small where a layer's scores would not be."""
-    plain = msgspec.structs.replace(config, precision=Precision())
+    plain = in_full(config)
     new, context = config.block_tokens, config.context_tokens
     if config.heads * new * (new + context) * np.dtype(np.float32).itemsize <= SCORES:
         return plain
@@ -251,8 +258,9 @@ def with_garbage(spec: GraphSpec, inputs: Tensors, seed: int) -> Tensors:
     changed = dict(inputs)
     for name, valid, rest in context(spec, inputs):
         array = changed[name] = inputs[name].copy()
-        largest = GARBAGE * float(np.abs(array[valid]).max(initial=1))
-        largest = min(largest, float(np.finfo(array.dtype).max))
+        limits = np.iinfo if array.dtype.kind == "i" else np.finfo
+        largest = GARBAGE * float(np.abs(array[valid], dtype=np.float64).max(initial=1))
+        largest = min(largest, float(limits(array.dtype).max))
         array[rest] = rng.uniform(-largest, largest, array[rest].shape)
     return changed
 

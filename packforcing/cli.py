@@ -508,23 +508,76 @@ def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None
 @main.command()
 @click.argument("bundle")
 @click.option(
-    "--weights",
-    type=click.Choice(["int8", "int4"]),
+    "--prompts",
+    metavar="FILE",
     required=True,
-    help="Number format of the matrices of all layers but the first and the last.",
+    help="Text with a prompt per line, or the .safetensors that encode-prompt made of one.",
 )
-@click.option("--out", metavar="DIR", required=True, help="Folder for the quantised bundle.")
+@click.option("--out", metavar="FILE.safetensors", required=True, help="What to write.")
+@click.option("--seconds", default=5.0, show_default=True, help="Length of each video.")
+@_seed_option
 @_json_option
-def quantize(bundle: str, weights: Literal["int8", "int4"], out: str, as_json: bool) -> None:
-    """Write BUNDLE again with smaller weights.
+def calibrate(
+    bundle: str, prompts: str, out: str, seconds: float, seed: int, as_json: bool
+) -> None:
+    """Collect what `packforcing quantize --cache` needs to know of BUNDLE.
 
-    The denoiser's weights become whole numbers with scales, in standard ONNX, and take a half
-    (int8) or a quarter (int4) of what they took in fp16. The rest is copied. Needs
-    `pip install ".[calibration]"` in the checkout; rendering does not.
+    Renders every prompt without keeping a picture. The file is written after each, and the same
+    command goes on where it was interrupted.
 
     \b
     Example:
+      packforcing calibrate my-bundle --prompts prompts.txt --out statistics.safetensors
+    """
+    import msgspec
+
+    from packforcing.calibration import statistics
+
+    try:
+        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read prompts from {prompts}: {error}") from error
+    wanted = [line.strip() for line in lines if line.strip()]
+    with _counting("block", quiet=as_json) as progress:
+        source = statistics.calibrate(
+            bundle, wanted, out, seconds=seconds, seed=seed, on_block=progress
+        )
+    if as_json:
+        _print_json({"path": out, **msgspec.to_builtins(source)})
+    else:
+        click.echo(f"{out}: {source.done} videos of {source.blocks} blocks by {source.model}")
+
+
+@main.command()
+@click.argument("bundle")
+@click.option(
+    "--weights",
+    type=click.Choice(["int8", "int4"]),
+    help="Number format of the matrices of all layers but the first and the last.",
+)
+@click.option("--cache", type=click.Choice(["int8"]), help="Number format of keys and values.")
+@click.option("--calibration", metavar="FILE", help="What calibrate wrote of BUNDLE, for --cache.")
+@click.option("--out", metavar="DIR", required=True, help="Folder for the quantised bundle.")
+@_json_option
+def quantize(
+    bundle: str,
+    weights: Literal["int8", "int4"] | None,
+    cache: Literal["int8"] | None,
+    calibration: str | None,
+    out: str,
+    as_json: bool,
+) -> None:
+    """Write BUNDLE again with smaller weights, a smaller cache or both.
+
+    The denoiser's weights become whole numbers with scales, in standard ONNX, and take a half
+    (int8) or a quarter (int4) of what they took in fp16; so do the keys and values that it writes
+    and reads, and the archive of them. The rest is copied. Needs `pip install ".[calibration]"`
+    in the checkout; rendering does not.
+
+    \b
+    Examples:
       packforcing quantize my-bundle --weights int8 --out smaller
+      packforcing quantize my-bundle --cache int8 --calibration statistics.safetensors --out small
     """
     import msgspec
 
@@ -536,9 +589,13 @@ def quantize(bundle: str, weights: Literal["int8", "int4"], out: str, as_json: b
             "pip install '.[calibration]' in the checkout"
         ) from error
     with _counting("matrix", quiet=as_json) as progress:
-        done = quantize_bundle(bundle, out, weights, progress)
+        done = quantize_bundle(bundle, out, weights, cache, calibration, progress)
     if as_json:
-        _print_json({"path": out, "weights": weights, **msgspec.to_builtins(done)})
+        _print_json({"path": out, "weights": weights, "cache": cache, **msgspec.to_builtins(done)})
+        return
+    if cache:
+        click.echo(f"{out}: keys and values in {cache}")
+    if not done.snr:
         return
     name, worst = next(iter(done.snr.items()))
     click.echo(

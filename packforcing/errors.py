@@ -37,6 +37,10 @@ class BundleError(PackForcingError):
     """A bundle that is missing, damaged or of another schema version."""
 
 
+class CalibrationError(PackForcingError):
+    """Statistics that are missing, of another model, or that a sound rollout cannot give."""
+
+
 class BackendError(PackForcingError):
     """The inference library is missing or refuses a graph."""
 

@@ -1,4 +1,4 @@
-"""`packforcing quantize`: what becomes of each weight, and that everything downstream knows it."""
+"""`packforcing quantize`: what becomes of weights and cache, and that all downstream knows it."""
 
 import json
 import math
@@ -13,12 +13,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from packforcing.calibration.quantize import matrices, quantize_bundle, scales, stored
+from packforcing.calibration.quantize import (
+    cache_steps,
+    matrices,
+    quantize_bundle,
+    scales,
+    stored,
+)
 from packforcing.calibration.recipes import WEIGHTS
+from packforcing.calibration.statistics import (
+    BINS,
+    LOWEST,
+    OCTAVE,
+    add,
+    calibrate,
+    read,
+    statistics_for,
+)
 from packforcing.cli import main
-from packforcing.errors import BundleError, ConfigError
+from packforcing.errors import BundleError, CalibrationError, ConfigError
+from packforcing.export.oracle import Oracle, in_full
+from packforcing.export.verify import verify
 from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.bundle import file_record, graph_file, read_manifest, write_manifest
+from packforcing.runtime.bundle import (
+    contract,
+    file_record,
+    graph_file,
+    read_manifest,
+    write_manifest,
+)
 from packforcing.runtime.estimate import weight_block
 from tests.conftest import TINY
 
@@ -105,16 +128,11 @@ def test_all_else_is_what_it_was(half_bundle, quantised):
     assert new.files[DENOISER].bytes < old.files[DENOISER].bytes
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("fp32", "int4"), ("fp16", "int8")])
-def test_verify_passes_and_would_notice_activations_in_int8(precision, kind, half_bundle, tmp_path):
+def test_verify_passes_and_would_notice_activations_in_int8(quantised):
     """The oracle is the quantised graph in fp32. ONNX Runtime's own default is to round what
-    quantised weights are multiplied with to int8: hundreds of times what is allowed."""
-    from packforcing.export.verify import verify
-
-    source = demo_bundle() if precision == "fp32" else half_bundle
-    quantize_bundle(source, tmp_path / kind, kind)
-    found = verify(tmp_path / kind)
-    assert found.precision.weights == kind
+    quantised weights are multiplied with to int8: far more than is allowed."""
+    found = verify(quantised)
+    assert found.precision == read_manifest(quantised).config.precision
     assert found.missed == []
 
 
@@ -136,6 +154,176 @@ def test_the_demo_model_renders_with_quantised_weights(kind, least, tmp_path):
             videos.append(np.concatenate(list(frames)).astype(np.float32))
     noise = np.mean(np.square(videos[0] - videos[1]))
     assert least < 10 * math.log10(255**2 / noise) < 80
+
+
+# The cache
+
+
+@pytest.fixture(scope="module")
+def calibrated(half_bundle, tmp_path_factory):
+    """Statistics of two videos."""
+    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    calibrate(half_bundle, ["a red star", "a blue square over sand"], path, seconds=3)
+    return path
+
+
+@pytest.fixture(scope="module")
+def small_cache(half_bundle, calibrated, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bundles") / "cache"
+    quantize_bundle(half_bundle, directory, None, "int8", calibrated)
+    return directory
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_statistics_are_those_of_all_tokens_whatever_the_calls(calls, tokens, seed):
+    rng = np.random.default_rng(seed)
+    drawn = rng.standard_normal((calls, 2, tokens, 4)).astype(np.float32) * 10 ** rng.uniform(-4, 2)
+    found: dict[str, np.ndarray] = {}
+    for part in drawn:
+        add(found, "k", 1, 3, part)
+    magnitude = np.abs(drawn).transpose(1, 3, 0, 2).reshape(2, 4, -1)
+    np.testing.assert_array_equal(found["k.largest"][1], magnitude.max(-1))
+    edges = 2.0 ** (np.arange(1, BINS) / OCTAVE + LOWEST)
+    cumulated = (magnitude[..., None] < edges).sum(2)  # as many lie below each edge
+    assert np.abs(found["k.counts"][1].cumsum(-1)[..., :-1] - cumulated).max() <= 1  # of rounding
+    assert not found["k.largest"][[0, 2]].any() and not found["k.counts"][[0, 2]].any()
+
+
+def test_a_scale_is_one_for_a_rope_pair_of_keys_and_reaches_the_largest_without_outliers():
+    rng = np.random.default_rng(0)
+    tokens = rng.uniform(-1, 1, (2, 1000, 4)) * [1, 3, 0.1, 20]
+    found: dict[str, np.ndarray] = {}
+    for kind in "kv":
+        add(found, kind, 0, 1, tokens.astype(np.float32))
+    steps = cache_steps(found)
+    largest = np.abs(tokens).max(1)
+    np.testing.assert_allclose(steps["v"][0] * 127, largest, rtol=1e-6)
+    pairs = largest.reshape(2, 2, 2).max(-1).repeat(2, -1)
+    np.testing.assert_allclose(steps["k"][0] * 127, pairs, rtol=1e-6)
+
+
+def test_a_cache_in_int8_is_the_rounded_one(half_bundle, small_cache, calibrated):
+    """A step's new keys and values, times their steps, are the exact ones to half a step; and the
+    flow from a context given as whole numbers is the flow from what these stand for."""
+    config = read_manifest(small_cache).config
+    plain, whole = contract(in_full(DEEP)), contract(config)["denoiser"]
+    exact = Oracle(half_bundle / DENOISER, plain["denoiser"])
+    spec = contract(in_full(config))["denoiser"]
+    rounded = Oracle(small_cache / DENOISER, spec)
+    rng = np.random.default_rng(1)
+    sizes = {"N": DEEP.block_tokens, "C": 20}
+    steps = cache_steps(statistics_for(calibrated, read_manifest(half_bundle)))
+    inputs, meant = {}, {}
+    for tensor in whole.inputs:
+        shape = [sizes.get(str(n), n) for n in tensor.shape]
+        if tensor.dtype == "int8":
+            inputs[tensor.name] = rng.integers(-127, 128, shape, np.int8)
+            kind, layer = tensor.name[0], int(tensor.name.rpartition(".")[2])
+            step = steps[kind][layer].astype(np.float16)[:, None].astype(np.float32)
+            meant[tensor.name] = inputs[tensor.name] * step
+        else:
+            meant[tensor.name] = inputs[tensor.name] = rng.standard_normal(shape).astype(
+                tensor.dtype
+            )
+    for given_ in (inputs, meant):
+        given_["kv_len"] = np.array([sum(sizes.values())], np.int64)
+        given_["timestep"] = np.array([500], np.float32)
+    wanted, found = exact.run(meant), rounded.run(inputs)
+    np.testing.assert_allclose(found["flow"], wanted["flow"], atol=1e-4)
+    for layer in range(DEEP.layers):
+        for kind in "kv":
+            name, step = f"{kind}_new.{layer}", steps[kind][layer][:, None]
+            assert found[name].dtype == np.int8
+            ideal = np.clip(wanted[name] / step, -128, 127)
+            assert np.abs(found[name] - ideal).max() <= 0.5 + 0.002 * 127  # the inverse, in fp16
+
+
+def test_the_runtime_keeps_a_cache_and_an_archive_of_int8(half_bundle, small_cache):
+    from packforcing.runtime.plan import memory
+
+    config = read_manifest(small_cache).config
+    assert config.precision.cache == "int8"
+    sizes = [
+        memory(read_manifest(bundle).config)["context"] for bundle in (half_bundle, small_cache)
+    ]
+    assert sizes[0] == 2 * sizes[1]
+    with Session.open(small_cache) as session:
+        frames = list(session.stream("a red star", seconds=4))
+        rollout = session._rollout
+        assert rollout is not None
+        assert rollout.archive.key_values.dtype == np.int8 and rollout.archive.key_values.any()
+        assert rollout.buffers.context.dtype == np.int8
+    assert len(np.concatenate(frames)) == config.frames(4)
+    assert verify(small_cache).missed == []
+
+
+def test_calibration_goes_on_where_it_was_interrupted(half_bundle, calibrated, tmp_path):
+    path = tmp_path / "s.safetensors"
+
+    def stop(done: int, total: int) -> None:
+        if done == total - 1:
+            raise KeyboardInterrupt
+
+    prompts = ["a red star", "a blue square over sand"]
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(half_bundle, prompts, path, seconds=3, on_block=stop)
+    assert read(path)[0].done == 1
+    with pytest.raises(CalibrationError, match="1 of 2 rollouts"):
+        statistics_for(path, read_manifest(half_bundle))
+    calibrate(half_bundle, prompts, path, seconds=3)
+    (one, found), (two, wanted) = read(path), read(calibrated)
+    assert one == two
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_statistics_that_will_not_do_are_refused(half_bundle, calibrated, tmp_path):
+    with pytest.raises(CalibrationError, match="--calibration"):
+        quantize_bundle(half_bundle, tmp_path / "out", None, "int8")
+    with pytest.raises(CalibrationError, match="cannot read statistics"):
+        quantize_bundle(half_bundle, tmp_path / "out", None, "int8", tmp_path / "none.safetensors")
+    with pytest.raises(CalibrationError, match="of another model"):
+        quantize_bundle(demo_bundle(), tmp_path / "out", None, "int8", calibrated)
+    with pytest.raises(CalibrationError, match="another model or other prompts"):
+        calibrate(half_bundle, ["a red star"], calibrated, seconds=3)
+    with pytest.raises(CalibrationError, match="no prompts"):
+        calibrate(half_bundle, [], tmp_path / "s.safetensors")
+    with pytest.raises(ConfigError, match="nothing to quantise"):
+        quantize_bundle(half_bundle, tmp_path / "out")
+    _, found = read(calibrated)
+    found["v.largest"][1, 0, 3] = 0
+    with pytest.raises(CalibrationError, match="v of layer 1, head 0, channel 3 was zero"):
+        cache_steps(found)
+    with pytest.raises(ValueError, match="k of layer 0, head 1, channel 2"):
+        tokens = np.zeros((2, 5, 4), np.float32)
+        tokens[1, 3, 2] = np.nan
+        add({}, "k", 0, 1, tokens)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rollout_that_is_no_number_names_the_block(half_bundle, tmp_path):
+    broken = shutil.copytree(half_bundle, tmp_path / "broken")
+    model = ir.load(broken / DENOISER)
+    name = next(n for n in model.graph.initializers if "blocks.2.self_attn.v.bias" in n)
+    value = model.graph.initializers[name]
+    array = value.const_value.numpy().copy()
+    array[1] = np.nan
+    value.const_value = ir.tensor(array, name=name)
+    ir.save(model, broken / DENOISER)
+    manifest = read_manifest(broken)
+    manifest.files[DENOISER] = file_record(broken / DENOISER)
+    write_manifest(broken, manifest)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\n")
+    out = tmp_path / "s.safetensors"
+    result = CliRunner().invoke(
+        main, ["calibrate", str(broken), "--prompts", str(prompts), "--out", str(out)]
+    )
+    assert result.exit_code == 2
+    assert "no number in block 0 of 'a red star': " in result.stderr and not out.exists()
+
+
+# Arithmetic
 
 
 @given(
@@ -187,7 +375,7 @@ def test_a_graph_with_its_weights_beside_it_can_become_one_without(
 
 
 def test_mistakes_are_explained(half_bundle, quantised, tiny_bundle, tmp_path):
-    with pytest.raises(ConfigError, match=r"holds int[48] weights already"):
+    with pytest.raises(ConfigError, match=r"has weights in int[48] already"):
         quantize_bundle(quantised, tmp_path / "out", "int8")
     with pytest.raises(ConfigError, match="choose another folder"):
         quantize_bundle(half_bundle, half_bundle, "int8")
