@@ -10,7 +10,7 @@ outside every budget.
 a worse plan. What is given up, in this order:
 
 0. Wan's autoencoder for the tiny one, where both are allowed: its state alone is larger than what
-   the next steps save, and it does 25 times the work.
+   any of the next steps saves, and it does 25 times the work.
 1. a little time, results being the same: at most a tenth of the denoiser's weights stays in host
    memory and is streamed in. (The decoder works in strips already, where the config says so.)
 2. precision: an 8-bit cache, then 8-bit weights, then 4-bit weights, at each of them 1 before the
