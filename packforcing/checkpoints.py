@@ -36,6 +36,7 @@ from packforcing.model import mismatch, weight_shapes
 from packforcing.models import (
     AUTOENCODERS,
     DESCRIPTION,
+    PARTS,
     PUBLISHED,
     WEIGHTS,
     ModelFolder,
@@ -194,7 +195,8 @@ def import_checkpoint(
         scales = ", ".join(f"{scale:g}" for scale in sorted({one.scale for one in lora.values()}))
         said.append(f"LoRA merged into {len(lora)} weights at scale {scales}")
     if autoencoders and vae:
-        said.append(f"the autoencoder is {AUTOENCODERS[vae].file}: {AUTOENCODERS[vae].licence}")
+        part = AUTOENCODERS[vae]
+        said.append(f"the autoencoder is {part}, licence of its weights: {PARTS[part].licence}")
     if len(kept) < len(tensors):
         said.append("pack_compressor left out: it is not the paper's; the low branch serves alone")
     return Imported(folder, why, said, len(kept), size)
@@ -399,7 +401,7 @@ def recognise_autoencoder(files: list[File], asked: str | None) -> str:
         return layout
     name = files[0].path.name
     for known in ("lighttae", "taehv"):  # the first one's name has the other's in it
-        if AUTOENCODERS[known].file in name:
+        if AUTOENCODERS[known] in name:
             return known
     raise CheckpointError(
         f"{files[0].path} is a tiny autoencoder, and its tensors do not say for latents of which "

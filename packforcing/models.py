@@ -93,19 +93,8 @@ PARTS: dict[str, Published] = {
 }
 
 
-@dataclass(frozen=True)
-class PublishedAutoencoder:
-    """An autoencoder for Wan's latents, by the name it has in a config."""
-
-    file: str  # without its ending
-    licence: str  # of the weights
-
-
-AUTOENCODERS = {
-    "taehv": PublishedAutoencoder("taew2_1", UNREAD),
-    "lighttae": PublishedAutoencoder("lighttaew2_1", "Apache-2.0, as a mirror of them says"),
-    "wan": PublishedAutoencoder("Wan2.1_VAE", "Apache-2.0"),
-}
+# Those of them that decode, by the name in a config
+AUTOENCODERS = {"taehv": "taew2_1", "lighttae": "lighttaew2_1", "wan": "wan-vae"}
 
 
 def published(kind: str) -> Published:

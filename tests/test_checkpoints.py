@@ -445,7 +445,7 @@ def test_wans_autoencoder_is_recognised_by_its_tensors(naming, weights, wan_vae,
     done = import_checkpoint(files, tmp_path / "model")
     assert done.folder.config == with_autoencoder(model_config("self-forcing"), "wan")
     assert done.folder.autoencoder and done.tensors == 825 + 194
-    assert "the autoencoder is Wan2.1_VAE: Apache-2.0" in done.said
+    assert "the autoencoder is wan-vae, licence of its weights: Apache-2.0" in done.said
     found = imported(tmp_path / "model")
     assert all(found[f"autoencoder.{name}"].equal(tensor) for name, tensor in wan_vae.items())
     assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 194
