@@ -287,25 +287,12 @@ def _get(offer: Offer, path: str, file: Offered, target: Path, bar: Callable[...
     partial = _partial(target, file)
     if not file.checksum or (partial.is_file() and partial.stat().st_size > file.bytes):
         partial.unlink(missing_ok=True)
-    with partial.open("ab") as out:
-        if offer.folder is not None:
-            _copy(offer.folder / path, out, file.bytes, bar)
-        else:
-            with _hub(offer.source):
-                from huggingface_hub import hf_hub_url
-                from huggingface_hub.file_download import http_get
-                from huggingface_hub.utils import build_hf_headers
-
-                plain = {"Accept-Encoding": "identity"}  # a packed file cannot be gone on with
-                http_get(
-                    hf_hub_url(offer.source, path, revision=offer.revision),
-                    out,
-                    resume_size=out.tell(),
-                    headers=build_hf_headers(library_name="packforcing", headers=plain),
-                    expected_size=file.bytes,
-                    displayed_filename=target.name,
-                    tqdm_class=bar,  # type: ignore[arg-type]  # any callable will do
-                )
+    try:
+        with partial.open("ab") as out:
+            _transfer(offer, path, out, file.bytes, bar)
+    finally:
+        if not partial.stat().st_size:
+            partial.unlink()
     if not _matches(partial, file.checksum):
         partial.unlink()
         raise FetchError(
@@ -315,16 +302,34 @@ def _get(offer: Offer, path: str, file: Offered, target: Path, bar: Callable[...
     partial.replace(target)
 
 
-def _copy(source: Path, out: Any, size: int, bar: Callable[..., Any]) -> None:
+def _transfer(offer: Offer, path: str, out: Any, size: int, bar: Callable[..., Any]) -> None:
+    """Appends what is still lacking of a file."""
     done = out.tell()
-    with (
-        source.open("rb") as file,
-        bar(total=size, initial=done, desc=source.name, unit="B", unit_scale=True) as progress,
-    ):
-        file.seek(done)
-        while piece := file.read(PIECE):
-            out.write(piece)
-            progress.update(len(piece))
+    if offer.folder is not None:
+        with (
+            (offer.folder / path).open("rb") as file,
+            bar(total=size, initial=done, desc=path, unit="B", unit_scale=True) as progress,
+        ):
+            file.seek(done)
+            while piece := file.read(PIECE):
+                out.write(piece)
+                progress.update(len(piece))
+        return
+    with _hub(offer.source):
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        plain = {"Accept-Encoding": "identity"}  # a packed file cannot be gone on with
+        http_get(
+            hf_hub_url(offer.source, path, revision=offer.revision),
+            out,
+            resume_size=done,
+            headers=build_hf_headers(library_name="packforcing", headers=plain),
+            expected_size=size,
+            displayed_filename=path,
+            tqdm_class=bar,  # type: ignore[arg-type]  # any callable will do
+        )
 
 
 def _partial(target: Path, file: Offered) -> Path:

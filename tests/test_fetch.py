@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -45,7 +46,10 @@ class Hub(ThreadingHTTPServer):
         self.asked: list[tuple[str, str | None]] = []  # files, and which part of them
         self.cut_at: int | None = None  # bytes of a file, after which connections break
         self.hold = False  # instead of breaking it
+        self.elsewhere = ""  # a host that files are kept on
+        self.tokens: list[str | None] = []  # shown for a file, here and there
         self.refuse: tuple[int, str] | None = None  # status and the hub's code for it
+        self.refused = "/"  # what the refused addresses have in them
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def info(self) -> dict:
@@ -70,7 +74,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         hub = self.server
-        if hub.refuse:
+        if hub.refuse and hub.refused in self.path:
             status, code = hub.refuse
             self.start(status, b"", {"X-Error-Code": code} if code else {})
             return
@@ -80,6 +84,10 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.removeprefix(f"/team/model/resolve/{REVISION}/")
         if path == self.path:
             self.start(404, b"")
+            return
+        hub.tokens.append(self.headers["Authorization"])
+        if hub.elsewhere and self.headers["Host"] != hub.elsewhere:
+            self.start(302, b"", {"Location": f"http://{hub.elsewhere}{self.path}"})
             return
         asked = self.headers["Range"]
         hub.asked.append((path, asked))
@@ -197,6 +205,30 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub, folder):
     assert_complete(folder)
 
 
+def test_a_redirect_takes_the_range_along_and_not_the_token(hub, folder, monkeypatch):
+    """The hub keeps large files with others."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.elsewhere, hub.cut_at = f"localhost:{hub.server_port}", 5 * CHUNK
+    assert run("fetch", "model").exit_code == 2
+    hub.cut_at, hub.asked, hub.tokens = None, [], []
+    assert run("fetch", "model").exit_code == 0
+    assert_complete(folder)
+    assert hub.asked[0][1] and hub.tokens == ["Bearer hf_secret", None] * 2
+
+
+def test_a_full_disk_leaves_what_the_next_run_goes_on_with(hub, folder, monkeypatch):
+    def until_full(offer, path, out, size, bar):
+        out.write(CONTENT[path][:1000])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fetching, "_transfer", until_full)
+        assert_refused(run("fetch", "model"), "No space left", "make room", "goes on")
+    assert run("fetch", "model").exit_code == 0
+    assert hub.asked[0] == (LARGE, "bytes=1000-")
+    assert_complete(folder)
+
+
 def test_an_interrupt_leaves_what_the_next_run_goes_on_with(hub, folder):
     """The program itself, asked by its environment to use this hub, and Ctrl-C."""
     hub.cut_at, hub.hold = 9 * CHUNK, True
@@ -270,6 +302,14 @@ def test_what_the_hub_refuses_is_explained(hub, folder, answer, parts):
     hub.refuse = answer
     assert_refused(run("fetch", "model"), *parts)
     assert not folder.exists()
+
+
+def test_a_gated_repository_shows_its_licence_and_keeps_its_files(hub, folder):
+    hub.refuse, hub.refused = (403, "GatedRepo"), "/resolve/"
+    result = run("fetch", "model")
+    assert "licence of the weights: cc-by-nc-sa-4.0" in result.stdout
+    assert_refused(result, "team/model is gated", "accept its conditions")
+    assert not files(folder)
 
 
 def test_a_file_that_is_published_no_more_is_named(hub, folder):
