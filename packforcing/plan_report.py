@@ -115,7 +115,7 @@ def detail(
 ) -> Iterator[str]:
     """Every allocation of a plan, line by line."""
     yield f"{title(plan.config)}, on {plan.target}: {describe(plan)}"
-    if missing := needs(plan):
+    if (missing := needs(plan)) and engines is None:  # built, it has it
         yield f"It needs {missing}."
     yield from ("", f"{'on the card':<45} {'bytes':>14} {'GiB':>7}")
     yield from _rows(plan.device)
