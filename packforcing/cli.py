@@ -1144,7 +1144,7 @@ def compare(
         asked = draw_prompts(config, int(prompts), seed)
     else:
         asked = read_prompts(Path(prompts), seed)
-    folder = _folder(out)
+    folder = Path(out)
     with _counting("frame", quiet=as_json) as progress:
         found = run(
             directory, chosen, asked, seconds, folder,
