@@ -132,7 +132,11 @@ def compare(
     videos = folder / "videos"
     _make(videos)
     jobs = [
-        Job(name, number, videos / f"{name}-{number:02}-{_key(bundle, policy, prompt, seconds)}")
+        Job(
+            name,
+            number,
+            videos / f"{name}-{number:02}-{_key(bundle, backend, policy, prompt, seconds)}",
+        )
         for name, policy in policies.items()
         for number, prompt in enumerate(prompts)
     ]
@@ -212,11 +216,11 @@ def _render(
     )
 
 
-def _key(bundle: Path, policy: Policy, prompt: Prompt, seconds: float) -> str:
+def _key(bundle: Path, backend: str, policy: Policy, prompt: Prompt, seconds: float) -> str:
     """Of all that a pair depends on; the manifest holds the hash of every file of the bundle."""
     manifest = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
     given = prompt.given if isinstance(prompt.given, str) else prompt.given.tobytes().hex()
-    inputs = [__version__, manifest, given, prompt.text, prompt.seed, float(seconds)]
+    inputs = [__version__, manifest, backend, given, prompt.text, prompt.seed, float(seconds)]
     inputs.append(msgspec.to_builtins(policy))
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
 

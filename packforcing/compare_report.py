@@ -315,8 +315,8 @@ better.</p>
 <div class="wide"><table class="results">{end_table}</table></div>
 <h2>What it takes</h2>
 <p>Buffers are fixed from the first block on, the archive is as long as the video. The host's peak
-is all of the process, libraries and graphs included. Other jobs on the machine show in the
-times.</p>
+is all of the process: libraries, graphs and what earlier videos left. Other jobs on the machine
+show in the times.</p>
 <div class="wide"><table class="results"><tr><th></th>{cost_heads}</tr>{costs}</table></div>
 <h2>Over the length of the video</h2>
 <p>Means over prompts, {segment} seconds at a time; time and tokens per block in steps of a fifth

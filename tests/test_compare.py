@@ -279,7 +279,8 @@ def test_the_page_opens_in_a_browser(compared, tmp_path):
     page, shot = (compared[0] / "compare.html").as_uri(), tmp_path / "shot.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1250,4000"]  # fmt: skip
-    subprocess.run([*command, f"--screenshot={shot}", page], capture_output=True, check=True)
+    command += [f"--screenshot={shot}", page]
+    subprocess.run(command, capture_output=True, check=True, timeout=300)
     picture = cv2.imread(str(shot))
     # every part drew something: no band of a twentieth of the upper half is blank
     bands = np.array_split(picture[: len(picture) // 2], 10)
