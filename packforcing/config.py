@@ -34,7 +34,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sink: int
     mid: int
     recent: int
-    selection: Literal["affinity", "recency", "random"] = "affinity"
+    selection: Literal["affinity", "likeness", "recency", "random"] = "affinity"
     positions: Literal["packed", "absolute"] = "packed"
     mid_span: float | None = None
     branches: Literal["both", "high", "low"] = "both"
@@ -376,6 +376,7 @@ def policies(config: Config) -> dict[str, Policy]:
     )
     packed = own if own.mid else paper
     changes: dict[str, dict[str, Any]] = {
+        "likeness": {"selection": "likeness"},
         "recency": {"selection": "recency"},
         "random": {"selection": "random"},
         **{f"sink-{blocks}": {"sink": blocks} for blocks in range(3)},

@@ -22,7 +22,7 @@ from packforcing.model import Model
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, schedule
-from packforcing.selection import affinity, select
+from packforcing.selection import affinity, likeness, select
 from packforcing.transformer import KV, Rope, patchify, unpatchify
 
 Noise = Callable[[int, int], np.ndarray]  # (block, step) to float32 [N, P]
@@ -170,7 +170,11 @@ def choose(
         return []
     keys = np.stack([block.pooled_key for block in outside if block.pooled_key is not None])
     indices = np.array([block.index for block in outside])
-    scores = affinity(query, keys)
+    own = history[-1].pooled_key
+    if config.policy.selection == "likeness" and own is not None:
+        scores = likeness(own, keys)
+    else:
+        scores = affinity(query, keys)
     return select(config.policy, indices, scores, seed, index).tolist()
 
 

@@ -15,7 +15,7 @@ from packforcing.runtime.backend import Backend
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.sampler import advance, draw_noise, schedule
-from packforcing.selection import affinity, select
+from packforcing.selection import affinity, likeness, select
 
 
 class Rollout:
@@ -172,9 +172,12 @@ class Rollout:
     def select(self, block: int, candidates: range) -> np.ndarray:
         """The archived blocks to read next, after `block` was committed, oldest first."""
         policy, scores = self.config.policy, None
-        if policy.selection == "affinity" and len(candidates) > policy.mid:
-            query = self.buffers.denoiser["q_pool"].host
-            scores = affinity(query, self.archive.keys(candidates))
+        if policy.selection in ("affinity", "likeness") and len(candidates) > policy.mid:
+            keys = self.archive.keys(candidates)
+            if policy.selection == "affinity":
+                scores = affinity(self.buffers.denoiser["q_pool"].host, keys)
+            else:
+                scores = likeness(self.archive.keys(range(block, block + 1))[0], keys)
         return select(policy, np.asarray(candidates), scores, self.seed, self.scene + block)
 
     def _table(self, arrays: Arrays, name: str, positions: np.ndarray) -> None:

@@ -33,7 +33,7 @@ from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.plan import archive_bytes
 from packforcing.runtime.rollout import Rollout
-from packforcing.selection import affinity, select
+from packforcing.selection import affinity, likeness, select
 from packforcing.text import encode_words
 from tests.test_cli import assert_one_line, run_without
 
@@ -331,12 +331,15 @@ def retrieved(selection, queries, keys, same, begin):
     hits = []
     for block in range(begin, len(queries)):
         candidates = np.arange(policy.sink, block + 1 - policy.recent)
-        scores = affinity(queries[block], keys[candidates])
+        if selection == "likeness":
+            scores = likeness(keys[block], keys[candidates])
+        else:
+            scores = affinity(queries[block], keys[candidates])
         hits += [same(block, old) for old in select(policy, candidates, scores, 0, block)]
     return np.mean(hits)
 
 
-SELECTIONS = ("affinity", "recency", "random")
+SELECTIONS = ("affinity", "likeness", "recency", "random")
 
 
 def test_affinity_retrieves_the_place_that_is_shown():
@@ -350,7 +353,28 @@ def test_affinity_retrieves_the_place_that_is_shown():
         name: retrieved(name, queries, keys, lambda a, b: shown[a] == shown[b], begin=20)
         for name in SELECTIONS
     }
-    assert found["affinity"] > 0.9 > 0.4 > max(found["recency"], found["random"])
+    ours = min(found["affinity"], found["likeness"])
+    assert ours > 0.9 > 0.4 > max(found["recency"], found["random"])
+
+
+def test_only_likeness_is_blind_to_what_all_blocks_share():
+    """The same, with a large part that all keys and queries have in common, in some blocks more
+    than in others."""
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 16)
+    shown = rng.integers(5, size=80)
+    places, common = rng.standard_normal((5, *shape)), 8 * rng.standard_normal(shape)
+    keys, queries = (
+        places[shown]
+        + common * rng.uniform(0.9, 1.1, (80, 1, 1, 1))
+        + 0.5 * rng.standard_normal((80, *shape))
+        for _ in range(2)
+    )
+    found = {
+        name: retrieved(name, queries, keys, lambda a, b: shown[a] == shown[b], begin=20)
+        for name in ("affinity", "likeness")
+    }
+    assert found["affinity"] < 0.5 < 0.75 < found["likeness"]
 
 
 @pytest.mark.full
@@ -358,7 +382,7 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
     """Drawn tours, encoded by the demo model's autoencoder and committed through `start`: a block
     selected by affinity shows what the newest block shows more often than one in random does
     (exactly, the share of all candidates), and than the newest outside the window, which is half a
-    round away."""
+    round away; one by likeness, far more often still."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "demo_model")
     world = importlib.import_module("world")
     config = model_config("demo")
@@ -387,7 +411,7 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
             def near(a, b, camera=camera):
                 return abs(camera[a] - camera[b]) < world.SIZE / 4
 
-            for name in ("affinity", "recency"):
+            for name in ("affinity", "likeness", "recency"):
                 found[name].append(retrieved(name, queries, keys, near, begin))
             shares = [np.mean([near(block, old) for old in range(1, block - 1)])
                       for block in range(begin, blocks)]  # fmt: skip
@@ -396,5 +420,5 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
         print(f"{name}: {np.mean(shares):.3f} of the blocks selected show the place")
     gain = estimate(np.subtract(found["affinity"], found["random"]).tolist())
     print(f"affinity over random: {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f})")
-    assert gain.low > 0
+    assert gain.low > 0 and np.mean(found["likeness"]) > 0.7
     assert np.mean(found["affinity"]) > 1.5 * np.mean(found["recency"])

@@ -78,6 +78,7 @@ POLICIES = {
     "sliding window": Policy(sink=0, mid=0, recent=3),
     "sink and window": Policy(sink=1, mid=0, recent=2),
     "full history": Policy(sink=0, mid=0, recent=12),
+    "likeness": Policy(sink=1, mid=2, recent=1, selection="likeness"),
     "high branch": Policy(sink=1, mid=3, recent=1, branches="high"),
     "low branch": Policy(sink=1, mid=3, recent=1, branches="low"),
 }
