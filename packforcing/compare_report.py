@@ -270,11 +270,12 @@ def _plan(found: Comparison) -> str:
     """The picture of what the policies take on a card."""
     import cv2
 
-    plans: list[Any] = [
-        (None, TARGET, make_plan(planned(found.config, cost.policy, found.seconds), TARGET,
-                                 seconds=found.seconds))
-        for cost in found.costs.values()
-    ]  # fmt: skip
+    policies = [cost.policy for cost in found.costs.values()]
+    each = {(policy.sink, policy.mid, policy.recent): policy for policy in policies}
+    plans: list[Any] = []
+    for policy in each.values():
+        config = planned(found.config, policy, found.seconds)
+        plans.append((None, TARGET, make_plan(config, TARGET, seconds=found.seconds)))
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "plan.png"
         draw(plans, found.config, picture)
