@@ -119,7 +119,7 @@ def _residual(inputs: int, outputs: int, grid: Grid) -> Layers:
 
 def _middle(width: int, grid: Grid) -> Layers:
     residual = _residual(width, width, grid)
-    attention = [
+    attention: Layers = [
         Conv(width, 3 * width, 1, 1, grid, normed=True),
         Attention(width, grid),
         Conv(width, width, 1, 1, grid),
