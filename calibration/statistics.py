@@ -17,6 +17,7 @@ import numpy as np
 
 from packforcing.embeddings import SUFFIX, load_embedding
 from packforcing.errors import CalibrationError, OutputError
+from packforcing.prompts import encode
 from packforcing.runtime.backend import Bindable, open_backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import Manifest, read_manifest
@@ -70,7 +71,8 @@ def calibrate(
         )
     if not prompts:
         raise CalibrationError("no prompts to roll out: name one per line")
-    texts = [check_request(config, _asked(prompt), seconds, seed) for prompt in prompts]
+    asked = [check_request(config, _asked(prompt), seconds, seed) for prompt in prompts]
+    texts = [encode(timeline.switches[0].prompt, config) for timeline in asked]
     blocks = config.blocks(config.frames(seconds))
     source = Source(
         model=config.name,

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from packforcing import MODELS
 from packforcing.calibration.quantize import (
     cache_steps,
     matrices,
@@ -42,7 +43,7 @@ from packforcing.runtime.bundle import (
     read_manifest,
     write_manifest,
 )
-from packforcing.runtime.estimate import weight_block
+from packforcing.runtime.estimate import layer_matrices, weight_block
 from tests.conftest import TINY
 
 DENOISER = graph_file("denoiser")
@@ -400,3 +401,34 @@ def test_mistakes_are_explained(half_bundle, quantised, tiny_bundle, tmp_path):
         main, ["quantize", str(quantised), "--weights", "int8", "--out", str(tmp_path / "out")]
     )
     assert result.exit_code == 2 and "already" in result.stderr
+
+
+# Against the builder
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layers", [4, 30])
+def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tmp_path, capsys):
+    """And no more scratch than in fp16; int4 as much more as one widened matrix in fp16."""
+    pytest.importorskip("tensorrt_rtx")
+    from packforcing.export import export_bundle
+    from packforcing.export.engines import build_engines
+    from packforcing.model import random_weights
+
+    config = msgspec.structs.replace(MODELS["wan-1.3b"], layers=layers)
+    export_bundle(config, random_weights(config), tmp_path / "fp16")
+    built = {}
+    for kind in ("fp16", *KINDS):
+        if kind != "fp16":
+            quantize_bundle(tmp_path / "fp16", tmp_path / kind, kind)
+        built[kind] = build_engines(tmp_path / kind)["denoiser"]
+    count = sum(map(math.prod, layer_matrices(config))) * (layers - 2)
+    rest = built["fp16"].weights - 2 * count
+    scratch = {kind: max(record.scratch.values()) for kind, record in built.items()}
+    taken = {kind: (built[kind].weights - rest) / count for kind in KINDS}
+    with capsys.disabled():
+        print(f"\n{layers} layers: bytes per quantised weight {taken}, scratch {scratch}")
+    assert taken["int8"] == pytest.approx(1, rel=0.02)
+    assert taken["int4"] == pytest.approx(0.52, rel=0.02)
+    assert scratch["int8"] <= 1.005 * scratch["fp16"]
+    assert scratch["int4"] <= scratch["fp16"] + 2 * config.dim * config.ffn_dim
