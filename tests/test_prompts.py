@@ -240,8 +240,11 @@ def test_recompute_is_one_pass_with_a_causal_mask(tiny_model, positions):
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_scheduled_blocks_equal_the_reference_given_the_same_history(session, tiny_model, policy):
-    """Each effect, before and after the context is full, and within a second scene."""
-    config = msgspec.structs.replace(TINY, policy=policy or TINY.policy)
+    """Each effect, before and after the context is full, and within a second scene, whose first
+    block takes the steps of a first block."""
+    config = msgspec.structs.replace(
+        TINY, policy=policy or TINY.policy, first_timesteps=(1000, 400)
+    )
     model = Model(config, tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor)
     text = {prompt: encode_words(prompt, config) for prompt in (STAR, CIRCLE, SQUARE)}
     switches = {
