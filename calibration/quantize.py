@@ -18,7 +18,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,6 +33,7 @@ from packforcing.export.lint import lint
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
 from packforcing.runtime.estimate import layer_matrices, weight_block
 
+T = TypeVar("T")
 DENOISER = graph_file("denoiser")
 # a layer's matrices, as `layer_matrices` lists their shapes
 NAMES = (
@@ -129,11 +130,12 @@ def matrices(graph: ir.Graph, config: Config) -> dict[str, ir.Node]:
     products = [
         node
         for node in graph
-        if node.op_type == "MatMul" and stored(node.inputs[1]).const_value is not None
+        if node.op_type == "MatMul" and stored(known(node.inputs[1])).const_value is not None
     ]
     shapes = layer_matrices(config) * config.layers
     products = products[-len(shapes) - 1 : -1]
-    if [tuple(stored(node.inputs[1]).shape) for node in products] != shapes:
+    weights = [stored(known(node.inputs[1])) for node in products]
+    if [tuple(known(weight.shape)) for weight in weights] != shapes:
         raise BundleError(
             f"the denoiser's matrices are not those of {config.name}; export the bundle anew"
         )
@@ -150,18 +152,24 @@ def matrices(graph: ir.Graph, config: Config) -> dict[str, ir.Node]:
 def stored(value: ir.Value) -> ir.Value:
     """What a weight is read from: itself, or what is cast to it."""
     cast = value.producer()
-    return cast.inputs[0] if cast is not None and cast.op_type == "Cast" else value
+    return known(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else value
+
+
+def known(value: T | None) -> T:
+    """What a finished graph has, though the library's types leave it open."""
+    assert value is not None
+    return value
 
 
 def quantize_product(product: ir.Node, name: str, kind: str) -> float:
     """Quantises the matrix of a MatMul in its graph; returns the signal-to-noise ratio in dB."""
-    graph, weight, recipe = product.graph, product.inputs[1], WEIGHTS[kind]
+    graph, weight, recipe = known(product.graph), known(product.inputs[1]), WEIGHTS[kind]
     source = stored(weight)
-    tensor = source.const_value
+    tensor = known(source.const_value)
     inputs, outputs = shape = tensor.shape.numpy()
     block = weight_block(kind, inputs, outputs)
     matrix = tensor.numpy().astype(np.float32)
-    scale, snr = scales(matrix, block, recipe, weight.dtype.numpy(), name)
+    scale, snr = scales(matrix, block, recipe, known(weight.dtype).numpy(), name)
     number = ir.DataType[kind.upper()]
 
     def whole() -> ir.TensorProtocol:
@@ -181,20 +189,23 @@ def quantize_product(product: ir.Node, name: str, kind: str) -> float:
         attributes=axes,
     )
     (value,) = read.outputs
-    value.name, value.shape, value.dtype = f"{name}.read", weight.shape, weight.dtype
+    value.name, value.shape, value.dtype = f"{name}.read", weight.shape, known(weight.dtype)
     graph.insert_before(product, read)
     product.replace_input_with(1, value)
     if source is not weight and not weight.uses():
-        graph.remove(weight.producer(), safe=True)
+        graph.remove(known(weight.producer()), safe=True)
     if not source.uses():
-        del graph.initializers[source.name]
+        del graph.initializers[known(source.name)]
     return snr
 
 
 def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """A constant of this name in a graph."""
     value = ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     tensor.name = name
     graph.register_initializer(value)
@@ -241,7 +252,8 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) ->
     index = next(i for i, value in enumerate(graph.outputs) if value.name == new)
     exact, whole = graph.outputs[index], ir.DataType.INT8
     cached = next(value for value in graph.inputs if value.name == context)
-    dtype = exact.dtype.numpy()
+    kind = known(exact.dtype)
+    dtype = kind.numpy()
     step = step.astype(dtype)[None, :, None]
     one = graph.initializers.get("cache.step") or initializer(
         graph, "cache.step", ir.tensor(np.ones((), dtype))
@@ -254,20 +266,20 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) ->
     multiply = ir.node(
         "Mul", [dequantize.outputs[0], initializer(graph, f"{context}.step", ir.tensor(step))]
     )
-    for node, name, like, kind in (
-        (divide, f"{new}.steps", exact, exact.dtype),
+    for node, name, like, held in (
+        (divide, f"{new}.steps", exact, kind),
         (quantize, new, exact, whole),
-        (dequantize, f"{context}.steps", cached, exact.dtype),
-        (multiply, f"{context}.exact", cached, exact.dtype),
+        (dequantize, f"{context}.steps", cached, kind),
+        (multiply, f"{context}.exact", cached, kind),
     ):
         (value,) = node.outputs
-        value.name, value.shape, value.dtype = name, like.shape, kind
+        value.name, value.shape, value.dtype = name, like.shape, held
     cached.dtype = whole
     for node, position in list(cached.uses()):
         if node is not dequantize:
             node.replace_input_with(position, multiply.outputs[0])
     graph.insert_before(graph[0], [dequantize, multiply])
-    graph.insert_after(exact.producer(), [divide, quantize])
+    graph.insert_after(known(exact.producer()), [divide, quantize])
     graph.outputs[index] = quantize.outputs[0]
 
 
