@@ -65,6 +65,7 @@ def history(run):
 )
 @example(times=[1.125, 2.625], effects=["cut"] * 6, frames=30)
 @example(times=[2.5, 2.625], effects=["cut"] * 6, frames=60)  # both due at frame 21
+@example(times=[2.5], effects=["cut"] * 6, frames=57)  # a sixth block, for the frames trimmed twice
 @example(times=[0.01], effects=["keep"] * 6, frames=60)  # due at frame 0, as the first is
 def test_a_switch_takes_effect_with_the_first_block_that_begins_at_or_after_it(
     times, effects, frames
