@@ -1,7 +1,7 @@
 """The command line, `packforcing`: each command checks what is asked for and calls the library.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output that
-`verify` compared is off, 2 a mistake that a message explains, 130 interrupted.
+`verify` compared is off, 2 a mistake that a message explains, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from packforcing.errors import (
     OutputError,
     PackForcingError,
     PromptError,
+    RenderStopped,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Commands(click.Group):
         except PackForcingError as error:
             code = _explain(str(error))
         except click.Abort:  # made from a KeyboardInterrupt
-            click.echo("interrupted: finished files are kept, the unfinished one is gone", err=True)
+            click.echo("interrupted: no unfinished file has its final name", err=True)
             code = 130
         sys.exit(code)
 
@@ -186,7 +187,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
                 blocks.append(info)
                 progress(info)
 
-            summary = session.render(prompt, seconds, video, seed, on_block=on_block)
+            summary = session.render(prompt, seconds, video, seed, on_block=on_block, resume=True)
         write_report(
             page, video, prompt, seed, config, blocks, summary, memory(config),
             session.manifest.tools,
@@ -232,6 +233,11 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     help="How the past is remembered: packforcing, sliding-window, sink-window or full-history.  "
     "[default: as the model was made]",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with a render that was interrupted; begin one where there is none.",
+)
 @_run_options
 @_json_option
 def render(
@@ -245,6 +251,7 @@ def render(
     seed: int,
     start: str | None,
     policy: str | None,
+    resume: bool,
     threads: int | None,
     backend: str,
     as_json: bool,
@@ -267,8 +274,11 @@ def render(
       prompt = "a blue circle over sand"
       history = "cut"
 
-    The video is written while it is made, and appears under its name once it is complete. A
-    file that is there already is replaced; a folder must be new or empty.
+    The video appears under its name once it is complete. A file that is there already is
+    replaced; a folder must be new or empty. Until then what is done is kept in PATH.render: after
+    Ctrl-C, SIGTERM, a crash or a full disk, the same command with --resume goes on, and the video
+    is the same as if nothing had happened. After the first Ctrl-C the block in work is finished,
+    a second one ends at once.
 
     \b
     Examples:
@@ -304,8 +314,11 @@ def render(
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
         _rendering(config.frames(seconds), quiet=as_json) as progress,
+        _stopping(session),
     ):
-        summary = session.render(asked, seconds, out, seed, start=clip, on_block=progress)
+        summary = session.render(
+            asked, seconds, out, seed, start=clip, on_block=progress, resume=resume
+        )
     if as_json:
         import msgspec
 
@@ -313,7 +326,8 @@ def render(
         did = msgspec.to_builtins(summary)
         _print_json({"path": out, "fps": config.fps, "training_free": training_free, **did})
     else:
-        click.echo(f"{out}: {_speed(summary.frames, config, summary.seconds_total)}")
+        fresh = summary.frames - summary.frames_resumed
+        click.echo(f"{out}: {_speed(fresh, config, summary.seconds_total)}")
         for switch in summary.prompts[1:]:
             said = switch.prompt or "another embedding"
             click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {said}")
@@ -1363,6 +1377,29 @@ def _session(
 
     _say(f"loading {directory} ...", quiet)
     return Session.open(directory, policy=policy, threads=threads, backend=backend)
+
+
+@contextmanager
+def _stopping(session: Session) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the render after the block in work; a second one ends it at once."""
+    import signal
+
+    received = []
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, before[number])
+        received.append(number)
+        session.stop()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except RenderStopped as error:
+        click.echo(f"{error} with the same command and --resume", err=True)
+        raise click.exceptions.Exit(128 + received[0]) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read_start(path: str, config: Config) -> Any:

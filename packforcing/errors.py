@@ -51,3 +51,7 @@ class OutputError(PackForcingError):
 
 class VideoError(PackForcingError):
     """A video that cannot be read or measured."""
+
+
+class RenderStopped(PackForcingError):
+    """A video that was asked to end before its last block."""

@@ -150,9 +150,8 @@ class Archive:
         size = (config.layers, 2, 1, config.heads, tokens, config.head_dim)
         keys = (config.layers, config.heads, config.head_dim)
         cache = DTYPES[config.precision.cache]
-        first = config.policy.sink  # sink blocks are never compressed
-        rows = max(0, blocks - first) if config.policy.mid else 0
-        self.first = first
+        self.first = config.policy.sink
+        rows = archive_rows(config, blocks)
         self.key_values = np.zeros((rows, *size), cache)
         self.pooled_keys = np.zeros((rows, *keys), np.float32)
 
@@ -167,6 +166,11 @@ class Archive:
     def keys(self, blocks: range) -> np.ndarray:
         """Pooled keys of consecutive blocks, [blocks, L, H, d]; a view."""
         return self.pooled_keys[blocks.start - self.first : blocks.stop - self.first]
+
+
+def archive_rows(config: Config, blocks: int) -> int:
+    """How many of the first blocks are archived: sink blocks are never compressed."""
+    return max(0, blocks - config.policy.sink) if config.policy.mid else 0
 
 
 def _named(name: str, stacked: Array, after: bool = False) -> Arrays:

@@ -55,7 +55,7 @@ class Cache:
         self.config = config
         self.committed = 0  # blocks so far; the next block's index
         self.mids: list[int] = []  # the block in each filled mid slot
-        self._oldest = config.policy.sink  # the block that was first to take a recent slot
+        self.oldest = config.policy.sink  # the block that was first to take a recent slot
 
     def layout(self) -> Layout:
         """What block number `committed` reads."""
@@ -112,7 +112,7 @@ class Cache:
         returns them."""
         blocks = self._recent()
         if blocks:
-            self.committed = self._oldest = blocks.start
+            self.committed = self.oldest = blocks.start
         return blocks
 
     def mid_slots(self) -> list[tuple[int, int]]:
@@ -120,14 +120,14 @@ class Cache:
         return [(block, self._mid_first(slot)) for slot, block in enumerate(self.mids)]
 
     def _recent(self) -> range:
-        oldest = max(self._oldest, self.committed - self.config.policy.recent)
+        oldest = max(self.oldest, self.committed - self.config.policy.recent)
         return range(oldest, max(oldest, self.committed))
 
     def _first(self, block: int) -> int:
         policy = self.config.policy
         slot = block
         if block >= policy.sink:
-            slot = policy.sink + (block - self._oldest) % policy.recent
+            slot = policy.sink + (block - self.oldest) % policy.recent
         return slot * self.config.block_tokens
 
     def _mid_first(self, slot: int) -> int:

@@ -94,6 +94,14 @@ class HostDevice:
         """Fills an array with zeros on the device."""
         view(array)[...] = 0
 
+    def read(self, array: Array) -> np.ndarray:
+        """A copy on the host of an array that need not have a view there."""
+        return view(array).copy()
+
+    def write(self, array: Array, values: np.ndarray) -> None:
+        """Overwrites an array that need not have a view on the host."""
+        view(array)[...] = values
+
     def copy_tokens(self, source: Array, target: Array, first: int) -> None:
         """target[..., first : first + n, :] = source, on the device; source is [..., n, d]."""
         view(target)[..., first : first + source.shape[-2], :] = view(source)
@@ -184,6 +192,20 @@ class CudaDevice(HostDevice):
             there, here = array.address, array.on_host().address
             self._call("cudaMemcpyAsync", here, there, array.nbytes, kind, self.stream)
         self.synchronize()
+
+    def read(self, array: Array) -> np.ndarray:
+        passing = self._passing(array)
+        self.download(passing)
+        return passing.host.copy()
+
+    def write(self, array: Array, values: np.ndarray) -> None:
+        passing = self._passing(array)
+        passing.host[...] = values
+        self.upload(passing)
+
+    def _passing(self, array: Array) -> Array:
+        """The array with a view on the host, for as long as it takes to copy it."""
+        return replace(array, seen=self._locked("passing", array.shape, array.dtype))
 
     def zero(self, array: Array) -> None:
         self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)

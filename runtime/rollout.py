@@ -6,6 +6,8 @@ Steps read the history, commit changes it, and so does a prompt switch between t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from packforcing.config import Config
@@ -14,6 +16,7 @@ from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.runtime.backend import Backend
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
+from packforcing.runtime.device import HostDevice
 from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, likeness, select
 
@@ -81,6 +84,22 @@ class Rollout:
             self._device.copy_tokens(buffers.new, buffers.context, first)
         if blocks:
             self._load(cache.mid_slots())
+
+    @property
+    def device(self) -> HostDevice:
+        return self._device
+
+    @property
+    def decoder_state(self) -> Arrays:
+        """What the decoder reads next of what it wrote last, by name."""
+        arrays = self.buffers.decoder[self._decoded % len(self.buffers.decoder)]
+        return {name: array for name, array in arrays.items() if name.startswith("state.")}
+
+    def go_on(self, scene: int, committed: int, oldest: int, mids: Iterable[int]) -> None:
+        """As it was in a scene, with such a cache; what the arrays hold is up to the caller."""
+        self.scene, cache = scene, self.cache
+        cache.committed, cache.oldest, cache.mids = committed, oldest, list(mids)
+        self._decoded = committed * self.config.block_frames
 
     def next_block(self, clean: np.ndarray | None = None) -> None:
         """Generates a block, or takes `clean` latents [B_f, C, h, w] as they are; commits it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 import os
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -16,10 +18,11 @@ import msgspec
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
-from packforcing.errors import BackendError, ConfigError
+from packforcing.errors import BackendError, ConfigError, RenderStopped
 from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan_prompts
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
+from packforcing.runtime.checkpoint import SECONDS, RenderFolder, interval, render_folder
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.plan import LONGEST, archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
@@ -54,6 +57,7 @@ class RenderSummary:
 
     frames: int
     blocks: int
+    frames_resumed: int  # of `frames`, those of an earlier run's last checkpoint
     seconds_total: float
     seconds_graphs: dict[str, float]
     seconds_video: float
@@ -81,7 +85,9 @@ def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) ->
 class Session:
     """Renders videos with one bundle; use it as a context manager.
 
-    One video at a time: beginning another ends the one before, from whichever thread.
+    One video at a time: beginning another ends the one before, from whichever thread. Every
+    method may be called from every thread, `pause`, `proceed` and `stop` from a signal's handler
+    too; what they ask for happens between two blocks.
     """
 
     @classmethod
@@ -108,7 +114,10 @@ class Session:
         config = self.manifest.config
         self.config = msgspec.structs.replace(config, policy=policy) if policy else config
         self._backend = open_backend(backend, directory, self.manifest, self.config, threads)
+        self._runs_on = f"{backend}, {threads or os.cpu_count()} threads"
         self._rollout: Rollout | None = None
+        self._may_run, self._stopped = threading.Event(), False
+        self._may_run.set()
         self._lock = threading.Lock()  # one block at a time, whichever thread asks for it
         self._videos = 0
         self._closed = False
@@ -125,12 +134,27 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Frees graphs and buffers; safe to call twice."""
+        """Frees graphs and buffers; safe to call twice. A video in work ends with an error."""
         with self._lock:
+            self.proceed()
             if not self._closed:
                 self._closed, self._rollout = True, None
                 self._backend.close()
                 self._backend.graphs.clear()
+
+    def pause(self) -> None:
+        """Lets no further block begin before `proceed` or `stop`."""
+        self._may_run.clear()
+
+    def proceed(self) -> None:
+        """Ends a pause."""
+        if not self._may_run.is_set():
+            self._may_run.set()
+
+    def stop(self) -> None:
+        """Ends the video in work, after the block in work, with `RenderStopped`."""
+        self._stopped = True
+        self.proceed()
 
     def stream(
         self,
@@ -160,6 +184,7 @@ class Session:
         clip = None if start is None else self._check_start(start)
         frames = self.config.frames(seconds)
         self._check_memory(timeline.blocks)
+        self._stopped = False
         return self._run(timeline, frames, seed, clip, on_block)
 
     def render(
@@ -171,39 +196,65 @@ class Session:
         *,
         start: np.ndarray | None = None,
         on_block: Callable[[BlockInfo], None] | None = None,
+        resume: bool = False,
+        checkpoint_seconds: float = SECONDS,
     ) -> RenderSummary:
         """Renders a video into a file, block by block: .mp4 (h264), .mkv (lossless FFV1), or a
         directory of PNG frames. Nothing stands under `path` before all of it is done.
 
-        Raises what `stream` raises, and `OutputError`.
+        Until then what is done is kept beside it, in `path` with `.render` added
+        (`packforcing.runtime.checkpoint` has the layout): a render that ended before its end, for
+        whatever reason, goes on if it is asked for again with `resume`, and gives the frames it
+        would have given; without `resume` it is in the way. checkpoint_seconds: of video from one
+        checkpoint to the next; another number makes another encoding of the same frames.
+
+        Raises what `stream` raises, `OutputError`, and `CheckpointError` if what is kept is
+        damaged or another render.
         """
-        from packforcing.runtime.video import check_output, open_video
+        from packforcing.runtime.video import check_output, join, open_video, segment_suffix
 
+        self._require_open()
         config = self.config
-        began, in_graphs = time.perf_counter(), self._graph_seconds()
-        in_video, written, blocks = 0.0, 0, 0
-        prompts: list[SwitchInfo] = []
-
-        def note(info: BlockInfo) -> None:
-            if info.switch:
-                text = info.switch.prompt if isinstance(info.switch.prompt, str) else ""
-                prompts.append(
-                    SwitchInfo(info.index, written / config.fps, text, info.switch.history)
-                )
-            if on_block:
-                on_block(info)
-
-        stream = self.stream(prompt, seconds, seed, start=start, on_block=note)
-        check_output(path, config.frames(seconds), config.width, config.height)
-        with open_video(path, config.width, config.height, config.fps) as video:
-            for frames in stream:
-                opened = time.perf_counter()
-                video.write(frames)
-                in_video += time.perf_counter() - opened
-                written, blocks = written + len(frames), blocks + 1
+        timeline = check_request(config, prompt, seconds, seed)
+        clip = None if start is None else self._check_start(start)
+        total = config.frames(seconds)
+        blocks = timeline.blocks
+        self._check_memory(blocks)
+        check_output(path, total, config.width, config.height)
+        began, in_graphs, in_video = time.perf_counter(), self._graph_seconds(), 0.0
+        every = interval(config, checkpoint_seconds)
+        self._stopped = False
+        request = {
+            "output": segment_suffix(path),
+            "frames": str(total),
+            "seed": str(seed),
+            "prompts": _digest_prompts(timeline, config),
+            "start": "none" if clip is None else _digest(clip),
+            "interval": str(every),
+            **self._identity(),
+        }
+        with render_folder(path, config, request, total, blocks, resume) as folder:
+            first, resumed = folder.done.block, folder.done.frames
+            stream = self._run(timeline, total, seed, clip, on_block, folder)
+            try:
+                for block in range(first, blocks, every):
+                    segment = folder.segment(block), config.width, config.height, config.fps
+                    with open_video(*segment, folder.then) as video:
+                        for frames in islice(stream, every):
+                            opened = time.perf_counter()
+                            video.write(frames)
+                            in_video += time.perf_counter() - opened
+            except RenderStopped as error:
+                raise RenderStopped(f"{error}; {folder.then}") from None
+            opened = time.perf_counter()
+            segments = folder.segments(blocks)
+            join(segments, path, config.width, config.height, config.fps, folder.then)
+            in_video += time.perf_counter() - opened
+            folder.remove()
         return RenderSummary(
-            frames=written,
+            frames=total,
             blocks=blocks,
+            frames_resumed=resumed,
             seconds_total=time.perf_counter() - began,
             seconds_graphs={
                 name: after - in_graphs.get(name, 0.0)
@@ -211,8 +262,23 @@ class Session:
             },
             seconds_video=in_video,
             archive_bytes=archive_bytes(config, blocks),
-            prompts=prompts,
+            prompts=_switches(timeline, config),
         )
+
+    def _identity(self) -> dict[str, str]:
+        """What decides about the frames beside what was asked for, by name."""
+        import av
+        import onnxruntime
+
+        from packforcing import __version__
+
+        return {
+            "bundle": hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest(),
+            "policy": msgspec.json.encode(self.config.policy).decode(),
+            "runs on": self._runs_on,
+            "made with": f"packforcing {__version__}, onnxruntime {onnxruntime.__version__}, "
+            f"av {av.__version__}",
+        }
 
     def _run(
         self,
@@ -221,34 +287,46 @@ class Session:
         seed: int,
         clip: np.ndarray | None,
         on_block: Callable[[BlockInfo], None] | None,
+        folder: RenderFolder | None = None,
     ) -> Iterator[np.ndarray]:
-        (blocks, switches), size = timeline, self.config.block_frames
+        blocks, switches = timeline
         with self._lock:
             self._require_open()
-            latents = [] if clip is None else self._encode(clip, blocks)
+            given = {} if clip is None else dict(enumerate(self._encode(clip, blocks)))
             cuts = [block for block, switch in switches.items() if switch.history == "cut"]
-            if cuts and cuts[0] * size < len(latents):
+            if cuts and cuts[0] in given:
                 raise ConfigError(
                     f"the cut at {switches[cuts[0]].time:g} s falls into the start that the video "
-                    f"begins with, {len(latents) // size} blocks: set it later"
+                    f"begins with, {len(given)} blocks: set it later"
                 )
             rollout = self._rollout_for(blocks)
-            rollout.begin(encode(switches[0].prompt, self.config), blocks, seed)
+            first, delivered = (folder.done.block, folder.done.frames) if folder else (0, 0)
+            latest = max(block for block in switches if block < max(1, first))
+            rollout.begin(encode(switches[latest].prompt, self.config), blocks, seed)
+            if folder:
+                folder.restore(rollout)
+                noted = folder.noted()
+                given |= noted
             self._videos += 1
             video = self._videos
-        delivered = 0
-        for index in range(blocks):
+        for index in range(first, blocks):
+            self._may_run.wait()
             with self._lock:
                 self._require_open()
                 if video != self._videos:
                     raise BackendError("the session began another video meanwhile")
+                if self._stopped:
+                    raise RenderStopped(f"stopped after {index} of {blocks} blocks")
+                if folder and index > first and index % folder.every == 0:
+                    folder.save(rollout, delivered)
                 began = time.perf_counter()
                 switch = switches.get(index)
                 if switch and index:
                     rollout.switch(encode(switch.prompt, self.config), switch.history)
                 read = sorted(rollout.scene + mid for mid in rollout.cache.mids)
-                given = latents[index * size : (index + 1) * size]
-                rollout.next_block(np.stack(given) if given else None)
+                rollout.next_block(given.get(index))
+                if folder and index not in noted:
+                    folder.note(index, rollout.buffers.latents.host[0])
                 skip = self.config.trimmed_frames if index == rollout.scene else 0
                 pixels = rollout.buffers.pixels.host[0]
                 fresh = pixels[skip : skip + frames_total - delivered]
@@ -302,8 +380,9 @@ class Session:
             )
         return clip
 
-    def _encode(self, clip: np.ndarray, blocks: int) -> list[np.ndarray]:
-        """Start frames to clean latents [C, h, w] of whole blocks, at most `blocks` of them."""
+    def _encode(self, clip: np.ndarray, blocks: int) -> np.ndarray:
+        """Start frames to clean latents of whole blocks, at most `blocks` of them,
+        [blocks, B_f, C, h, w]."""
         config = self.config
         # As in Wan, the first latent frame stands for one pixel frame, each later one for four.
         given = (1 + (len(clip) - 1) // TEMPORAL_FACTOR) // config.block_frames
@@ -332,7 +411,7 @@ class Session:
             encoded.append(latent[0].copy())
             for state, after in states:
                 state[...] = after
-        return encoded
+        return np.stack(encoded).reshape(-1, config.block_frames, *latent.shape[1:])
 
     def _graph_seconds(self) -> dict[str, float]:
         return {name: graph.seconds for name, graph in self._backend.graphs.items()}
@@ -343,6 +422,29 @@ def bounded(policy: Policy, own: Policy, blocks: int) -> Policy:
     policies as they are."""
     recent = min(policy.recent, max(own.recent, blocks - 1))
     return msgspec.structs.replace(policy, recent=recent)
+
+
+def _switches(timeline: Timeline, config: Config) -> list[SwitchInfo]:
+    """When a video follows which prompt; the first frames of each scene are trimmed."""
+    infos, scenes = [], 0
+    for block, switch in timeline.switches.items():
+        frames = block * config.block_pixel_frames - scenes * config.trimmed_frames
+        text = switch.prompt if isinstance(switch.prompt, str) else ""
+        infos.append(SwitchInfo(block, frames / config.fps, text, switch.history))
+        scenes += block == 0 or switch.history == "cut"
+    return infos
+
+
+def _digest_prompts(timeline: Timeline, config: Config) -> str:
+    told = [
+        f"{block} {switch.history} {_digest(encode(switch.prompt, config))}"
+        for block, switch in timeline.switches.items()
+    ]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:

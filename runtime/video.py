@@ -2,8 +2,9 @@
 
 The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and keeps every
 byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
-and takes the target's name when it is whole, so whatever stands there can be trusted. Frames
-for an empty folder grow in a partial folder inside, and move up when all are there.
+and takes the target's name when it is whole and on the disk, so whatever stands there can be
+trusted. Frames for an empty folder grow in a partial folder inside, and move up when all are
+there. `join` makes such a video of segments that were written one by one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import secrets
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -31,6 +32,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _BYTES_PER_PIXEL = {"mp4": 0.25, "mkv": 4.0, "png": 3.1}
 _BYTES_SPARE = 1 << 20
 _GONE = "nothing is left of it"
+_EARLIEST = 2  # places at most that x264's B-frames let a frame be decoded before it is shown
 
 Kind = Literal["mp4", "mkv", "png"]
 
@@ -48,8 +50,8 @@ def check_output(path: str | os.PathLike[str], frames: int, width: int, height: 
     Raises `OutputError` for an unknown suffix, a name the system refuses, a folder that is
     missing or not writable, a target that is in the way, or a disk with too little room.
     """
-    with _refusals(path, "choose another name or folder"):
-        kind, target = _target(path)
+    with refusals(path, "choose another name or folder"):
+        kind, target = output_target(path)
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()  # raises for a name that is too long, or out of reach
         if kind == "mp4" and (width % 2 or height % 2):
@@ -75,13 +77,24 @@ def check_output(path: str | os.PathLike[str], frames: int, width: int, height: 
                 f"cannot write {target}: the folder {folder} is not writable ({_why(error)}); "
                 "choose another"
             ) from error
-        needed = int(frames * width * height * _BYTES_PER_PIXEL[kind]) + _BYTES_SPARE
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OutputError(
-                f"cannot write {target}: {frames} frames may need {_megabytes(needed)} and the "
-                f"disk has {_megabytes(free)} left; free some space or choose another folder"
-            )
+        needed = video_bytes(kind, frames, width, height)
+        then = "free some space or choose another folder"
+        require_room(target, folder, f"{frames} frames", needed, then)
+
+
+def require_room(target: Path, folder: Path, what: str, needed: int, then: str) -> None:
+    """Raises `OutputError`, which ends in `then`, unless a folder's disk has so many bytes left."""
+    needed, free = needed + _BYTES_SPARE, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"cannot write {target}: {what} may need {_megabytes(needed)} and the disk has "
+            f"{_megabytes(free)} left; {then}"
+        )
+
+
+def video_bytes(kind: Kind, frames: int, width: int, height: int) -> int:
+    """Bytes that a video takes on disk, a rough upper bound."""
+    return int(frames * width * height * _BYTES_PER_PIXEL[kind])
 
 
 def _check_folder(target: Path) -> None:
@@ -105,31 +118,35 @@ def partial_path(target: Path) -> Path:
 
 
 @contextmanager
-def open_video(path: str | os.PathLike[str], width: int, height: int, fps: int) -> Iterator[Video]:
+def open_video(
+    path: str | os.PathLike[str], width: int, height: int, fps: int, then: str = _GONE
+) -> Iterator[Video]:
     """A video to write frames to; it appears under its name when the block ends without error.
 
     Memory is that of one call to `write` and of the encoder's look-ahead. Any exception, an
     interrupt included, removes the partial file. Raises `OutputError` if the path cannot be
-    written, at the start or on the way.
+    written, at the start or on the way; it ends in `then`.
     """
     check_output(path, 0, width, height)
-    kind, target = _target(path)
+    kind, target = output_target(path)
     filling = target.is_dir()  # an empty folder; it stays, for it may be somebody's current one
     partial = partial_path(target / "frames" if filling else target)
     video: _PngFolder | _Encoder | None = None
     try:
-        with _refusals(target, _GONE):
+        with refusals(target, then):
             if kind == "png":
-                video = _PngFolder(partial, target, width, height)
+                video = _PngFolder(partial, width, height)
             else:
-                video = _Encoder(partial, target, kind, width, height, fps)
-        yield video
-        with _refusals(target, _GONE):
+                video = _Encoder(partial, kind, width, height, fps)
+        yield _Writer(video, target, then)
+        with refusals(target, then):
             video.finish()
+            flush(partial)
             if filling:
                 _move_up(partial)
             else:
                 partial.replace(target)
+            flush_folder(target.parent)
     except BaseException:
         if video is not None:
             video.abandon()
@@ -137,15 +154,89 @@ def open_video(path: str | os.PathLike[str], width: int, height: int, fps: int) 
         raise
 
 
+def join(
+    segments: Sequence[Path],
+    path: str | os.PathLike[str],
+    width: int,
+    height: int,
+    fps: int,
+    then: str,
+) -> None:
+    """One video of segments in order, frame for frame and without encoding anew.
+
+    segments: videos that `open_video` wrote, of the kind that `segment_suffix` names for `path`.
+    Raises `OutputError`, which ends in `then`.
+    """
+    import av
+
+    kind, target = output_target(path)
+    with refusals(target, then):
+        if kind == "png":
+            with open_video(path, width, height, fps, then) as video:
+                for segment in segments:
+                    with av.open(segment.absolute()) as container:
+                        for frame in container.decode(video=0):
+                            video.write(frame.to_ndarray(format="rgb24")[None])
+            return
+        partial = partial_path(target)
+        try:
+            options = {"movflags": "+faststart"} if kind == "mp4" else {}
+            with av.open(partial.absolute(), "w", options=options) as joined:
+                _copy_packets(segments, joined, fps, _EARLIEST if kind == "mp4" else 0)
+            flush(partial)
+            partial.replace(target)
+            flush_folder(target.parent)
+        except BaseException:
+            _remove(partial)
+            raise
+
+
+def _copy_packets(segments: Sequence[Path], joined: Any, fps: int, earliest: int) -> None:
+    """Each frame as it was encoded, at its place in the whole video."""
+    import av
+
+    stream, count, headers = None, 0, None
+    for segment in segments:
+        with av.open(segment.absolute()) as container:
+            given = container.streams.video[0]
+            stream = stream or joined.add_stream_from_template(given)
+            headers = headers or given.codec_context.extradata
+            if given.codec_context.extradata != headers:
+                raise OutputError(f"cannot join {segment} to those before: it is encoded otherwise")
+            first = count
+            for packet in container.demux(given):
+                if packet.dts is None:  # the demuxer's end
+                    continue
+                packet.pts = first + round(packet.pts * given.time_base * fps)
+                packet.dts, packet.duration = count - earliest, 1
+                packet.time_base, packet.stream = Fraction(1, fps), stream
+                joined.mux(packet)
+                count += 1
+
+
+def segment_suffix(path: str | os.PathLike[str]) -> str:
+    """What the segments of a video are: of its own kind, lossless ones for a folder of PNGs."""
+    return ".mp4" if output_target(path)[0] == "mp4" else ".mkv"
+
+
+class _Writer:
+    """Writes frames to a video; what refuses them is an `OutputError`."""
+
+    def __init__(self, video: _Encoder | _PngFolder, target: Path, then: str) -> None:
+        self._video, self._target, self._then = video, target, then
+
+    def write(self, frames: np.ndarray) -> None:
+        with refusals(self._target, self._then):
+            self._video.write(frames)
+
+
 class _Encoder:
     """One stream in one file, through PyAV."""
 
-    def __init__(
-        self, path: Path, target: Path, kind: Kind, width: int, height: int, fps: int
-    ) -> None:
+    def __init__(self, path: Path, kind: Kind, width: int, height: int, fps: int) -> None:
         import av
 
-        self._target, self._shape = target, (height, width, 3)
+        self._shape = (height, width, 3)
         self._time_base, self._count = Fraction(1, fps), 0
         path = path.absolute()  # FFmpeg takes what is before a colon for a protocol
         if kind == "mp4":
@@ -168,12 +259,11 @@ class _Encoder:
         import av
 
         _check_frames(frames, self._shape)
-        with _refusals(self._target, _GONE):
-            for pixels in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame.pts, frame.time_base = self._count, self._time_base
-                self._count += 1
-                self._container.mux(self._stream.encode(frame))
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = self._count, self._time_base
+            self._count += 1
+            self._container.mux(self._stream.encode(frame))
 
     def finish(self) -> None:
         self._container.mux(self._stream.encode(None))
@@ -188,8 +278,8 @@ class _Encoder:
 class _PngFolder:
     """Numbered PNG files in a folder, through OpenCV."""
 
-    def __init__(self, path: Path, target: Path, width: int, height: int) -> None:
-        self._path, self._target, self._shape = path, target, (height, width, 3)
+    def __init__(self, path: Path, width: int, height: int) -> None:
+        self._path, self._shape = path, (height, width, 3)
         self._count = 0
         path.mkdir()
 
@@ -197,12 +287,11 @@ class _PngFolder:
         import cv2
 
         _check_frames(frames, self._shape)
-        with _refusals(self._target, _GONE):
-            for pixels in frames:
-                # encoded in memory: OpenCV's own file writing does not say why it failed
-                _, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-                (self._path / f"frame_{self._count:06}.png").write_bytes(data.tobytes())
-                self._count += 1
+        for pixels in frames:
+            # encoded in memory: OpenCV's own file writing does not say why it failed
+            _, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+            (self._path / f"frame_{self._count:06}.png").write_bytes(data.tobytes())
+            self._count += 1
 
     def finish(self) -> None:
         pass
@@ -289,7 +378,7 @@ def _fit(image: np.ndarray, width: int, height: int) -> np.ndarray:
     )
 
 
-def _target(path: str | os.PathLike[str]) -> tuple[Kind, Path]:
+def output_target(path: str | os.PathLike[str]) -> tuple[Kind, Path]:
     """What a path asks for, and the file or folder it names."""
     text = os.fspath(path)
     target = Path(text)
@@ -322,7 +411,7 @@ def _check_frames(frames: np.ndarray, shape: tuple[int, int, int]) -> None:
 
 
 @contextmanager
-def _refusals(target: str | os.PathLike[str], then: str) -> Iterator[None]:
+def refusals(target: str | os.PathLike[str], then: str) -> Iterator[None]:
     """Turns what the disk or the encoder raises into an `OutputError` that ends in `then`."""
     try:
         yield
@@ -355,6 +444,24 @@ def _move_up(partial: Path) -> None:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f} MB"
+
+
+def flush(path: Path) -> None:
+    """Makes sure that a file, or a folder and its files, is on the disk and not on its way."""
+    for file in path.iterdir() if path.is_dir() else (path,):
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+    flush_folder(path if path.is_dir() else path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """The same for the names in a folder, where the system has that."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove(partial: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -387,23 +388,54 @@ def test_exporting_without_torch_says_what_to_install(out):
     assert not any(out.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "frames/"])
-def test_an_interrupted_render_leaves_nothing(tiny_bundle, out, monkeypatch, name):
+def raising_in_block(monkeypatch, number: int, action) -> None:
+    """Calls `action` in the middle of a block."""
     commit, blocks = Rollout.commit, []
 
-    def interrupted(rollout: Rollout) -> None:
+    def patched(rollout: Rollout) -> None:
         blocks.append(rollout)
-        if len(blocks) == 3:
-            raise KeyboardInterrupt  # as from Ctrl-C, in the middle of the third block
+        if len(blocks) == number:
+            action()
         commit(rollout)
 
-    monkeypatch.setattr(Rollout, "commit", interrupted)
+    monkeypatch.setattr(Rollout, "commit", patched)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "frames/"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_render_after_its_block_and_resume_goes_on(
+    tiny_bundle, out, monkeypatch, name, number
+):
+    raising_in_block(monkeypatch, 3, lambda: signal.raise_signal(number))
+    handler = signal.getsignal(number)
+    command = "render", PROMPT, "--bundle", tiny_bundle, "--out", f"{out}/{name}", "--seconds", 6
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (128 + number, "")
+    assert re.fullmatch(
+        r"stopped after 3 of 5 blocks; what was done is in .*\.render: resume it with the same "
+        r"command and --resume\n",
+        result.stderr,
+    )
+    assert signal.getsignal(number) is handler
+    assert [path.name for path in out.iterdir()] == [f"{name.rstrip('/')}.render"]
+    result = run(*command)
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "unfinished render.*--resume")
+    result = run(*command, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert [path.name for path in out.iterdir()] == [name.rstrip("/")]
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "frames/"])
+def test_a_second_signal_ends_a_render_at_once(tiny_bundle, out, monkeypatch, name):
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    raising_in_block(monkeypatch, 3, twice)
     result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", f"{out}/{name}")
     assert result.exit_code == 130
-    assert result.stderr.strip() == (
-        "interrupted: finished files are kept, the unfinished one is gone"
-    )
-    assert not any(out.iterdir())
+    assert result.stderr.strip() == "interrupted: no unfinished file has its final name"
+    assert [path.name for path in out.iterdir()] == [f"{name.rstrip('/')}.render"]
 
 
 # What the README promises
