@@ -18,6 +18,11 @@ TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV 
 WAN_CHANNELS = 16  # of the latents of Wan's VAE
 
 
+# A config comes with a bundle, from anybody: what cannot be meant is refused before it is counted
+# with. Sizes beyond these are no model's.
+LARGEST, MOST_LAYERS, LARGEST_TEXT = 1 << 20, 1 << 10, 1 << 26
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ConfigError(message)
@@ -41,7 +46,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         for name in ("sink", "mid", "recent"):
-            _require(getattr(self, name) >= 0, f"policy.{name} must not be negative")
+            _require(
+                0 <= getattr(self, name) <= LARGEST, f"policy.{name} must be from 0 to {LARGEST}"
+            )
         _require(self.mid_span is None or self.mid_span > 0, "policy.mid_span must be positive")
 
     @property
@@ -115,7 +122,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     "latent_channels", "patch", "freq_dim", "eps", "text_len", "text_dim",
                     "vae_patch", "vae_encoder_width", "vae_strips", "shift")  # fmt: skip
         for name in positive:
-            _require(getattr(self, name) > 0, f"{name} must be positive")
+            _require(0 < getattr(self, name) <= LARGEST, f"{name} must be above 0, to {LARGEST}")
+        _require(self.layers <= MOST_LAYERS, f"layers must be at most {MOST_LAYERS}")
+        _require(self.text_len * self.text_dim <= LARGEST_TEXT, "text_len x text_dim is too large")
+        for width in (*self.compressor_widths, *self.vae_decoder_widths):
+            _require(0 < width <= LARGEST, f"every width must be above 0, to {LARGEST}")
         _require(
             self.vae == "taehv" or self.wan_latents,
             f"the autoencoder '{self.vae}' is for {WAN_CHANNELS} latent_channels and a vae_patch "

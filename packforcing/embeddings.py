@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from packforcing.config import Config
 
 SUFFIX = ".safetensors"
+LARGEST = 1 << 30  # bytes of a file
 STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: its bits are read
 
 
@@ -66,6 +67,8 @@ def load_embedding(path: str | os.PathLike[str]) -> Embedding:
     from safetensors import SafetensorError, deserialize, safe_open
 
     try:
+        if (size := Path(path).stat().st_size) > LARGEST:
+            raise PromptError(f"{path} is no prompt embedding: it has {size} bytes")
         with safe_open(path, "np") as file:
             names, said = file.keys(), file.metadata() or {}
             if "text" not in names:

@@ -22,6 +22,7 @@ SHAPES = ("circle", "square", "triangle", "star")
 GROUNDS = ("navy", "forest", "sand", "gray", "maroon", "teal")
 PATTERNS = ("plain", "stripes", "checks", "dots")
 VOCABULARY = COLOURS + SHAPES + GROUNDS + PATTERNS
+LONGEST = 10_000  # characters of a prompt
 FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
 
 
@@ -37,6 +38,8 @@ def encode_words(prompt: str, config: Config) -> np.ndarray:
             "first with 'packforcing encode-prompt', then render from that file with --embedding, "
             "or name it as 'embedding' in a schedule"
         )
+    if len(prompt) > LONGEST:
+        raise PromptError(f"the prompt has {len(prompt)} characters, at most {LONGEST} are read")
     words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
     unknown = [word for word in words if word not in VOCABULARY]
     if unknown:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.errors import OutputError
 from packforcing.runtime.bundle import DTYPES, GraphSpec, contract
 from packforcing.runtime.device import Array, HostDevice
 
 Arrays = dict[str, Array]
+IN_MEMORY = 4 << 30  # bytes of an archive's keys and values; those of a longer video are in a file
 
 
 class Buffers:
@@ -143,16 +148,21 @@ class Buffers:
 
 
 class Archive:
-    """Every compressed block so far, in host memory, with the pooled keys that selection reads."""
+    """Every compressed block so far, in host memory, with the pooled keys that selection reads.
 
-    def __init__(self, config: Config, blocks: int) -> None:
+    Keys and values of more than `IN_MEMORY` bytes lie in a file without a name instead, in
+    `folder` or where the system keeps temporary files; the system keeps what is read often in
+    memory. All of it is reserved here and now: raises `OutputError` if the disk refuses.
+    """
+
+    def __init__(self, config: Config, blocks: int, folder: Path | None = None) -> None:
         tokens = config.compressed_tokens if config.policy.mid else 0
         size = (config.layers, 2, 1, config.heads, tokens, config.head_dim)
         keys = (config.layers, config.heads, config.head_dim)
         cache = DTYPES[config.precision.cache]
         self.first = config.policy.sink
         rows = archive_rows(config, blocks)
-        self.key_values = np.zeros((rows, *size), cache)
+        self.key_values = _zeros((rows, *size), np.dtype(cache), folder)
         self.pooled_keys = np.zeros((rows, *keys), np.float32)
 
     def put(self, block: int, key_values: np.ndarray, pooled_key: np.ndarray) -> None:
@@ -166,6 +176,27 @@ class Archive:
     def keys(self, blocks: range) -> np.ndarray:
         """Pooled keys of consecutive blocks, [blocks, L, H, d]; a view."""
         return self.pooled_keys[blocks.start - self.first : blocks.stop - self.first]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, folder: Path | None) -> np.ndarray:
+    """Zeros in memory, or if they are many in a file."""
+    size = math.prod(shape) * dtype.itemsize
+    if size <= IN_MEMORY:
+        return np.zeros(shape, dtype)
+    where = folder or Path(tempfile.gettempdir())
+    try:
+        with tempfile.TemporaryFile(dir=where) as file:
+            # without room, writing through memory would end the process
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return np.memmap(file, dtype, "r+", shape=shape)
+    except OSError as error:
+        raise OutputError(
+            f"the archive of this video takes {size / 1e9:.1f} GB, which {where} refuses "
+            f"({error.strerror}): free some space there, or make the video shorter"
+        ) from error
 
 
 def archive_rows(config: Config, blocks: int) -> int:

@@ -36,6 +36,7 @@ state in that of what is computed. All else is float32:
 from __future__ import annotations
 
 import hashlib
+import stat
 from pathlib import Path
 
 import msgspec
@@ -44,8 +45,9 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
 from packforcing.runtime import wan_vae
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 1 << 24  # bytes
 ENGINE_FOLDER = "engines"  # the folder of what was built from the graphs (runtime/engines.py)
 # how arrays call the number formats of `Precision`
 DTYPES = {
@@ -87,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     graphs: dict[str, GraphSpec]
     files: dict[str, FileRecord]
     tools: dict[str, str]
+    sha256: str = ""  # of the file without this; `write_manifest` puts it there
 
 
 def contract(config: Config) -> dict[str, GraphSpec]:
@@ -201,8 +204,11 @@ def file_record(path: Path) -> FileRecord:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`; the graphs must be there already."""
-    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
-    (directory / MANIFEST).write_bytes(text + b"\n")
+    unsealed = msgspec.structs.replace(manifest, sha256="")
+    text = msgspec.json.format(msgspec.json.encode(unsealed), indent=1) + b"\n"
+    head, _, tail = text.rpartition(b'""')  # of `sha256`, the last field
+    digest = hashlib.sha256(head + b'""' + tail).hexdigest()
+    (directory / MANIFEST).write_bytes(head + f'"{digest}"'.encode() + tail)
 
 
 def read_manifest(directory: str | Path) -> Manifest:
@@ -213,7 +219,10 @@ def read_manifest(directory: str | Path) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        text = path.read_bytes()
+        with path.open("rb") as file:
+            text = file.read(LARGEST_MANIFEST + 1)
+        if len(text) > LARGEST_MANIFEST:
+            raise BundleError(f"{path} is no manifest: it is larger than {LARGEST_MANIFEST} bytes")
     except OSError as error:
         raise BundleError(
             f"{directory} is not a bundle: cannot read {MANIFEST} ({error.strerror}); "
@@ -227,7 +236,7 @@ def read_manifest(directory: str | Path) -> Manifest:
                 "export the bundle anew"
             )
         manifest = msgspec.json.decode(text, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     expected = contract(manifest.config)
     for name in expected.keys() | manifest.graphs.keys():
@@ -241,6 +250,11 @@ def read_manifest(directory: str | Path) -> Manifest:
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise BundleError(f"{path} names {name!r}, which is not a file inside the bundle")
+    head, _, tail = text.rpartition(manifest.sha256.encode())
+    if hashlib.sha256(head + tail).hexdigest() != manifest.sha256:
+        raise BundleError(
+            f"{path} is damaged: its SHA-256 differs; export or download the bundle again"
+        )
     return manifest
 
 
@@ -251,8 +265,9 @@ class _Version(msgspec.Struct):
 def check_files(directory: str | Path, manifest: Manifest) -> None:
     """Compares every file with the manifest; raises `BundleError` naming the first that differs.
 
-    A file that is not listed is refused too: a graph could read its weights from there. Only
-    engines have a folder of their own, which no listed file is in.
+    A file that is not listed is refused too: a graph could read its weights from there. So is a
+    link, which may lead anywhere. Only engines have a folder of their own, which no listed file is
+    in.
     """
     for path in sorted(Path(directory).iterdir()):
         if path.name == ENGINE_FOLDER and path.is_dir() and not path.is_symlink():
@@ -262,12 +277,15 @@ def check_files(directory: str | Path, manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         path = Path(directory) / name
         try:
-            found = file_record(path)
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                raise BundleError(f"{path} is a link or no file; put the file itself there")
+            # the size first: what is far too large need not be read
+            if status.st_size != record.bytes or file_record(path) != record:
+                raise BundleError(
+                    f"{path} is damaged (its SHA-256 differs); export or download it again"
+                )
         except OSError as error:
             raise BundleError(
                 f"the bundle lacks {path} ({error.strerror}); export or download it again"
             ) from error
-        if found != record:
-            raise BundleError(
-                f"{path} is damaged (its SHA-256 differs); export or download it again"
-            )

@@ -33,8 +33,8 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.errors import CheckpointError, OutputError
-from packforcing.runtime.buffers import Archive, archive_rows
+from packforcing.errors import BackendError, CheckpointError, OutputError
+from packforcing.runtime.buffers import IN_MEMORY, Archive, archive_rows
 from packforcing.runtime.bundle import FileRecord, file_record
 from packforcing.runtime.cache import Slot
 from packforcing.runtime.plan import archive_bytes, memory, token_bytes
@@ -216,7 +216,8 @@ class RenderFolder:
     def save(self, rollout: Rollout, frames: int) -> None:
         """Makes the checkpoint after the block committed last, with so many frames in segments.
 
-        Raises `OutputError`; the checkpoint before is good then.
+        Raises `OutputError`, and `BackendError` for a state that holds NaN; the checkpoint before
+        is good then.
         """
         before, cache, policy = self.done, rollout.cache, self.config.policy
         block = rollout.scene + cache.committed
@@ -243,6 +244,13 @@ class RenderFolder:
                 "key_values": rollout.archive.key_values[rows],
                 "pooled_keys": rollout.archive.pooled_keys[rows],
             }
+        for kind, part in arrays.items():
+            for array in part.values():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise BackendError(
+                        f"block {block - 1}: its keys, values or decoder state ({kind}) hold NaN "
+                        f"or infinity; {self.then} with another backend, from block {before.block}"
+                    )
         size = sum(array.nbytes for part in arrays.values() for array in part.values())
         with refusals(self._target, self.then):
             require_room(self._target, self.path, "a checkpoint", size, self.then)
@@ -442,11 +450,12 @@ def _block(name: str) -> int:
 
 
 def _checkpoint_bytes(config: Config, blocks: int) -> int:
-    """Bytes of a render's checkpoints at most, frames left out: the archive, two states, of which
-    the older goes when the newer is there, and latents."""
+    """Bytes that a render has on disk at most, frames left out: the archive, once more if memory is
+    not to hold it, and two states, of which the older goes when the newer is there."""
     full = min(blocks, config.policy.sink + config.policy.recent) * config.block_tokens
     state = full * token_bytes(config) + memory(config)["autoencoder_state"]
-    return archive_bytes(config, blocks) + 2 * state
+    archive = archive_bytes(config, blocks)
+    return archive + (archive if archive > IN_MEMORY else 0) + 2 * state
 
 
 def _read_tokens(rollout: Rollout, slots: Sequence[Slot]) -> np.ndarray:

@@ -7,16 +7,18 @@ Steps read the history, commit changes it, and so does a prompt switch between t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from packforcing.config import Config
+from packforcing.errors import BackendError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.runtime.backend import Backend
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
-from packforcing.runtime.device import HostDevice
+from packforcing.runtime.device import Array, HostDevice
 from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, likeness, select
 
@@ -42,9 +44,12 @@ class Rollout:
         self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
         self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
 
-    def begin(self, text: np.ndarray, blocks: int, seed: int) -> None:
-        """A new video of at most `blocks` blocks for a prompt embedding [1, T, text_dim]."""
-        self.archive = Archive(self.config, blocks)
+    def begin(self, text: np.ndarray, blocks: int, seed: int, folder: Path | None = None) -> None:
+        """A new video of at most `blocks` blocks for a prompt embedding [1, T, text_dim].
+
+        folder: for an archive that memory is not to hold, see `Archive`.
+        """
+        self.archive = Archive(self.config, blocks, folder)
         self.seed = seed
         self._begin_scene(0)
         self._follow(text)
@@ -136,9 +141,11 @@ class Rollout:
         config, block = self.config, self.cache.committed
         x, flow = self.buffers.denoiser["tokens"].host, self.buffers.denoiser["flow"]
         x[0] = draw_noise(config, self.seed, self.scene + block, 0)
-        for step, (told, now, then) in enumerate(schedule(config, block)):
+        steps = schedule(config, block)
+        for step, (told, now, then) in enumerate(steps):
             self._call(told)
             self._device.download(flow)
+            self._require_finite(flow, "denoiser", f"step {step + 1} of {len(steps)}")
             fresh = None
             if config.sampler == "renoise" and then > 0:
                 fresh = draw_noise(config, self.seed, self.scene + block, step + 1)
@@ -151,12 +158,14 @@ class Rollout:
             self._decode[self._decoded % len(self._decode)]()
             self._decoded += 1
         self._device.download(self.buffers.pixels)
+        self._require_finite(self.buffers.pixels, "vae_decoder", "its pixels")
 
     def commit(self) -> None:
         """The call at t = 0, the mid pass, and only then the history: slot, archive, selection."""
         buffers, cache, device = self.buffers, self.cache, self._device
         self._call(0)
         device.download(buffers.denoiser["q_pool"])
+        self._require_finite(buffers.denoiser["q_pool"], "denoiser", "its commit")
         block, compressed = cache.committed, buffers.new_compressed
         if cache.compresses():
             self._compress()
@@ -165,6 +174,7 @@ class Rollout:
             self._mid_pass()
             pooled_key = buffers.mid_pass["k_pool"]
             device.download(compressed, pooled_key)
+            self._require_finite(pooled_key, "denoiser", "its mid pass")
             self.archive.put(block, compressed.host, pooled_key.host)
         if len(buffers.recent):
             buffers.recent[block % len(buffers.recent)] = buffers.denoiser["tokens"].host[0]
@@ -172,6 +182,14 @@ class Rollout:
         if first is not None:
             device.copy_tokens(buffers.new, buffers.context, first)
         self._load(cache.read(self.select(block, cache.candidates()).tolist()))
+
+    def _require_finite(self, array: Array, graph: str, where: str) -> None:
+        if not np.isfinite(array.host).all():
+            raise BackendError(
+                f"block {self.scene + self.cache.committed}, {where}: the graph '{graph}' gave NaN "
+                "or infinity; nothing made of it was kept. Try another --precision or backend, or "
+                "look for the graph with 'packforcing verify'"
+            )
 
     def _load(self, slots: list[tuple[int, int]]) -> None:
         """Brings archived blocks to the context: pairs of a block and its first token there."""

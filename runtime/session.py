@@ -21,6 +21,7 @@ from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError, RenderStopped
 from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan_prompts
 from packforcing.runtime.backend import open_backend
+from packforcing.runtime.buffers import IN_MEMORY
 from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
 from packforcing.runtime.checkpoint import SECONDS, RenderFolder, interval, render_folder
 from packforcing.runtime.device import HostDevice
@@ -302,7 +303,8 @@ class Session:
             rollout = self._rollout_for(blocks)
             first, delivered = (folder.done.block, folder.done.frames) if folder else (0, 0)
             latest = max(block for block in switches if block < max(1, first))
-            rollout.begin(encode(switches[latest].prompt, self.config), blocks, seed)
+            text = encode(switches[latest].prompt, self.config)
+            rollout.begin(text, blocks, seed, folder and folder.path)
             if folder:
                 folder.restore(rollout)
                 noted = folder.noted()
@@ -361,7 +363,8 @@ class Session:
         config = msgspec.structs.replace(
             self.config, policy=bounded(self.config.policy, self.manifest.config.policy, blocks)
         )
-        needed = sum(memory(config).values()) + archive_bytes(config, blocks)
+        archive = min(archive_bytes(config, blocks), IN_MEMORY)
+        needed = sum(memory(config).values()) + archive
         if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
             present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             if needed > present:

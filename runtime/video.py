@@ -44,11 +44,18 @@ class Video(Protocol):
         """Appends uint8 RGB frames [n, H, W, 3]; raises `OutputError` if the disk refuses."""
 
 
-def check_output(path: str | os.PathLike[str], frames: int, width: int, height: int) -> None:
+def check_output(
+    path: str | os.PathLike[str],
+    frames: int,
+    width: int,
+    height: int,
+    then: str = "free some space or choose another folder",
+) -> None:
     """Checks, before anything is computed, that a video of this size can be written here.
 
     Raises `OutputError` for an unknown suffix, a name the system refuses, a folder that is
-    missing or not writable, a target that is in the way, or a disk with too little room.
+    missing or not writable, a target that is in the way, or a disk with too little room, which
+    ends in `then`.
     """
     with refusals(path, "choose another name or folder"):
         kind, target = output_target(path)
@@ -78,8 +85,7 @@ def check_output(path: str | os.PathLike[str], frames: int, width: int, height: 
                 "choose another"
             ) from error
         needed = video_bytes(kind, frames, width, height)
-        then = "free some space or choose another folder"
-        require_room(target, folder, f"{frames} frames", needed, then)
+        require_room(target, folder, f"{frames} frames" if frames else "it", needed, then)
 
 
 def require_room(target: Path, folder: Path, what: str, needed: int, then: str) -> None:
@@ -127,7 +133,7 @@ def open_video(
     interrupt included, removes the partial file. Raises `OutputError` if the path cannot be
     written, at the start or on the way; it ends in `then`.
     """
-    check_output(path, 0, width, height)
+    check_output(path, 0, width, height, then)
     kind, target = output_target(path)
     filling = target.is_dir()  # an empty folder; it stays, for it may be somebody's current one
     partial = partial_path(target / "frames" if filling else target)

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -23,6 +24,7 @@ from packforcing.config import model_config
 from packforcing.embeddings import Embedding, load_embedding, pad_embedding, save_embedding
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
 from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.bundle import read_manifest, write_manifest
 from packforcing.runtime.session import check_request
 from packforcing.text import encode_words
 
@@ -143,9 +145,9 @@ def umt5_bundle(folder: Path) -> Path:
     """The demo model, as if it read UMT5's embeddings."""
     bundle = folder / "bundle"
     shutil.copytree(demo_bundle(), bundle)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["config"]["text_encoder"] = "umt5-xxl"
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(bundle)
+    config = msgspec.structs.replace(manifest.config, text_encoder="umt5-xxl")
+    write_manifest(bundle, msgspec.structs.replace(manifest, config=config))
     return bundle
 
 

@@ -6,22 +6,31 @@ it, H.264 with the file of an uninterrupted render.
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import av
 import cv2
+import msgspec
 import numpy as np
 import pytest
 
 from packforcing import Policy
-from packforcing.errors import RenderStopped
+from packforcing.errors import BackendError, CheckpointError, OutputError, RenderStopped
 from packforcing.prompts import Switch
-from packforcing.runtime import Session
+from packforcing.runtime import Session, buffers, checkpoint
+from packforcing.runtime.bundle import write_manifest
+from packforcing.runtime.device import view
 from tests.emulated import Cuda, on_gpu
 
 PROMPT, SEED = "a red star over navy stripes", 5
 SECONDS, EVERY = 15, 3.0  # a block lasts 1.5 s: 11 blocks, two between checkpoints
-TARGETS = ("a.mkv", "a.mp4", "frames/")
 
 
 @pytest.fixture(scope="module", params=["host", "gpu"])
@@ -33,15 +42,14 @@ def session(request, tiny_bundle):
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_bundle):
+def plain(tiny_bundle):
     with Session.open(tiny_bundle) as session:
         yield session
 
 
 @pytest.fixture(scope="module")
-def truth(tiny_bundle) -> np.ndarray:
-    with Session.open(tiny_bundle) as session:
-        return np.concatenate(list(session.stream(PROMPT, SECONDS, SEED)))
+def truth(plain) -> np.ndarray:
+    return np.concatenate(list(plain.stream(PROMPT, SECONDS, SEED)))
 
 
 def render(session, path, **changes):
@@ -118,3 +126,326 @@ def test_every_policy_and_prompt_schedule_resumes(tiny_bundle, tmp_path, policy)
     np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
     assert block == summary.blocks == 11
     assert [info.block for info in summary.prompts] == [0, 3, 6, 9]
+
+
+@pytest.fixture(scope="module")
+def stopped(plain, tmp_path_factory) -> Path:
+    """A folder with a.mkv.render of a render stopped after block 7, one after a checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(RenderStopped):
+        render(plain, folder / "a.mkv", on_block=stop_after(plain, 7))
+    return folder
+
+
+CHILD = """
+import sys
+from packforcing.runtime import Session
+with Session.open(sys.argv[1]) as session:
+    print("begins", flush=True)
+    session.render({!r}, {}, sys.argv[2], {}, resume=True, checkpoint_seconds={})
+"""
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.full)])
+def test_killed_at_random_moments_it_goes_on(plain, truth, tiny_bundle, tmp_path, kills):
+    """SIGKILL, again and again; what has its final name can be played at any time."""
+    began = time.perf_counter()
+    render(plain, tmp_path / "alone.mkv")
+    duration, moments = time.perf_counter() - began, random.Random(0)
+    code = CHILD.format(PROMPT, SECONDS, SEED, EVERY)
+    path, killed = tmp_path / "a.mkv", 0
+    while not path.exists():
+        command = [sys.executable, "-c", code, tiny_bundle, path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "begins\n"
+            try:
+                limit = None if killed == kills else moments.uniform(0, duration / 3)
+                assert process.wait(limit) == 0
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+        for segment in tmp_path.glob("*.render/segment-*"):
+            assert len(frames_of(segment))
+        if path.exists():
+            np.testing.assert_array_equal(frames_of(path), truth)
+            if killed < kills:
+                path.unlink()
+
+
+def flip(path: Path, other: Path, where: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[where.randrange(len(data))] ^= 1 << where.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path: Path, other: Path, where: random.Random) -> None:
+    os.truncate(path, where.randrange(path.stat().st_size))
+
+
+def swap(path: Path, other: Path, where: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def remove(path: Path, other: Path, where: random.Random) -> None:
+    path.unlink()
+
+
+def link(path: Path, other: Path, where: random.Random) -> None:
+    """The right bytes, from elsewhere."""
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGES = flip, truncate, swap, remove, link
+
+
+@pytest.mark.parametrize("cases", [40, pytest.param(500, marks=pytest.mark.full)])
+def test_a_damaged_checkpoint_is_refused_or_gives_the_right_video(
+    plain, truth, stopped, tmp_path, cases
+):
+    """Latents after the checkpoint are made again if theirs are damaged; nothing else can be."""
+    rng, refused = random.Random(1), 0
+    for case in range(cases):
+        folder = tmp_path / str(case)
+        shutil.copytree(stopped, folder)
+        files = sorted(p for p in (folder / "a.mkv.render").iterdir() if p.name != "lock")
+        path = files[case % len(files)]
+        other = rng.choice([file for file in files if file != path])
+        rng.choice(DAMAGES)(path, other, rng)
+        try:
+            render(plain, folder / "a.mkv", resume=True)
+        except CheckpointError as error:
+            refused += 1
+            assert str(folder) in str(error) and not (folder / "a.mkv").exists()
+        else:
+            assert path.name == "latents-000006.bin" or not path.exists()
+            np.testing.assert_array_equal(frames_of(folder / "a.mkv"), truth)
+        shutil.rmtree(folder)
+    assert refused > cases / 2
+
+
+def test_another_render_is_not_resumed(plain, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    before = sorted(path.name for path in (tmp_path / "a.mkv.render").iterdir())
+    with pytest.raises(OutputError, match=r"unfinished render.*resume it"):
+        render(plain, tmp_path / "a.mkv")
+    for change, said in (
+        ({"seed": 6}, "seed was 5, now 6"),
+        ({"prompt": "a white circle"}, "prompts was"),
+        ({"seconds": 14}, "frames was 120, now 112"),
+        ({"checkpoint_seconds": 6}, "interval was 2, now 4"),
+    ):
+        with pytest.raises(CheckpointError, match=f"is another one: .*{said}"):
+            render(plain, tmp_path / "a.mkv", resume=True, **change)
+    assert sorted(path.name for path in (tmp_path / "a.mkv.render").iterdir()) == before
+
+
+def test_a_render_of_another_release_is_not_resumed(plain, stopped, tmp_path, monkeypatch):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(checkpoint, "VERSION", 2)
+    with pytest.raises(CheckpointError, match="has version 1, this release reads 2"):
+        render(plain, tmp_path / "a.mkv", resume=True)
+
+
+def test_of_two_renders_into_one_file_the_second_is_refused(tiny_bundle, plain, tmp_path):
+    refusals = []
+
+    def second(info):
+        with (
+            Session.open(tiny_bundle) as other,
+            pytest.raises(OutputError, match="is being rendered by another") as caught,
+        ):
+            render(other, tmp_path / "a.mkv", resume=True)
+        refusals.append(caught)
+
+    render(plain, tmp_path / "a.mkv", seconds=1, on_block=second)
+    assert refusals and [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
+
+
+def test_a_bundle_replaced_during_a_render_changes_nothing_but_cannot_resume_it(
+    tiny_bundle, truth, tmp_path
+):
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+    def replace(info):
+        if info.index == 4 and not (tmp_path / "old").exists():
+            bundle.rename(tmp_path / "old")
+            shutil.copytree(tmp_path / "old", bundle)
+            write_manifest(bundle, msgspec.structs.replace(session.manifest, tools={}))
+
+    with Session.open(bundle) as session:
+        render(session, tmp_path / "a.mkv", on_block=replace)
+        with pytest.raises(RenderStopped):
+            render(session, tmp_path / "b.mkv", on_block=stop_after(session, 3))
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
+    with (
+        Session.open(bundle) as session,
+        pytest.raises(CheckpointError, match="another one: bundle was"),
+    ):
+        render(session, tmp_path / "b.mkv", resume=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no file size limit to hit")
+@pytest.mark.parametrize("limit", [9_000, 30_000, 60_000])
+def test_a_full_disk_keeps_what_is_done(plain, truth, tmp_path, limit):
+    """File size limits stand in for a full disk: the same path, another errno."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*too large.*\.render: resume it"):
+            render(plain, tmp_path / "a.mkv")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    render(plain, tmp_path / "a.mkv", resume=True)
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
+
+
+def test_a_disk_that_fills_up_is_noticed_before_it_is_full(plain, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+
+    def fill(info):
+        if info.index == 3:
+            left = usage._replace(free=2000)
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: left)
+
+    with pytest.raises(OutputError, match=r"may need 1 MB and .* left; what was done is in"):
+        render(plain, tmp_path / "a.mkv", on_block=fill)
+    monkeypatch.undo()
+    assert render(plain, tmp_path / "a.mkv", resume=True).frames_resumed == 21
+
+
+@pytest.mark.parametrize(
+    ("tensor", "call", "said"),
+    [
+        ("flow", 20, "block 3, step 4 of 4: the graph 'denoiser'"),
+        ("q_pool", 21, "block 3, its commit: the graph 'denoiser'"),
+        ("k_pool", 22, "block 3, its mid pass: the graph 'denoiser'"),
+        ("frames", 9, "block 3, its pixels: the graph 'vae_decoder'"),
+        ("v_new.1", 21, "block 3: its keys, values or decoder state"),
+    ],
+)
+def test_a_number_that_is_none_stops_the_render_by_name(
+    tiny_bundle, truth, tmp_path, tensor, call, said
+):
+    """Block 0 has 4 steps and a commit, later ones a mid pass besides; the first of two calls
+    that could have made it is named, and the render goes on once the cause is gone."""
+    with Session.open(tiny_bundle) as session:
+        name = "vae_decoder" if tensor == "frames" else "denoiser"
+        graph, calls = session._backend.graphs[name], []
+        bind = graph.bind
+
+        def bind_poisoned(arrays):
+            run = bind(arrays)
+
+            def poisoned():
+                run()
+                calls.append(tensor)
+                if len(calls) - 1 == call:
+                    view(arrays[tensor]).flat[0] = np.nan
+
+            return poisoned
+
+        graph.bind = bind_poisoned
+        with pytest.raises(BackendError, match=said):
+            render(session, tmp_path / "a.mkv")
+        assert not (tmp_path / "a.mkv").exists()
+    with Session.open(tiny_bundle) as session:
+        assert render(session, tmp_path / "a.mkv", resume=True).frames_resumed == 21
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
+
+
+def test_an_archive_beyond_memory_lies_in_a_file(session, truth, tmp_path, monkeypatch):
+    monkeypatch.setattr(buffers, "IN_MEMORY", 1000)
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
+    for _ in range(3):
+        np.testing.assert_array_equal(
+            np.concatenate(list(session.stream(PROMPT, SECONDS, SEED))), truth
+        )
+        with pytest.raises(RenderStopped):
+            render(session, tmp_path / "a.mkv", on_block=stop_after(session, 7))
+        assert isinstance(session._rollout.archive.key_values, np.memmap)
+        render(session, tmp_path / "a.mkv", resume=True)
+        np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
+    if descriptors.exists():
+        assert len(list(descriptors.iterdir())) <= before + 1  # the one that is mapped
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with pytest.raises(OutputError, match=r"the archive of this video takes .* refuses \(full\)"):
+        next(session.stream(PROMPT, SECONDS, SEED))
+
+
+def test_what_is_not_ours_stays(plain, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "a.mkv.render" / "notes.txt").touch()
+    render(plain, tmp_path / "a.mkv", resume=True)
+    assert [path.name for path in (tmp_path / "a.mkv.render").iterdir()] == ["notes.txt"]
+
+
+def test_leftovers_of_a_finished_render_are_no_render(plain, stopped, tmp_path, truth):
+    """Killed while it removed its folder: the record goes first."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "a.mkv.render" / "checkpoint.json").unlink()
+    render(plain, tmp_path / "a.mkv")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
+
+
+def test_what_is_in_the_way_of_the_folder_is_refused(plain, tmp_path):
+    (tmp_path / "a.mkv.render").touch()
+    (tmp_path / "b.mkv.render").symlink_to(tmp_path)
+    for name in ("a.mkv", "b.mkv"):
+        with pytest.raises(OutputError, match=r"\.render is in the way"):
+            render(plain, tmp_path / name)
+
+
+def test_a_pause_holds_between_two_blocks_until_another_thread_ends_it(plain, truth):
+    found, paused = [], threading.Event()
+
+    def pause(info):
+        if info.index == 2:
+            plain.pause()
+            paused.set()
+
+    def watch():
+        found.extend(plain.stream(PROMPT, SECONDS, SEED, on_block=pause))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    paused.wait()
+    with plain._lock:  # no block is in work
+        assert len(found) <= 3 and thread.is_alive()
+    plain.proceed()
+    thread.join()
+    np.testing.assert_array_equal(np.concatenate(found), truth)
+
+
+@pytest.mark.parametrize("end", [Session.stop, Session.close])
+def test_a_paused_video_can_be_ended(tiny_bundle, end):
+    session, errors = Session.open(tiny_bundle), []
+    paused = threading.Event()
+
+    def pause(info):
+        session.pause()
+        paused.set()
+
+    def watch():
+        try:
+            list(session.stream(PROMPT, SECONDS, on_block=pause))
+        except (RenderStopped, BackendError) as error:
+            errors.append(type(error))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    paused.wait()
+    end(session)
+    thread.join()
+    assert errors == [RenderStopped if end is Session.stop else BackendError]
+    session.close()
