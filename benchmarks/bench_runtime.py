@@ -1,11 +1,13 @@
 """Time per block: the runtime against the PyTorch reference, eager and compiled, side by side.
 
-    python -m benchmarks.bench_runtime [--json FILE] [--only demo|middle|long|import]
+    python -m benchmarks.bench_runtime [--json FILE] [--only NAME]
 
 All three generate the same video in turn, block by block, in one process on the same cores;
 blocks before every partition is full are not counted. The middle size is a transformer of dim
 768 with 12 layers and 390 tokens a frame, random weights. `long` renders 120 s of demo video and
-fits how time per block and resident memory grow.
+fits how time per block and resident memory grow. `checkpoints` renders as much and says which part
+of the time went into what makes a render resumable; both are wall time of one run, so it holds on
+a busy machine too.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -122,6 +126,42 @@ def long() -> dict:
     }
 
 
+def checkpoints() -> dict:
+    """120 s of demo video: time in checkpoints, latents, flushing to disk and joining segments."""
+    from packforcing.runtime import checkpoint, video
+
+    spent: dict[str, float] = {}
+
+    def timed(owner: object, name: str) -> object:
+        inner = getattr(owner, name)
+
+        def call(*args: object) -> object:
+            began, within = time.perf_counter(), sum(spent.values())
+            try:
+                return inner(*args)
+            finally:  # what is timed inside counts once
+                inside = sum(spent.values()) - within
+                spent[name] = spent.get(name, 0) + time.perf_counter() - began - inside
+
+        return mock.patch.object(owner, name, call)
+
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        session = stack.enter_context(Session.open(demo_bundle()))
+        for name in ("note", "save", "write", "check", "segments", "remove"):
+            stack.enter_context(timed(checkpoint.RenderFolder, name))
+        for name in ("join", "flush", "flush_folder"):
+            stack.enter_context(timed(video, name))
+        summary = session.render(PROMPT, 120, folder / "long.mp4")
+        every = checkpoint.interval(session.config, checkpoint.SECONDS)
+    return {
+        "checkpoints": (summary.blocks - 1) // every,
+        "percent_of_render_time": round(100 * sum(spent.values()) / summary.seconds_total, 2),
+        "seconds": {name: round(seconds, 3) for name, seconds in spent.items()},
+        "seconds_total": round(summary.seconds_total, 1),
+    }
+
+
 def _slope(values: list[float] | list[int]) -> float:
     """Growth per block by Theil and Sen: the median over pairs, deaf to a busy moment."""
     array, half = np.asarray(values, float), len(values) // 2
@@ -148,7 +188,13 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-BENCHES = {"import": imports, "demo": demo, "long": long, "middle": middle}
+BENCHES = {
+    "import": imports,
+    "demo": demo,
+    "long": long,
+    "checkpoints": checkpoints,
+    "middle": middle,
+}
 
 
 def main() -> None:
