@@ -25,6 +25,7 @@ from packforcing.errors import ConfigError, OutputError, PromptError
 from packforcing.evaluate import Evaluation, Segment, Values, evaluate
 from packforcing.report import save_page, whole_blocks
 from packforcing.runtime.bundle import MANIFEST, read_manifest
+from packforcing.runtime.checkpoint import discard
 from packforcing.runtime.plan import archive_bytes, make_plan, memory
 from packforcing.runtime.session import BlockInfo, Session, bounded, check_request
 from packforcing.runtime.video import check_output
@@ -194,6 +195,7 @@ def _render(
         tell(info.frames / info.frames_total / 2)
 
     video = job.stem.with_suffix(".mp4")
+    discard(video)  # of a comparison that was interrupted: every block is to be measured
     session.render(prompt.given, seconds, video, prompt.seed, on_block=on_block)
     # the detectors are of the demo model's world
     words = prompt.text if session.manifest.config.name == model_config("demo").name else None

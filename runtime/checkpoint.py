@@ -107,6 +107,25 @@ def render_folder(
     is at the end, but for one that has nothing in it; `RenderFolder.remove` is for success.
     Raises `OutputError` and `CheckpointError`.
     """
+    with _locked(path) as (folder, target):
+        render = _open(folder, target, config, dict(request), resume)
+        try:
+            render.check(frames, blocks)
+            yield render
+        finally:
+            if not (render.done.block or _is_file(render.latents)):
+                render.remove()
+
+
+def discard(path: str | os.PathLike[str]) -> None:
+    """Removes what an unfinished render of `path` left. Raises `OutputError` if it is going on."""
+    with _locked(path) as (folder, _):
+        _remove(folder)
+
+
+@contextmanager
+def _locked(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """The folder of a render, made if need be and locked, and the file or folder to be made."""
     from filelock import FileLock, Timeout
 
     _, target = output_target(path)
@@ -125,13 +144,7 @@ def render_folder(
                 f"hangs); {folder / LOCK} is locked"
             ) from error
     try:
-        render = _open(folder, target, config, dict(request), resume)
-        try:
-            render.check(frames, blocks)
-            yield render
-        finally:
-            if not (render.done.block or _is_file(render.latents)):
-                render.remove()
+        yield folder, target
     finally:
         lock.release()
 
@@ -342,14 +355,8 @@ class RenderFolder:
             rollout.device.write(array, state[name])
 
     def remove(self) -> None:
-        """Removes the folder, but for files that are not ours. First the record: what is left if
-        this is interrupted is no render."""
-        with suppress(OSError):
-            (self.path / RECORD).unlink(missing_ok=True)
-            for path in self.path.iterdir():
-                if _OURS.fullmatch(path.name) or path.name == LOCK:
-                    path.unlink()
-            self.path.rmdir()
+        """Removes the folder, but for files that are not ours."""
+        _remove(self.path)
 
     def _restore_archive(self, archive: Archive) -> None:
         row, arrays = 0, (archive.key_values, archive.pooled_keys)
@@ -403,6 +410,16 @@ class RenderFolder:
     def _digest(self, block: int, data: bytes) -> bytes:
         """Of a block's latents; those of another block or render have another."""
         return hashlib.sha256(self._key + block.to_bytes(8, "little") + data).digest()
+
+
+def _remove(folder: Path) -> None:
+    """First the record: what is left if this is interrupted is no render."""
+    with suppress(OSError):
+        (folder / RECORD).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name) or path.name == LOCK:
+                path.unlink()
+        folder.rmdir()
 
 
 def _read_record(folder: Path) -> Checkpoint | None:

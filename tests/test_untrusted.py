@@ -227,7 +227,7 @@ def test_any_request_is_one_or_is_refused(tmp_path, examples):
         for ask in (
             lambda: check_request(TINY, prompt, seconds, 0),
             lambda: check_request(TINY, "a red star", 1, seed),
-            lambda: check_request(TINY, np.full((2, TINY.text_dim), seconds, np.float32), 1, 0),
+            lambda: check_request(TINY, np.array([[seconds]]), 1, 0),
             lambda: check_request(TINY, read_schedule(schedule), 20, 0),
             lambda: check_request(TINY, load_embedding(embedding).text, 1, 0),
         ):
