@@ -1384,10 +1384,10 @@ def _stopping(session: Session) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the render after the block in work; a second one ends it at once."""
     import signal
 
-    received = []
+    received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
         received.append(number)
         session.stop()
 

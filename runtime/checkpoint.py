@@ -40,6 +40,7 @@ from packforcing.runtime.cache import Slot
 from packforcing.runtime.plan import archive_bytes, memory, token_bytes
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import (
+    Kind,
     flush,
     flush_folder,
     output_target,
@@ -309,7 +310,9 @@ class RenderFolder:
         for name in self.done.files:
             self._check(name)
         present = sum(record.bytes for record in self.done.files.values())
-        size = video_bytes(self._suffix[1:], frames, config.width, config.height)
+        # segments and what they are joined to; PNG files and lossless segments take about the same
+        kind: Kind = "mp4" if self._suffix == ".mp4" else "mkv"
+        size = video_bytes(kind, frames, config.width, config.height)
         needed = 2 * size + _checkpoint_bytes(config, blocks) - present
         then = "free some space or choose another folder"
         require_room(self._target, self.path, f"{frames} frames", needed, then)

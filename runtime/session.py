@@ -215,6 +215,7 @@ class Session:
         from packforcing.runtime.video import check_output, join, open_video, segment_suffix
 
         self._require_open()
+        self._stopped = False
         config = self.config
         timeline = check_request(config, prompt, seconds, seed)
         clip = None if start is None else self._check_start(start)
@@ -224,7 +225,6 @@ class Session:
         check_output(path, total, config.width, config.height)
         began, in_graphs, in_video = time.perf_counter(), self._graph_seconds(), 0.0
         every = interval(config, checkpoint_seconds)
-        self._stopped = False
         request = {
             "output": segment_suffix(path),
             "frames": str(total),
@@ -304,7 +304,7 @@ class Session:
             first, delivered = (folder.done.block, folder.done.frames) if folder else (0, 0)
             latest = max(block for block in switches if block < max(1, first))
             text = encode(switches[latest].prompt, self.config)
-            rollout.begin(text, blocks, seed, folder and folder.path)
+            rollout.begin(text, blocks, seed, folder.path if folder else None)
             if folder:
                 folder.restore(rollout)
                 noted = folder.noted()
@@ -447,7 +447,7 @@ def _digest_prompts(timeline: Timeline, config: Config) -> str:
 
 
 def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+    return hashlib.sha256(array.tobytes()).hexdigest()
 
 
 def _to_bytes(pixels: np.ndarray) -> np.ndarray:

@@ -211,9 +211,9 @@ def _copy_packets(segments: Sequence[Path], joined: Any, fps: int, earliest: int
                 raise OutputError(f"cannot join {segment} to those before: it is encoded otherwise")
             first = count
             for packet in container.demux(given):
-                if packet.dts is None:  # the demuxer's end
+                if packet.pts is None or packet.time_base is None:  # the demuxer's end
                     continue
-                packet.pts = first + round(packet.pts * given.time_base * fps)
+                packet.pts = first + round(packet.pts * packet.time_base * fps)
                 packet.dts, packet.duration = count - earliest, 1
                 packet.time_base, packet.stream = Fraction(1, fps), stream
                 joined.mux(packet)
