@@ -172,8 +172,9 @@ def _open(
     render = RenderFolder(
         folder, target, config, done or Checkpoint(version=VERSION, request=request)
     )
-    if not done:
-        with refusals(target, "nothing was rendered"):
+    with refusals(target, render.then):
+        render.sweep()
+        if not done:
             render.write()
     return render
 
@@ -294,8 +295,14 @@ class RenderFolder:
         flush(partial)
         partial.replace(self.path / RECORD)
         flush_folder(self.path)
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Removes what the last checkpoint has no use for, and a link where latents should be:
+        nothing is to be written through one."""
+        kept = {*self.done.files, RECORD, self.latents.name if _is_file(self.latents) else RECORD}
         for path in self.path.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in (*self.done.files, RECORD):
+            if _OURS.fullmatch(path.name) and path.name not in kept:
                 path.unlink()
 
     def check(self, frames: int, blocks: int) -> None:

@@ -456,3 +456,37 @@ def test_an_unfinished_render_can_be_discarded(plain, stopped, tmp_path):
     checkpoint.discard(tmp_path / "a.mkv")
     checkpoint.discard(tmp_path / "a.mkv")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", [0, 1000, -1])
+def test_damaged_latents_are_made_again(plain, truth, stopped, tmp_path, where):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (latents,) = tmp_path.glob("*/latents-*.bin")
+    data = bytearray(latents.read_bytes())
+    data[where] ^= 64
+    latents.write_bytes(data)
+    render(plain, tmp_path / "a.mkv", resume=True)
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
+
+
+def test_links_in_a_checkpoint_are_neither_read_nor_written_through(
+    plain, truth, stopped, tmp_path
+):
+    kept = [path.name for path in sorted(stopped.glob("*/*-000*")) if "latents" not in path.name]
+    for name in (*kept, "checkpoint.json"):
+        folder = Path(shutil.copytree(stopped, tmp_path / f"for {name}"))
+        link(folder / "a.mkv.render" / name, folder, random.Random())
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            render(plain, folder / "a.mkv", resume=True)
+    assert len(kept) == 8  # three segments, three parts of the archive, sink and state
+    folder, outside = Path(shutil.copytree(stopped, tmp_path / "new")), tmp_path / "outside"
+    outside.write_text("mine")
+    (folder / "a.mkv.render" / "latents-000006.bin").unlink()
+    for name in (
+        "latents-000006.bin", "state-000008.safetensors", "archive-000008.safetensors",
+        "latents-000008.bin", "checkpoint.json.partial", "segment-000006.mkv",
+    ):  # fmt: skip
+        (folder / "a.mkv.render" / name).symlink_to(outside)
+    render(plain, folder / "a.mkv", resume=True)
+    assert outside.read_text() == "mine"
+    np.testing.assert_array_equal(frames_of(folder / "a.mkv"), truth)
