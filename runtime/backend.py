@@ -81,9 +81,13 @@ def open_backend(
         engines = Engines(name, directory, config)
         device, close = engines.device, engines.close
     else:
-        # the plugin fixes its shapes when it loads; the others take a history as long as a video
-        sized = config if name == "onnxruntime-rtx" else manifest.config
-        device, provider = _provider(name, directory, sized)
+        if name == "onnxruntime-rtx" and config.context_tokens != manifest.config.context_tokens:
+            raise BackendError(  # others take a history as long as a video
+                f"{name} fixes its shapes when it loads, for the {manifest.config.context_tokens:,} "
+                f"tokens of context the bundle was exported for; this policy reads "
+                f"{config.context_tokens:,}: export a bundle with it (--policy)"
+            )
+        device, provider = _provider(name, directory, config)
         close = device.close
     try:
         check_files(directory, manifest)

@@ -250,8 +250,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise BundleError(f"{path} names {name!r}, which is not a file inside the bundle")
-    head, _, tail = text.rpartition(manifest.sha256.encode())
-    if hashlib.sha256(head + tail).hexdigest() != manifest.sha256:
+    head, _, tail = text.rpartition(f'"{manifest.sha256}"'.encode())
+    if hashlib.sha256(head + b'""' + tail).hexdigest() != manifest.sha256:
         raise BundleError(
             f"{path} is damaged: its SHA-256 differs; export or download the bundle again"
         )

@@ -7,12 +7,14 @@ what the graph with the length does, TensorRT-RTX takes it whole, and what a ses
 import sys
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from packforcing.config import policies
 from packforcing.errors import BackendError
 from packforcing.runtime.backend import Provider, open_backend, profile
 from packforcing.runtime.bundle import contract, graph_file, read_manifest
@@ -120,6 +122,34 @@ def test_weights_beside_a_graph_stay_there(tiny_bundle, tmp_path):
     assert len(graph) < (tmp_path / "denoiser.onnx.data").stat().st_size / 2
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     assert [tensor.name for tensor in session.get_inputs()] == [t.name for t in spec.inputs]
+
+
+def test_weights_outside_the_bundle_are_not_read(tiny_bundle, tmp_path):
+    model = onnx.load(tiny_bundle / graph_file("denoiser"))
+    (tmp_path / "bundle").mkdir()
+    path = tmp_path / "bundle" / "denoiser.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="inside", size_threshold=256)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside"
+    path.with_name("inside").rename(tmp_path / "outside")
+    path.write_bytes(model.SerializeToString())
+    provider, options = Provider(RTX, cuda_device(Cuda())), onnxruntime.SessionOptions()
+    spec = contract(read_manifest(tiny_bundle).config)["denoiser"]
+    with pytest.raises(Exception, match=r"external|directory|path"):
+        onnxruntime.InferenceSession(
+            provider.graph(options, path, spec), options, providers=["CPUExecutionProvider"]
+        )
+
+
+def test_a_policy_of_another_context_is_refused(tiny_half_bundle):
+    """The plugin's shapes are the bundle's; a session would bind smaller ones to a short video."""
+    manifest = read_manifest(tiny_half_bundle)
+    for name in ("sliding-window", "full-history"):
+        config = msgspec.structs.replace(manifest.config, policy=policies(manifest.config)[name])
+        with pytest.raises(BackendError, match=r"fixes its shapes .* this policy reads"):
+            open_backend("onnxruntime-rtx", tiny_half_bundle, manifest, config, 1)
 
 
 def test_a_graph_that_reads_no_length_is_refused(tiny_bundle):

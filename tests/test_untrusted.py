@@ -77,6 +77,16 @@ def test_a_change_of_meaning_in_a_manifest_is_refused(damaged):
         read_manifest(damaged)
 
 
+@pytest.mark.parametrize("seal", ["", "0" * 64, None])
+def test_a_manifest_without_its_own_checksum_is_damaged(damaged, seal):
+    manifest = json.loads((damaged / bundle.MANIFEST).read_text())
+    del manifest["sha256"]
+    manifest |= {} if seal is None else {"sha256": seal}
+    (damaged / bundle.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="its SHA-256 differs"):
+        read_manifest(damaged)
+
+
 @pytest.mark.parametrize("name", ["../prompt.onnx", "/etc/passwd", "..", "a/b", "a\0b", ""])
 def test_a_manifest_names_files_of_its_folder_alone(damaged, name):
     manifest = read_manifest(damaged)
