@@ -243,7 +243,7 @@ class RenderFolder:
         }
         tokens = _read_tokens(rollout, full[len(sink) :])
         arrays = {
-            "state": {"key_values": tokens, "recent": rollout.buffers.recent, **decoder},
+            "state": {"key_values": tokens, "recent": _recent(rollout), **decoder},
             "sink": {"key_values": _read_tokens(rollout, sink)},
         }
         known = before.block - before.scene if before.scene == rollout.scene else 0
@@ -293,6 +293,7 @@ class RenderFolder:
         partial = self.path / f"{RECORD}.partial"
         partial.write_bytes(msgspec.json.encode(sealed))
         flush(partial)
+        flush_folder(self.path)  # what it names comes before it
         partial.replace(self.path / RECORD)
         flush_folder(self.path)
         self.sweep()
@@ -341,7 +342,7 @@ class RenderFolder:
         sink = [slot for slot in slots if slot.block < policy.sink]
         recent = [slot for slot in slots if slot not in sink and not slot.compressed]
         decoder = {name: (a.shape, a.dtype) for name, a in rollout.decoder_state.items()}
-        tokens = rollout.buffers.recent
+        tokens = _recent(rollout)
         form = {"key_values": _tokens_form(rollout, recent), "recent": (tokens.shape, tokens.dtype)}
         state = self._load("state", {**form, **decoder})
         tokens[...] = state["recent"]
@@ -494,6 +495,11 @@ def _read_tokens(rollout: Rollout, slots: Sequence[Slot]) -> np.ndarray:
         for i, slot in enumerate(slots):
             found[layer, kind, :, i * size : (i + 1) * size] = tokens[:, slot.first :][:, :size]
     return found
+
+
+def _recent(rollout: Rollout) -> np.ndarray:
+    """Clean tokens of the recent blocks, but for rows that no block has written yet."""
+    return rollout.buffers.recent[: rollout.cache.committed]
 
 
 def _tokens_form(rollout: Rollout, slots: Sequence[Slot]) -> Form:

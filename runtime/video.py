@@ -457,7 +457,8 @@ def flush(path: Path) -> None:
     for file in path.iterdir() if path.is_dir() else (path,):
         with file.open("rb+") as stream:
             os.fsync(stream.fileno())
-    flush_folder(path if path.is_dir() else path.parent)
+    if path.is_dir():
+        flush_folder(path)
 
 
 def flush_folder(path: Path) -> None:
