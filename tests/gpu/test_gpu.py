@@ -101,7 +101,7 @@ def test_blocks_equal_the_cpu_given_the_same_history(sessions):
 
 
 def test_buffers_take_what_the_plan_says(session):
-    begin(session)
+    _run = begin(session)  # holds the buffers
     stated = memory(session.config)
     del stated["archive_per_block"]
     stated["inputs_outputs"] -= host_only(session.config)
