@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 
 from packforcing import Config, Policy
 from packforcing.config import Precision
+
+# A shell's background job ignores Ctrl-C, and so would the programs that tests start in one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = Config(
     name="tiny", height=64, width=96, fps=8, dim=48, heads=2, layers=2, ffn_dim=64, freq_dim=32,

@@ -477,7 +477,7 @@ def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_half_done(bundle
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130
-    assert said.strip() == "interrupted: finished files are kept, the unfinished one is gone"
+    assert said.strip() == "interrupted: no unfinished file has its final name"
     assert not psutil.wait_procs(children, timeout=60)[1]
     folder = bundle / "engines" / RTX
     assert {path.name for path in folder.iterdir()} - {"compressor.log"} == {
