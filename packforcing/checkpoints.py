@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -219,7 +218,9 @@ def parts(path: Path) -> list[Path]:
     try:
         shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
         found = [path.parent / shard for shard in shards]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{path} is not the index of a sharded checkpoint") from error
     if missing := [shard.name for shard in found if not shard.is_file()]:
         raise CheckpointError(f"{path} lists files that are not beside it: {', '.join(missing)}")
@@ -258,7 +259,10 @@ def wan_vae_names(tensors: Tensors) -> Tensors:
     """The tensors by the names that diffusers has for those of Wan's VAE; others keep theirs."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    renamed = convert_wan_vae_to_diffusers(tensors)
+    try:
+        renamed = convert_wan_vae_to_diffusers(tensors)
+    except (ValueError, IndexError):  # it expects numbers where another model's names have none
+        return tensors
     for name, stored in tensors.items():
         if stored not in renamed.values():
             raise CheckpointError(f"{stored.path} holds {name} twice, under two names")
@@ -308,17 +312,18 @@ def load_torch(path: Path) -> dict[str, dict[str, Tensor]]:
     """The entries of a torch checkpoint, mapped and not read; "" if it is not divided."""
     try:
         unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if unsafe:
-            raise CheckpointError(
-                f"{path} would run code when loaded ({', '.join(sorted(unsafe)[:3])}) and is "
-                "refused: ask for safetensors"
-            )
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        if not unsafe:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a damaged pickle calls torch's functions with whatever it holds
         reason = str(error).partition("\n")[0]
         raise CheckpointError(
             f"cannot read {path}, which is damaged or no torch checkpoint: {reason}"
         ) from error
+    if unsafe:
+        raise CheckpointError(
+            f"{path} would run code when loaded ({', '.join(sorted(unsafe)[:3])}) and is "
+            "refused: ask for safetensors"
+        )
     if not isinstance(content, Mapping):
         content = {}
     entries = {"": content, **content}
@@ -549,7 +554,7 @@ def write_folder(
             partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise OutputError(f"cannot write {directory}: {error}") from error
     return size
 

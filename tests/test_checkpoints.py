@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -743,6 +744,36 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(weights, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"R.",  # calls, with nothing to call
+        b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x02tR.",
+        b"ctorch._utils\n_rebuild_parameter\n(K\x01K\x02K\x03tR.",
+        b"ccollections\nOrderedDict\n(K\x01tR.",
+        b"ctorch\nSize\n(X\x01\x00\x00\x00atR.",
+        b"K\x01Q.",  # a storage whose name is a number
+        b"}(]K\x01u.",  # a list as a key
+    ],
+)
+def test_a_pickle_that_is_no_checkpoints_is_refused(pickled, tmp_path):
+    """Within what torch may call, with arguments that it does not take."""
+    whole, path = save(tmp_path / "whole.pt", {"a": torch.zeros(2)}), tmp_path / "odd.pt"
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as copy:
+        for name in source.namelist():
+            content = b"\x80\x02" + pickled if name.endswith("data.pkl") else source.read(name)
+            copy.writestr(name, content)
+    refused([path], tmp_path, "cannot read .*odd.pt, which is damaged or no torch checkpoint")
+
+
+def test_names_and_indices_of_no_model_are_refused(tmp_path):
+    save_file({"decoder.upsamples.foo.x": torch.zeros(1)}, tmp_path / "odd.safetensors")
+    refused([tmp_path / "odd.safetensors"], tmp_path, "none of what is read here.*upsamples.foo")
+    index = tmp_path / "deep.safetensors.index.json"
+    index.write_text("[" * 100_000)
+    refused([index], tmp_path, "is not the index of a sharded checkpoint")
+
+
 @pytest.mark.parametrize(("kind", "layout"), CASES, ids=[layout.__name__ for _, layout in CASES])
 def test_every_damage_to_every_layout_is_refused_by_name(kind, layout, tmp_path, monkeypatch):
     """With two layers, as two have every kind of tensor."""
@@ -835,6 +866,8 @@ def test_a_folder_with_something_in_it_is_left_alone(weights, tmp_path):
     (tmp_path / "model").mkdir()
     import_checkpoint([path], tmp_path / "model")
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+    with pytest.raises(OutputError, match="null"):
+        import_checkpoint([path], f"{tmp_path}/a\0b")
     with pytest.raises(OutputError, match="choose a new or an empty folder"):
         import_checkpoint([path], tmp_path / "model")
     assert {entry.name for entry in tmp_path.iterdir()} == {"self_forcing_dmd.pt", "model"}
