@@ -150,8 +150,9 @@ def import_checkpoint(
     how many tensors are written, of how many.
 
     Number formats stay as they are. Raises `CheckpointError`, before anything is written, for
-    what is missing, damaged, unsafe, of another model or not what `fetch` recorded, and
-    `OutputError` when the folder cannot be written.
+    what is missing, damaged, unsafe, of another model or not what `fetch` recorded, and, with
+    nothing left behind, for a LoRA that makes a weight overflow; `OutputError` when the folder
+    cannot be written.
     """
     if kind is not None:
         published(kind)
@@ -463,6 +464,11 @@ def check(config: Config, kind: str, tensors: Tensors, files: str) -> None:
         wanted |= {name: found.get(name, ()) for name in PACK}
     if problems := mismatch(found, wanted):
         raise CheckpointError(f"{files} does not hold the weights of {kind} {problems}")
+    check_formats(tensors)
+
+
+def check_formats(tensors: Tensors) -> None:
+    """Raises `CheckpointError` unless all of these are in number formats read here."""
     for stored in tensors.values():
         if stored.dtype not in BYTES:
             raise CheckpointError(
@@ -492,6 +498,7 @@ def additions(path: Path, lora: Tensors, tensors: Tensors, alpha: float | None) 
     found = {name: stored.shape for name, stored in pieces.items()}
     if problems := mismatch(found, wanted):
         raise CheckpointError(f"the LoRA {path} does not fit the model {problems}")
+    check_formats({name: stored for name, stored in pieces.items() if not name.endswith(".alpha")})
     read = reader(path)
     added = {}
     for module in {name.removesuffix(".A") for name in wanted if name.endswith(".A")}:
@@ -499,6 +506,8 @@ def additions(path: Path, lora: Tensors, tensors: Tensors, alpha: float | None) 
         own = pieces.get(f"{module}.alpha")
         scaled = read(own).item() if own else alpha
         scale = 1.0 if scaled is None else scaled / down.shape[0]
+        if not math.isfinite(scale):
+            raise CheckpointError(f"the alpha of {module} in the LoRA {path} is {scaled}")
         added[f"transformer.{module}.weight"] = Lora(up, down, scale)
     return added
 
@@ -593,14 +602,23 @@ def write_weights(
                 tensor = read(stored)
                 for lora in loras:
                     if one := lora.get(name):
-                        tensor = merge(tensor, one, read_lora[one.up.path])
+                        tensor = merge(name, tensor, one, read_lora[one.up.path])
                 out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 done += 1
                 if on_tensor:
                     on_tensor(done, len(order))
 
 
-def merge(weight: Tensor, lora: Lora, read: Callable[[Stored], Tensor]) -> Tensor:
-    """The weight with a LoRA in it, W + scale B A: added up in float32, in the weight's format."""
+def merge(name: str, weight: Tensor, lora: Lora, read: Callable[[Stored], Tensor]) -> Tensor:
+    """The weight with a LoRA in it, W + scale B A: added up in float32, in the weight's format.
+
+    Raises `CheckpointError` for a value that is not finite in it.
+    """
     added = lora.scale * (read(lora.up).float() @ read(lora.down).float())
-    return (weight.float() + added).to(weight.dtype)
+    merged = (weight.float() + added).to(weight.dtype)
+    if not merged.isfinite().all():
+        raise CheckpointError(
+            f"with the LoRA {lora.up.path} at scale {lora.scale:g}, {name} holds values that are "
+            f"not finite in {DTYPES[weight.dtype]}: choose a smaller --lora-alpha, or other files"
+        )
+    return merged

@@ -293,11 +293,12 @@ def _get(offer: Offer, path: str, file: Offered, target: Path, bar: Callable[...
     finally:
         if not partial.stat().st_size:
             partial.unlink()
-    if not _matches(partial, file.checksum):
+    whole = partial.stat().st_size == file.bytes
+    if not whole or not _matches(partial, file.checksum):
         partial.unlink()
         raise FetchError(
-            f"{path} of {offer.source} came with a wrong checksum and is not kept: run the same "
-            "command again"
+            f"{path} of {offer.source} came with a wrong {'checksum' if whole else 'size'} and is "
+            "not kept: run the same command again"
         )
     partial.replace(target)
 

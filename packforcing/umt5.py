@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from packforcing.checkpoints import Stored, contents, parts, reader
+from packforcing.checkpoints import Stored, check_formats, contents, parts, reader
 from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
 from packforcing.model import mismatch
@@ -212,6 +212,7 @@ def _model(encoder: Encoder, weights: Weights) -> UMT5EncoderModel:
     found = {name: stored.shape for name, stored in tensors.items()}
     if problems := mismatch(found, wanted):
         raise CheckpointError(f"the weights in {encoder.folder} are not its encoder's {problems}")
+    check_formats(tensors)
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     rounded = {f"{name}.weight" for name in linear} if weights == "int8" else set()

@@ -689,6 +689,40 @@ def test_a_lora_that_does_not_fit_is_refused_by_name(weights, tmp_path):
         assert part in str(caught.value)
 
 
+def one_lora(path, down, up, **more) -> Path:
+    """On one of the weights [24, 24], of rank 1."""
+    names = {"lora_A.weight": down, "lora_B.weight": up, **more}
+    save_file({f"blocks.7.self_attn.q.{name}": tensor for name, tensor in names.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_a_lora_in_a_format_that_cannot_be_merged_is_refused(dtype, weights, tmp_path):
+    adapter = torch.ones(1, 24).to(dtype), torch.ones(24, 1).to(dtype)
+    files = [*self_forcing(tmp_path, weights), one_lora(tmp_path / "lora.safetensors", *adapter)]
+    refused(files, tmp_path, "lora.safetensors holds .* and F32, F16, BF16 can be read")
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_not_finite_is_refused(alpha, weights, tmp_path):
+    adapter, path = (torch.ones(1, 24), torch.ones(24, 1)), tmp_path / "lora.safetensors"
+    files = [*self_forcing(tmp_path, weights), one_lora(path, *adapter)]
+    refused(files, tmp_path, f"alpha of blocks.7.self_attn.q in .* is {alpha}", lora_alpha=alpha)
+    one_lora(path, *adapter, alpha=torch.tensor(alpha))
+    refused(files, tmp_path, f"alpha of blocks.7.self_attn.q in .* is {alpha}")
+
+
+def test_a_lora_that_overflows_the_weights_format_is_refused(weights, tmp_path):
+    """float16 ends at 65504."""
+    halves = {name: tensor.half() for name, tensor in weights.items()}
+    adapter = one_lora(tmp_path / "lora.safetensors", torch.ones(1, 24), torch.ones(24, 1))
+    files = [*self_forcing(tmp_path, halves), adapter]
+    refused(files, tmp_path, "transformer.blocks.7.self_attn.q.weight holds .* finite in F16",
+            lora_alpha=65600.0)  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in files}
+    import_checkpoint(files, tmp_path / "model", lora_alpha=65000.0)
+
+
 # What is refused
 
 

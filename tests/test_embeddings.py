@@ -523,6 +523,11 @@ def test_damaged_encoders_are_refused(umt5, tmp_path):
     save_file(lacking, weights, {"format": "pt"})
     refused(r"not its encoder's \(8 missing\): missing encoder.block.0.layer.1")
     save_file(tensors, weights, {"format": "pt"})
+    for dtype, name in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
+        cast = {name: t.to(dtype) if t.ndim == 2 else t for name, t in tensors.items()}
+        save_file(cast, weights, {"format": "pt"})
+        refused(f"model.safetensors holds .* as {name}, and F32, F16, BF16 can be read")
+    save_file(tensors, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-1])
     refused("cannot read .*model.safetensors, which is damaged")
     weights.rename(umt5 / "model.bin")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tqdm import tqdm
 
 pytest.importorskip("huggingface_hub")
 
@@ -25,7 +26,7 @@ from huggingface_hub import constants, file_download, try_to_load_from_cache
 
 from packforcing import fetch as fetching
 from packforcing.cli import main
-from packforcing.errors import CheckpointError
+from packforcing.errors import CheckpointError, FetchError
 from packforcing.models import PARTS, PUBLISHED, Published
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -368,6 +369,19 @@ def test_a_folder_of_the_same_layout_serves_as_well(hub, folder, tmp_path):
     (tmp_path / "stick" / SMALL).unlink()
     assert_refused(run("fetch", "model", "--from", "stick"), f"lacks {SMALL}", "laid out")
     assert hub.asked == []
+
+
+def test_a_file_without_a_checksum_has_the_size_that_was_offered(folder, tmp_path):
+    """A copy that is cut after it was looked up."""
+    stick = tmp_path / "stick"
+    [path] = PARTS["taew2_1"].files
+    stick.mkdir()
+    (stick / path).write_bytes(CONTENT[LARGE])
+    offer = fetching.look_up("taew2_1", folder, stick)
+    (stick / path).write_bytes(CONTENT[LARGE][:400])
+    with pytest.raises(FetchError, match=f"{path} .* came with a wrong size and is not kept"):
+        fetching.fetch(offer, folder, tqdm)
+    assert not files(folder)
 
 
 def test_no_network_is_said_and_what_is_here_is_taken(hub, folder, monkeypatch):
