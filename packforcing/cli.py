@@ -1209,6 +1209,10 @@ def _encode(
     prompts: list[str], encoder: str, *, int8: bool = False, quiet: bool
 ) -> list[Embedding]:
     """Prompts' embeddings by UMT5, or from the user's cache."""
+    from functools import partial
+
+    from tqdm import tqdm
+
     from packforcing.embeddings import user_cache
 
     try:
@@ -1223,7 +1227,8 @@ def _encode(
         ) from error
     logging.set_verbosity_error()
     _say("encoding ...", quiet)
-    return encode_umt5(prompts, encoder, "int8" if int8 else "bf16", user_cache())
+    bar = partial(tqdm, disable=quiet or None, leave=False)
+    return encode_umt5(prompts, encoder, "int8" if int8 else "bf16", user_cache(), bar)
 
 
 def _tokens(config: Config) -> dict[str, int]:

@@ -111,8 +111,9 @@ def save_embedding(path: str | os.PathLike[str], embedding: Embedding) -> None:
         partial.write_bytes(save({"text": text}, said))
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:  # Ctrl-C as well
+        partial.unlink(missing_ok=True)
 
 
 def cache_file(folder: Path, prompt: str, encoder: str, encoder_sha256: str, text_len: int) -> Path:

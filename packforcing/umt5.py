@@ -11,12 +11,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import ftfy
 import numpy as np
@@ -24,11 +24,13 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from packforcing.checkpoints import Stored, check_formats, contents, parts, reader
 from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
+from packforcing.fetch import PIECE
 from packforcing.model import mismatch
 
 LONGEST = 512  # tokens, Wan's
@@ -72,14 +74,15 @@ def encode_umt5(
     folder: str | os.PathLike[str],
     weights: Weights = "bf16",
     cache: Path | None = None,
+    bar: Callable[..., Any] = tqdm,
 ) -> list[Embedding]:
     """The encoder's last hidden states of prompts, one row per token with the final </s>.
 
     folder: UMT5 as transformers saves it with its tokenizer, the folder of a diffusers Wan, which
     has both in `text_encoder` and `tokenizer`, or of Wan's own files. weights: how they are kept;
     int8 ones are rounded to 127 steps per output, and computed with in bfloat16. cache: a folder
-    of embeddings made before, by the encoder's hash and the prompt; one that cannot be read or
-    written costs time alone.
+    of embeddings made before, by the encoder's hash and the prompt; one that is damaged or cannot
+    be written costs time alone. bar: makes a tqdm for hashing the files, in bytes.
 
     Raises `PromptError` for an empty prompt or one of more than 512 tokens, `CheckpointError` for
     a folder of another layout or damaged files, `ConfigError` if memory does not hold the weights.
@@ -93,14 +96,14 @@ def encode_umt5(
     if (longest := max(tokens.shape[1] for tokens in ids.values())) > LONGEST:
         raise PromptError(f"the prompt has {longest} tokens, at most {LONGEST} are read")
     made_by = "umt5" if weights == "bf16" else f"umt5-{weights}"
-    sha256 = _sha256([*encoder.weights, *encoder.settings])
+    sha256 = _sha256([*encoder.weights, *encoder.settings], bar)
     files = {
         prompt: cache and cache_file(cache, prompt, made_by, sha256, LONGEST) for prompt in ids
     }
     done: dict[str, Embedding] = {}
     for prompt, file in files.items():
         with suppress(PromptError):
-            if file and (known := load_embedding(file)).prompt == prompt:
+            if file and _is(known := load_embedding(file), prompt, made_by, sha256, ids[prompt]):
                 done[prompt] = known
     if missing := [prompt for prompt in ids if prompt not in done]:
         model = _model(encoder, weights)
@@ -113,6 +116,15 @@ def encode_umt5(
                     file.parent.mkdir(parents=True, exist_ok=True)
                     save_embedding(file, done[prompt])
     return [done[prompt] for prompt in cleaned]
+
+
+def _is(known: Embedding, prompt: str, made_by: str, sha256: str, ids: Tensor) -> bool:
+    """Whether an embedding says that it is this one, and can be."""
+    return (
+        (known.prompt, known.encoder, known.encoder_sha256) == (prompt, made_by, sha256)
+        and known.text.shape[:-1] == ids.shape[1:]
+        and bool(np.isfinite(known.text).all())
+    )
 
 
 def _encode(model: UMT5EncoderModel, ids: Tensor) -> np.ndarray:
@@ -186,12 +198,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"cannot read a tokenizer from {folder}: {error}") from error
 
 
-def _sha256(files: list[Path]) -> str:
+def _sha256(files: list[Path], bar: Callable[..., Any]) -> str:
     """One hash of several files, whose names and order count."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    digest, size = hashlib.sha256(), sum(path.stat().st_size for path in files)
+    with bar(total=size, desc="which encoder", unit="B", unit_scale=True) as progress:
+        for path in files:
+            one = hashlib.sha256()
+            with path.open("rb") as file:
+                while piece := file.read(PIECE):
+                    one.update(piece)
+                    progress.update(len(piece))
+            digest.update(path.name.encode() + one.digest())
     return digest.hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from packforcing import Config
 from packforcing.cli import main
@@ -87,6 +90,18 @@ def test_a_file_that_holds_no_embedding_is_refused(tmp_path):
     path.write_bytes(b"\x80\x04}." * 9)  # a pickle, say
     with pytest.raises(PromptError, match="cannot read an embedding"):
         load_embedding(path)
+
+
+def test_an_interrupt_leaves_no_embedding(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_embedding(
+            tmp_path / "a.safetensors", Embedding(np.ones((1, 2), np.float32), "", "", "")
+        )
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["a.bin", "missing/a.safetensors", "taken.safetensors"])
@@ -461,6 +476,39 @@ def test_a_prompt_is_encoded_once_by_each_encoder(umt5, tmp_path, monkeypatch):
     assert len(loaded) == 5
     assert len(module.encode_umt5(["a fox", "a cat", "a fox"], umt5, "bf16", cache)) == 3
     assert len(loaded) == 6
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"text": np.full((4, 24), np.nan, np.float32)},
+        {"text": np.zeros((0, 24), np.float32)},
+        {"text": np.ones((5, 24), np.float32)},  # of four tokens
+        {"text": np.ones(4, np.float32)},
+        {"encoder_sha256": "ab" * 32},
+        {"encoder": "umt5-int8"},
+    ],
+    ids=repr,
+)
+def test_a_kept_embedding_that_cannot_be_this_prompts_is_made_again(umt5, tmp_path, damage):
+    made = encode("a fox", umt5, cache=tmp_path / "cache")
+    [file] = (tmp_path / "cache").iterdir()
+    save_embedding(file, replace(made, **damage))
+    again = encode("a fox", umt5, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(again.text, made.text)
+    np.testing.assert_array_equal(load_embedding(file).text, made.text)
+
+
+def test_hashing_the_encoder_shows_its_progress(umt5):
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(file=io.StringIO(), **options))
+        return bars[-1]
+
+    encode("a fox", umt5, bar=bar)
+    names = "model.safetensors", "config.json", "tokenizer.json"
+    assert bars[0].n == bars[0].total >= sum((umt5 / name).stat().st_size for name in names)
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(umt5, tmp_path):
