@@ -3,7 +3,7 @@
 A weight [inputs, outputs] becomes int8 or int4 with a scale per output channel [outputs] or per
 block [inputs / block, outputs]; the node's output is what the MatMul had before. No weight is read
 before its matrix is at work, and the whole numbers are made while they are written, so memory stays
-small whatever the size of the model.
+small whatever the size of the model. In int4 each feed-forward layer becomes a sum of two: `halve`.
 
 A cache in int8 has fixed scales per layer, head and channel; the two channels of a RoPE pair of a
 key share one. New keys and values are divided by them, rounded and handed out; those of the
@@ -18,11 +18,12 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from packforcing.calibration.recipes import CACHE, WEIGHTS, Recipe, quantised_layers
 from packforcing.calibration.statistics import MIDDLES, Statistics, statistics_for
@@ -31,7 +32,7 @@ from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export.bundle import complete, save, writing
 from packforcing.export.lint import lint
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
-from packforcing.runtime.estimate import layer_matrices, weight_block
+from packforcing.runtime.estimate import INT4_BLOCK, layer_matrices, weight_block
 
 T = TypeVar("T")
 DENOISER = graph_file("denoiser")
@@ -99,6 +100,8 @@ def quantize_bundle(
                 shutil.copyfile(source / name, folder / name)
         model = ir.load(source / DENOISER)
         found = matrices(model.graph, config) if weights else {}
+        if weights == "int4":
+            found = halve(found)
         snr = {}
         for number, (name, product) in enumerate(found.items()):
             try:
@@ -110,6 +113,7 @@ def quantize_bundle(
         for kind, by_layer in steps.items():
             for layer, step in enumerate(by_layer):
                 quantize_cache(model.graph, f"{kind}_new.{layer}", f"{kind}_ctx.{layer}", step)
+        common.RemoveUnusedNodesPass()(model)  # what was read before, casts of it included
         lint("denoiser", model, contract(config)["denoiser"])
         save(model, folder / DENOISER)
         complete(folder, config, manifest.tools)
@@ -161,11 +165,72 @@ def known(value: T | None) -> T:
     return value
 
 
+def halve(products: dict[str, ir.Node]) -> dict[str, ir.Node]:
+    """Makes each feed-forward layer a sum of two; returns the products that there are then.
+
+    gelu(x A + a) B is gelu(x A1 + a1) B1 + gelu(x A2 + a2) B2, where A1 and A2 are columns of A,
+    B1 and B2 rows of B: exact but for the order of the sum, and int4 numbers stay the same, since B
+    is cut between two blocks. A whole A is written out in fp16, into scratch, by TensorRT-RTX 1.7.
+    What is not at least two blocks wide stays whole.
+    """
+    found = dict(products)
+    for name, second in products.items():
+        inner, outputs = known(known(second.inputs[1]).shape).numpy()
+        cut = -(-inner // 2 // INT4_BLOCK) * INT4_BLOCK
+        whole_blocks = weight_block("int4", inner, outputs) == INT4_BLOCK
+        if not (name.endswith("ffn.2") and whole_blocks and cut < inner):
+            continue
+        widens = name.replace("ffn.2", "ffn.0")
+        first, graph, whole = products[widens], known(second.graph), second.outputs[0]
+        gelu = known(known(second.inputs[0]).producer())
+        add = known(known(gelu.inputs[0]).producer())
+        del found[widens], found[name]
+        halves = []
+        for half, part in enumerate((slice(cut), slice(cut, None))):
+            last, columns = known(first.inputs[0]), (slice(None), part)
+            for old, where in ((first, columns), (add, part), (gelu, part), (second, part)):
+                new = ir.node(
+                    old.op_type,
+                    [
+                        last if constant is None else initializer(
+                            graph,
+                            f"{known(given).name}.half{half}",
+                            cut_out(constant, where, known(last.dtype)),
+                        )
+                        for given in old.inputs
+                        for constant in [stored(known(given)).const_value]
+                    ],
+                    dict(old.attributes),
+                )  # fmt: skip
+                last = new.outputs[0]
+                last.name = f"{old.outputs[0].name}.half{half}"
+                last.dtype = known(old.outputs[0].dtype)
+                graph.insert_before(second, new)
+                if old in (first, second):
+                    found[f"{widens if old is first else name}.half{half}"] = new
+            halves.append(last)
+        total = ir.node("Add", halves)
+        graph.insert_before(second, total)
+        (value,) = total.outputs
+        value.name, value.shape, value.dtype = f"{whole.name}.sum", whole.shape, known(whole.dtype)
+        whole.replace_all_uses_with(value)
+    return found
+
+
+def cut_out(tensor: ir.TensorProtocol, where: Any, dtype: ir.DataType) -> ir.LazyTensor:
+    """Part of a constant, in another precision, read when it is needed."""
+
+    def part() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy()[where]).astype(dtype.numpy()))
+
+    shape = np.broadcast_to(np.empty(()), tensor.shape.numpy())[where].shape
+    return ir.LazyTensor(part, dtype, ir.Shape(shape))
+
+
 def quantize_product(product: ir.Node, name: str, kind: str) -> float:
     """Quantises the matrix of a MatMul in its graph; returns the signal-to-noise ratio in dB."""
     graph, weight, recipe = known(product.graph), known(product.inputs[1]), WEIGHTS[kind]
-    source = stored(weight)
-    tensor = known(source.const_value)
+    tensor = known(stored(weight).const_value)
     inputs, outputs = shape = tensor.shape.numpy()
     block = weight_block(kind, inputs, outputs)
     matrix = tensor.numpy().astype(np.float32)
@@ -192,10 +257,6 @@ def quantize_product(product: ir.Node, name: str, kind: str) -> float:
     value.name, value.shape, value.dtype = f"{name}.read", weight.shape, known(weight.dtype)
     graph.insert_before(product, read)
     product.replace_input_with(1, value)
-    if source is not weight and not weight.uses():
-        graph.remove(known(weight.producer()), safe=True)
-    if not source.uses():
-        del graph.initializers[known(source.name)]
     return snr
 
 
