@@ -83,9 +83,6 @@ PARTS: dict[str, Published] = {
         (
             "models_t5_umt5-xxl-enc-bf16.pth",
             "google/umt5-xxl/tokenizer.json",
-            "google/umt5-xxl/tokenizer_config.json",
-            "google/umt5-xxl/special_tokens_map.json",
-            "google/umt5-xxl/spiece.model",
         ),
         "",
         "Apache-2.0",

@@ -23,9 +23,10 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from packforcing.checkpoints import Stored, check_formats, contents, parts, reader
 from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
@@ -40,6 +41,7 @@ EMBEDDING = "shared.weight"
 
 # Wan's own file: its layout beside its tokenizer's folder, and its names to transformers'
 WAN_FILE, WAN_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
+TOKENIZER = "tokenizer.json"
 WAN_NAMES = [
     (re.compile(pattern), name)
     for pattern, name in (
@@ -65,8 +67,8 @@ class Encoder:
 
     folder: Path
     weights: list[Path]
+    config: list[Path]  # none for Wan's own weights
     tokenizer: Path
-    settings: list[Path]  # what decides about an embedding beside the weights
 
 
 def encode_umt5(
@@ -92,11 +94,13 @@ def encode_umt5(
         raise PromptError("the prompt is empty: say what to show")
     encoder = _find(Path(folder))
     tokenizer = _tokenizer(encoder.tokenizer)
-    ids = {prompt: tokenizer(prompt, return_tensors="pt").input_ids for prompt in cleaned}
-    if (longest := max(tokens.shape[1] for tokens in ids.values())) > LONGEST:
+    ids = {prompt: tokenizer.encode(prompt).ids for prompt in cleaned}
+    if not all(ids.values()):
+        raise CheckpointError(f"{encoder.tokenizer} makes no token of a prompt: take another")
+    if (longest := max(map(len, ids.values()))) > LONGEST:
         raise PromptError(f"the prompt has {longest} tokens, at most {LONGEST} are read")
     made_by = "umt5" if weights == "bf16" else f"umt5-{weights}"
-    sha256 = _sha256([*encoder.weights, *encoder.settings], bar)
+    sha256 = _sha256([*encoder.weights, *encoder.config, encoder.tokenizer], bar)
     files = {
         prompt: cache and cache_file(cache, prompt, made_by, sha256, LONGEST) for prompt in ids
     }
@@ -106,7 +110,7 @@ def encode_umt5(
             if file and _is(known := load_embedding(file), prompt, made_by, sha256, ids[prompt]):
                 done[prompt] = known
     if missing := [prompt for prompt in ids if prompt not in done]:
-        model = _model(encoder, weights)
+        model = _model(encoder, weights, max(token for prompt in missing for token in ids[prompt]))
         for prompt in missing:
             done[prompt] = Embedding(_encode(model, ids[prompt]), prompt, made_by, sha256)
             if not np.isfinite(done[prompt].text).all():
@@ -118,20 +122,20 @@ def encode_umt5(
     return [done[prompt] for prompt in cleaned]
 
 
-def _is(known: Embedding, prompt: str, made_by: str, sha256: str, ids: Tensor) -> bool:
+def _is(known: Embedding, prompt: str, made_by: str, sha256: str, ids: list[int]) -> bool:
     """Whether an embedding says that it is this one, and can be."""
     return (
         (known.prompt, known.encoder, known.encoder_sha256) == (prompt, made_by, sha256)
-        and known.text.shape[:-1] == ids.shape[1:]
+        and known.text.shape[:-1] == (len(ids),)
         and bool(np.isfinite(known.text).all())
     )
 
 
-def _encode(model: UMT5EncoderModel, ids: Tensor) -> np.ndarray:
+def _encode(model: UMT5EncoderModel, ids: list[int]) -> np.ndarray:
     """Padding is masked inside UMT5 and its rows are zeroed after it: encoding the tokens alone is
     the same and takes a fraction of the time."""
     with torch.inference_mode():
-        return model(input_ids=ids).last_hidden_state[0].float().numpy()
+        return model(input_ids=torch.tensor([ids])).last_hidden_state[0].float().numpy()
 
 
 def clean(prompt: str) -> str:
@@ -167,8 +171,7 @@ class Int8Linear(nn.Module):
 
 def _find(folder: Path) -> Encoder:
     if (folder / WAN_FILE).is_file():
-        tokens = folder / WAN_TOKENIZER
-        return Encoder(folder, [folder / WAN_FILE], tokens, _settings(tokens))
+        return Encoder(folder, [folder / WAN_FILE], [], folder / WAN_TOKENIZER / TOKENIZER)
     inside = folder / "text_encoder", folder / "tokenizer"
     place, tokens = inside if inside[0].is_dir() else (folder, folder)
     try:
@@ -183,19 +186,18 @@ def _find(folder: Path) -> Encoder:
         raise CheckpointError(f"{place} holds a model of kind '{kind}', not umt5")
     whole = place / "model.safetensors"
     weights = [whole] if whole.is_file() else parts(place)
-    return Encoder(place, weights, tokens, [place / "config.json", *_settings(tokens)])
+    return Encoder(place, weights, [place / "config.json"], tokens / TOKENIZER)
 
 
-def _settings(tokens: Path) -> list[Path]:
-    names = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json")
-    return [tokens / name for name in names if (tokens / name).is_file()]
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(path: Path) -> Tokenizer:
+    """As the file has it: transformers' classes would build some of its parts anew."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust library underneath raises bare ones
-        raise CheckpointError(f"cannot read a tokenizer from {folder}: {error}") from error
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare ones
+        raise CheckpointError(f"cannot read a tokenizer from {path}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _sha256(files: list[Path], bar: Callable[..., Any]) -> str:
@@ -215,21 +217,26 @@ def _sha256(files: list[Path], bar: Callable[..., Any]) -> str:
 # The model
 
 
-def _model(encoder: Encoder, weights: Weights) -> UMT5EncoderModel:
+def _model(encoder: Encoder, weights: Weights, last: int) -> UMT5EncoderModel:
+    """last: the highest token that it is to read."""
     tensors = {
         name: stored
         for path in encoder.weights
         for stored in contents(path)
         if not (name := _name(stored.name)).startswith(DECODERS)
     }
-    with torch.device("meta"):
-        model = UMT5EncoderModel(_config(encoder, tensors)).eval().requires_grad_(False)
+    model = _empty(encoder, tensors)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     del wanted[TIED]
     found = {name: stored.shape for name, stored in tensors.items()}
     if problems := mismatch(found, wanted):
         raise CheckpointError(f"the weights in {encoder.folder} are not its encoder's {problems}")
     check_formats(tensors)
+    if last >= wanted[EMBEDDING][0]:
+        raise CheckpointError(
+            f"{encoder.tokenizer} gives token {last}, and the encoder in {encoder.folder} reads "
+            f"{wanted[EMBEDDING][0]}: take both from one model"
+        )
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     rounded = {f"{name}.weight" for name in linear} if weights == "int8" else set()
@@ -261,28 +268,36 @@ def _name(name: str) -> str:
     return EMBEDDING if name == TIED else name
 
 
+def _empty(encoder: Encoder, tensors: dict[str, Stored]) -> UMT5EncoderModel:
+    """The model without its weights, tried on two tokens."""
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            model = UMT5EncoderModel(_config(encoder, tensors)).eval()
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    except Exception as error:  # transformers takes any setting, and fails over it in its own ways
+        raise CheckpointError(f"cannot read the encoder in {encoder.folder}: {error}") from error
+    return model
+
+
 def _config(encoder: Encoder, tensors: dict[str, Stored]) -> UMT5Config:
     """As the folder says; of Wan's own file, which comes without, from the tensors' shapes."""
-    try:
-        if encoder.weights[0].name != WAN_FILE:
-            return UMT5Config.from_pretrained(encoder.folder, local_files_only=True)
-        first = "encoder.block.0.layer"
-        (vocabulary, width), (buckets, heads) = (
-            tensors[name].shape
-            for name in (EMBEDDING, f"{first}.0.SelfAttention.relative_attention_bias.weight")
-        )
-        return UMT5Config(
-            vocab_size=vocabulary,
-            d_model=width,
-            d_kv=tensors[f"{first}.0.SelfAttention.q.weight"].shape[0] // heads,
-            d_ff=tensors[f"{first}.1.DenseReluDense.wi_0.weight"].shape[0],
-            num_layers=len({name.split(".")[2] for name in tensors if ".block." in name}),
-            num_heads=heads,
-            relative_attention_num_buckets=buckets,
-            feed_forward_proj="gated-gelu",
-        )
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"cannot read the encoder in {encoder.folder}: {error}") from error
+    if encoder.config:
+        return UMT5Config.from_pretrained(encoder.folder, local_files_only=True)
+    first = "encoder.block.0.layer"
+    (vocabulary, width), (buckets, heads) = (
+        tensors[name].shape
+        for name in (EMBEDDING, f"{first}.0.SelfAttention.relative_attention_bias.weight")
+    )
+    return UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=tensors[f"{first}.0.SelfAttention.q.weight"].shape[0] // heads,
+        d_ff=tensors[f"{first}.1.DenseReluDense.wi_0.weight"].shape[0],
+        num_layers=len({name.split(".")[2] for name in tensors if ".block." in name}),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
 
 
 def _check_memory(needed: int, weights: Weights) -> None:

@@ -592,6 +592,56 @@ def test_damaged_encoders_are_refused(umt5, tmp_path):
     refused("cannot read a tokenizer from")
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("d_ff", -5),
+        ("dense_act_fn", "nope"),
+        ("num_layers", "2"),
+        ("relative_attention_max_distance", 0),
+        ("relative_attention_num_buckets", 0),
+    ],
+)
+def test_a_setting_that_no_encoder_has_is_refused(umt5, setting, value):
+    config = umt5 / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {setting: value}))
+    with pytest.raises(CheckpointError, match="cannot read the encoder in"):
+        encode("a fox", umt5)
+
+
+def change_tokenizer(folder: Path, **parts) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+
+
+def test_the_tokenizer_is_the_file(umt5):
+    """What is built by its class's name, without the file's normalizer, is another one."""
+    settings = umt5 / "tokenizer_config.json"
+    named = json.loads(settings.read_text()) | {"tokenizer_class": "T5Tokenizer"}
+    settings.write_text(json.dumps(named))
+    before = encode("a fox", umt5)
+    change_tokenizer(umt5, normalizer={"type": "Lowercase"})
+    after = encode("A FOX", umt5)
+    np.testing.assert_array_equal(after.text, before.text)
+    assert after.encoder_sha256 != before.encoder_sha256
+
+
+def test_a_tokenizer_of_another_model_is_refused(umt5):
+    tensors, config = load_file(umt5 / "model.safetensors"), umt5 / "config.json"
+    words = len(tensors["shared.weight"]) - 1  # without the last, fox
+    tensors["shared.weight"] = tensors["shared.weight"][:words].clone()
+    tensors.pop("encoder.embed_tokens.weight", None)
+    save_file(tensors, umt5 / "model.safetensors", {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": words}))
+    assert len(encode("a dog", umt5).text) == 7  # ▁ a ▁ d o g </s>
+    with pytest.raises(CheckpointError, match=f"tokenizer.json gives token {words}, .* {words}:"):
+        encode("a fox", umt5)
+    change_tokenizer(umt5, post_processor=None, normalizer={"type": "Replace", "pattern": {
+        "String": "a fox"}, "content": ""})  # fmt: skip
+    with pytest.raises(CheckpointError, match="makes no token of a prompt"):
+        encode("a fox", umt5)
+
+
 def test_memory_is_checked_before_the_encoder_is_read(umt5, monkeypatch):
     from packforcing import umt5 as module
 
