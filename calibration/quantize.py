@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from packforcing.calibration.recipes import CACHE, WEIGHTS, Recipe, quantised_layers
+from packforcing.calibration.recipes import CACHE, SNR, WEIGHTS, Recipe, quantised_layers
 from packforcing.calibration.statistics import MIDDLES, Statistics, statistics_for
 from packforcing.config import Config
 from packforcing.errors import BundleError, CalibrationError, ConfigError
@@ -116,12 +116,14 @@ def quantize_bundle(
         common.RemoveUnusedNodesPass()(model)  # what was read before, casts of it included
         lint("denoiser", model, contract(config)["denoiser"])
         save(model, folder / DENOISER)
+        worst_first = dict(sorted(snr.items(), key=lambda item: item[1]))
+        if snr:
+            (folder / SNR).write_bytes(msgspec.json.format(msgspec.json.encode(worst_first)))
         complete(folder, config, manifest.tools)
         sizes = [
             sum(path.stat().st_size for path in where.glob(f"{DENOISER}*"))
             for where in (source, folder)
         ]
-    worst_first = dict(sorted(snr.items(), key=lambda item: item[1]))
     return Quantised(snr=worst_first, before=sizes[0], after=sizes[1])
 
 

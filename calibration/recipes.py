@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from packforcing.config import Config
 
+SNR = "snr.json"  # in a bundle with quantised weights: dB of every matrix, worst first
+
 
 class Recipe(NamedTuple):
     """Whole numbers from `low` to `high`; scales are shared as `estimate.weight_block` says.

@@ -1101,10 +1101,16 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
 @click.option(
     "--policies",
     metavar="NAME,...",
-    default="packforcing,sliding-window,sink-window",
-    show_default=True,
     help="Ways to remember; the others are compared with the first. An unknown name makes the "
-    "command list the known ones.",
+    "command list the known ones.  [default: packforcing,sliding-window,sink-window]",
+)
+@click.option(
+    "--with",
+    "others",
+    metavar="DIR",
+    multiple=True,
+    help="A bundle that was quantised of BUNDLE, to be compared with it, under its own policy; "
+    "can be given several times, instead of --policies.",
 )
 @click.option("--seconds", default=120.0, show_default=True, help="Length of every video.")
 @click.option(
@@ -1123,7 +1129,8 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
 @_json_option
 def compare(
     bundle: str | None,
-    policies: str,
+    policies: str | None,
+    others: tuple[str, ...],
     seconds: float,
     prompts: str,
     seed: int,
@@ -1134,13 +1141,15 @@ def compare(
 ) -> None:
     """Render the same prompts under several policies, measure and compare them.
 
-    Without BUNDLE, of the demo model that comes along. Writes the videos, compare.json and
-    compare.html, a page with tables, curves, pictures and what each block read. What is finished
-    is not rendered again: after an interruption, or with a policy more, the same command goes on.
+    With --with, by several bundles: how much is lost with what was quantised of BUNDLE. Without
+    BUNDLE, of the demo model that comes along. Writes the videos, compare.json and compare.html, a
+    page with tables, curves, pictures and what each block read. What is finished is not rendered
+    again: after an interruption, or with a policy more, the same command goes on.
 
     \b
     Example:
       packforcing compare --policies packforcing,sliding-window --seconds 120 --prompts 16
+      packforcing compare half --with eight --seconds 5 --prompts 16
     """
     from packforcing import compare_report
     from packforcing.compare import compare as run
@@ -1151,7 +1160,13 @@ def compare(
     compare_report.check_matplotlib()
     directory = Path(bundle) if bundle is not None else demo_bundle()
     config = read_manifest(directory).config
-    chosen = {name: _policy(name, config) for name in map(str.strip, policies.split(","))}
+    if others and policies:
+        raise ConfigError("--with compares bundles, --policies policies: leave one of them out")
+    if others:
+        chosen = {directory.resolve().name: config.policy}
+    else:
+        names = (policies or "packforcing,sliding-window,sink-window").split(",")
+        chosen = {name: _policy(name, config) for name in map(str.strip, names)}
     if prompts.isdecimal():
         if not 0 < int(prompts) <= MOST_PROMPTS:
             raise ConfigError(f"--prompts takes 1 to {MOST_PROMPTS}; it is {prompts}")
@@ -1162,6 +1177,7 @@ def compare(
     with _counting("frame", quiet=as_json) as progress:
         found = run(
             directory, chosen, asked, seconds, folder,
+            others={Path(path).resolve().name: Path(path) for path in others},
             backend=backend, threads=threads, progress=progress,
         )  # fmt: skip
     page = compare_report.write_report(folder, found)

@@ -1,7 +1,9 @@
-"""The same prompts and seeds under several policies: rendered, measured, compared.
+"""The same prompts and seeds under several policies, or by a bundle and what was quantised of it:
+rendered, measured, compared.
 
-Every finished pair of a policy and a prompt is a video and, written after it, a JSON file of the
-same name, which holds a key of all that went in. A later call renders what has no such file.
+Every finished pair of a policy, or bundle, and a prompt is a video and, written after it, a JSON
+file of the same name, which holds a key of all that went in. A later call renders what has no such
+file.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ import msgspec
 import numpy as np
 
 from packforcing import __version__
-from packforcing.config import Config, Policy, model_config
+from packforcing.calibration.recipes import SNR
+from packforcing.config import Config, Policy, Precision, model_config
 from packforcing.embeddings import SUFFIX, load_embedding
 from packforcing.errors import ConfigError, OutputError, PromptError
 from packforcing.evaluate import Evaluation, Segment, Values, evaluate
+from packforcing.fidelity import Fidelity, fidelity
 from packforcing.report import save_page, whole_blocks
 from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.checkpoint import discard
@@ -32,6 +36,7 @@ from packforcing.runtime.video import check_output
 from packforcing.text import make_prompt, random_attributes, random_tour
 
 END = 20.0  # seconds: what is left of a video at its end
+CLOSE = 5.0  # seconds at the beginning over which videos of several bundles are told apart
 RESAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
 TARGET = "sm86"  # that device bytes are planned for
 
@@ -45,11 +50,11 @@ class Prompt(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A policy and the number of a prompt; `stem` is where its files lie, without a suffix."""
+    """A policy, or a bundle's name, and the number of a prompt; `video` is where its file lies."""
 
     policy: str
     number: int
-    stem: Path
+    video: Path
 
 
 class Pair(msgspec.Struct, frozen=True):
@@ -71,6 +76,8 @@ class Costs(msgspec.Struct, frozen=True):
     """What a policy takes, in bytes by plan and as measured."""
 
     policy: Policy
+    precision: Precision
+    bundle: int  # bytes of its files
     buffers: int  # on the host, fixed
     archive: int  # on the host at the end of a video
     host_peak: int  # resident, the largest of its videos
@@ -109,6 +116,10 @@ class Comparison(msgspec.Struct, frozen=True):
     whole: Summary  # over the whole videos
     end: Summary  # over their last `END` seconds
     pairs: list[Pair]
+    # where bundles are compared, by name: their first `CLOSE` seconds against the first bundle's,
+    # prompt by prompt, and dB of every quantised matrix, worst first
+    fidelity: dict[str, list[Fidelity]]
+    snr: dict[str, dict[str, float | None]]
 
 
 def compare(
@@ -118,16 +129,27 @@ def compare(
     seconds: float,
     folder: Path,
     *,
+    others: Mapping[str, Path] | None = None,
     backend: str = "onnxruntime",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Renders and measures what `folder` lacks, writes compare.json there, returns all of it.
 
-    progress is told how many frames are done, of how many that were missing. Raises what `Session`
-    and `evaluate` raise, and `OutputError`.
+    others: bundles of the same model in another precision, by name, under their own policy. Videos
+    are lossless then, so that their frames can be told apart. progress is told how many frames are
+    done, of how many that were missing. Raises what `Session` and `evaluate` raise, `ConfigError`
+    for another model and `OutputError`.
     """
     config = read_manifest(bundle).config
+    bundles = dict.fromkeys(policies, bundle)
+    if others:
+        clash = bundles.keys() & others.keys()
+        if clash:
+            raise ConfigError(f"two of what is compared are called {clash.pop()}: rename a folder")
+        bundles |= others
+        policies = {**policies, **{name: _alike(path, config) for name, path in others.items()}}
+    suffix = ".mkv" if others else ".mp4"
     for prompt in prompts:
         check_request(config, prompt.given, seconds, prompt.seed)
     videos = folder / "videos"
@@ -136,7 +158,8 @@ def compare(
         Job(
             name,
             number,
-            videos / f"{name}-{number:02}-{_key(bundle, backend, policy, prompt, seconds)}",
+            videos
+            / f"{name}-{number:02}-{_key(bundles[name], backend, policy, prompt, seconds)}{suffix}",
         )
         for name, policy in policies.items()
         for number, prompt in enumerate(prompts)
@@ -144,15 +167,17 @@ def compare(
     finished = {job: pair for job in jobs if (pair := _finished(job))}
     missing = [job for job in jobs if job not in finished]
     frames = config.frames(seconds)
-    check_output(videos / "all.mp4", len(missing) * frames, config.width, config.height)
+    check_output(videos / f"all{suffix}", len(missing) * frames, config.width, config.height)
     done = itertools.count()
     for name, group in itertools.groupby(missing, lambda job: job.policy):
         policy = policies[name]
-        with Session.open(bundle, policy=policy, backend=backend, threads=threads) as session:
+        with Session.open(
+            bundles[name], policy=policy, backend=backend, threads=threads
+        ) as session:
             for job in group:
                 tell = partial(_tell, progress, next(done), len(missing), frames)
                 pair = _render(session, job, prompts[job.number], seconds, tell)
-                save_page(job.stem.with_suffix(".json"), _json(pair))
+                save_page(job.video.with_suffix(".json"), _json(pair))
                 finished[job] = pair
     pairs = [finished[job] for job in jobs]
     result = Comparison(
@@ -160,15 +185,45 @@ def compare(
         config=config,
         seconds=seconds,
         costs={
-            name: _costs(config, policy, [pair for pair in pairs if pair.policy == name], seconds)
+            name: _costs(
+                bundles[name], policy, [pair for pair in pairs if pair.policy == name], seconds
+            )
             for name, policy in policies.items()
         },
         whole=summarise(pairs, None),
         end=summarise(pairs, END),
         pairs=pairs,
+        fidelity=_fidelity(folder, pairs, config) if others else {},
+        snr={
+            name: msgspec.json.decode((path / SNR).read_bytes(), type=dict[str, float | None])
+            for name, path in bundles.items()
+            if others and SNR in read_manifest(path).files
+        },
     )
     save_page(folder / "compare.json", _json(result))
     return result
+
+
+def _alike(bundle: Path, config: Config) -> Policy:
+    """The policy of a bundle, if it is of the same model but for precision."""
+    other = read_manifest(bundle).config
+    if msgspec.structs.replace(other, precision=config.precision) != config:
+        raise ConfigError(
+            f"{bundle} differs from the bundle it is compared with in more than precision: "
+            "name one that was exported or quantised from the same model, at the same size"
+        )
+    return other.policy
+
+
+def _fidelity(folder: Path, pairs: Sequence[Pair], config: Config) -> dict[str, list[Fidelity]]:
+    frames = round(CLOSE * config.fps)
+    wanted = {pair.number: folder / pair.video for pair in pairs if pair.policy == pairs[0].policy}
+    found: dict[str, list[Fidelity]] = {}
+    for pair in pairs:
+        if pair.policy != pairs[0].policy:
+            close = fidelity(folder / pair.video, wanted[pair.number], frames)
+            found.setdefault(pair.policy, []).append(close)
+    return found
 
 
 def _tell(
@@ -194,7 +249,7 @@ def _render(
         peak = max(peak, process.memory_info().rss)
         tell(info.frames / info.frames_total / 2)
 
-    video = job.stem.with_suffix(".mp4")
+    video = job.video
     discard(video)  # of a comparison that was interrupted: every block is to be measured
     session.render(prompt.given, seconds, video, prompt.seed, on_block=on_block)
     # the detectors are of the demo model's world
@@ -230,8 +285,8 @@ def _key(bundle: Path, backend: str, policy: Policy, prompt: Prompt, seconds: fl
 def _finished(job: Job) -> Pair | None:
     """What an earlier call left, if its video is there as well; None for a damaged file too."""
     with suppress(OSError, msgspec.DecodeError):
-        pair = msgspec.json.decode(job.stem.with_suffix(".json").read_bytes(), type=Pair)
-        if job.stem.with_suffix(".mp4").is_file():
+        pair = msgspec.json.decode(job.video.with_suffix(".json").read_bytes(), type=Pair)
+        if job.video.is_file():
             return pair
     return None
 
@@ -247,13 +302,17 @@ def _json(value: object) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n"
 
 
-def _costs(config: Config, policy: Policy, pairs: Sequence[Pair], seconds: float) -> Costs:
+def _costs(bundle: Path, policy: Policy, pairs: Sequence[Pair], seconds: float) -> Costs:
+    manifest = read_manifest(bundle)
+    config = manifest.config
     blocks = config.blocks(config.frames(seconds))
     kept = planned(config, policy, seconds)
     buffers = memory(kept)
     tail = max(1, round(END * config.fps / config.block_pixel_frames))
     return Costs(
         policy=policy,
+        precision=config.precision,
+        bundle=sum(record.bytes for record in manifest.files.values()),
         buffers=sum(size for name, size in buffers.items() if name != "archive_per_block"),
         archive=archive_bytes(kept, blocks),
         host_peak=max(pair.host_peak for pair in pairs),

@@ -1,4 +1,4 @@
-"""A page about a comparison of policies, and the same for a terminal.
+"""A page about a comparison of policies or bundles, and the same for a terminal.
 
 One HTML file that loads nothing from elsewhere; the videos lie beside it.
 """
@@ -12,9 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
-from packforcing.compare import END, TARGET, Comparison, Costs, Estimate, Row, Summary, planned
+from packforcing.compare import (
+    CLOSE,
+    END,
+    TARGET,
+    Comparison,
+    Costs,
+    Estimate,
+    Row,
+    Summary,
+    estimate,
+    planned,
+)
 from packforcing.config import Policy
 from packforcing.errors import OutputError
 from packforcing.evaluate import DEMO_MEASURES, MEASURES, SEGMENT, shown
@@ -38,6 +50,7 @@ SHEETS, SAMPLES = 8, 10  # prompts, pictures of each video
 SAMPLE_WIDTH, GAP = 160, 4  # pixels
 COLUMNS = 3  # of curves
 FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
+WORST = 12  # matrices of a quantised bundle
 KNOWN = {**MEASURES, **DEMO_MEASURES}
 
 
@@ -75,10 +88,35 @@ def table(found: Comparison) -> Iterator[str]:
     yield " " * width + "".join(f"{head:>{len(head) + 3}}" for head in heads)
     for policy, cells in costs.items():
         yield f"{policy:<{width}}" + "".join(f"{cell:>{len(h) + 3}}" for h, cell in cells.items())
+    if found.fidelity:
+        yield ""
+        yield f"first {CLOSE:g} s against {next(iter(found.costs))}, mean over prompts, and least"
+        for policy, cells in _fidelity(found).items():
+            yield f"{policy:<{width}}" + "".join(f"   {cell}" for cell in cells)
+
+
+def _fidelity(found: Comparison) -> dict[str, tuple[str, str]]:
+    """PSNR and SSIM of each bundle: mean with its interval, and the least of a prompt."""
+    cells = {}
+    for name, given in found.fidelity.items():
+        both = []
+        for head, unit, values in (
+            ("PSNR", " dB", [one.psnr for one in given if one.psnr is not None]),
+            ("SSIM", "", [one.ssim for one in given]),
+        ):
+            mean = estimate(values)
+            both.append(
+                f"{head} {mean.mean:.4g}{unit}{_interval(mean, '.4g')}, least {min(values):.4g}"
+                if mean
+                else f"{head}: equal"
+            )
+        cells[name] = (both[0], both[1])
+    return cells
 
 
 def _costs(cost: Costs) -> dict[str, str]:
     return {
+        "bundle": _mb(cost.bundle),
         "tokens read": f"{cost.tokens_read:,}",
         "ms a block": f"{cost.block_seconds * 1e3:.0f}",
         "ms at the end": f"{cost.last_block_seconds * 1e3:.0f}",
@@ -99,7 +137,7 @@ def _page(folder: Path, found: Comparison) -> str:
     facts = {
         "Model": f"{config.name}, {config.width}x{config.height}, {config.fps} frames/s",
         "Videos": f"{len(prompts)} prompts of {found.seconds:g} s, each under "
-        f"{len(found.costs)} policies with the same seed",
+        f"{len(found.costs)} {'bundles' if found.fidelity else 'policies'} with the same seed",
         "Intervals": "95% of the means of 10,000 resamples of the prompts; differences are taken "
         f"prompt by prompt, from {first}"
         + (f". Under {FEWEST} prompts they say little" if len(prompts) < FEWEST else ""),
@@ -115,6 +153,7 @@ def _page(folder: Path, found: Comparison) -> str:
         end=f"{min(END, found.seconds):g}",
         end_table=_summary(found.end),
         whole_table=_summary(found.whole),
+        quantised=_quantised(found),
         cost_heads=heads,
         costs=rows({name: tuple(cells.values()) for name, cells in costs.items()}),
         curves=_curves(found),
@@ -129,6 +168,40 @@ def _page(folder: Path, found: Comparison) -> str:
         }),
         versions=rows({"Made with": (versions(),), "Bundle": (found.bundle,)}),
     )  # fmt: skip
+
+
+def _quantised(found: Comparison) -> str:
+    """How near videos of the bundles are to the first's, and which matrices lost most."""
+    if not found.fidelity:
+        return ""
+    first = next(iter(found.costs))
+    prompts = {pair.number: pair.prompt for pair in found.pairs if pair.policy == first}
+    each = {
+        f"{number}: {prompt}": tuple(
+            f"{'equal' if one.psnr is None else f'{one.psnr:.1f} dB'}, {one.ssim:.4f}"
+            for one in (given[number] for given in found.fidelity.values())
+        )
+        for number, prompt in prompts.items()
+    }
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in found.fidelity)
+    worst = "".join(
+        f"<h3>{html.escape(name)}</h3><table>"
+        + rows({
+            matrix: ("equal" if ratio is None else f"{ratio:.1f} dB",)
+            for matrix, ratio in list(ratios.items())[:WORST]
+        })
+        + "</table>"
+        for name, ratios in found.snr.items()
+    )  # fmt: skip
+    return _QUANTISED.format(
+        close=f"{CLOSE:g}",
+        first=html.escape(first),
+        means=rows(_fidelity(found)),
+        names=names,
+        each=rows(each),
+        worst=worst or "<p>No weights are quantised.</p>",
+        count=WORST,
+    )
 
 
 def _summary(summary: Summary) -> str:
@@ -270,11 +343,15 @@ def _plan(found: Comparison) -> str:
     """The picture of what the policies take on a card."""
     import cv2
 
-    policies = [cost.policy for cost in found.costs.values()]
-    each = {(policy.sink, policy.mid, policy.recent): policy for policy in policies}
+    each = {
+        (policy.sink, policy.mid, policy.recent, str(cost.precision)): cost
+        for cost in found.costs.values()
+        for policy in [cost.policy]
+    }
     plans: list[Any] = []
-    for policy in each.values():
-        config = planned(found.config, policy, found.seconds)
+    for cost in each.values():
+        config = msgspec.structs.replace(found.config, precision=cost.precision)
+        config = planned(config, cost.policy, found.seconds)
         plans.append((None, TARGET, make_plan(config, TARGET, seconds=found.seconds)))
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "plan.png"
@@ -300,13 +377,23 @@ small { display: block; color: var(--faint); font-size: .75rem; white-space: now
 .maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
 """
 
+_QUANTISED = """<h2>How near the videos are to those of {first}</h2>
+<p>The first {close} seconds, frames before they are encoded: PSNR of the mean squared error over
+all of them, SSIM (Wang et al., 2004) of luma, mean over frames. A rollout amplifies any difference.
+</p>
+<table>{means}</table>
+<div class="wide"><table class="results"><tr><th></th>{names}</tr>{each}</table></div>
+<h2>What lost most when quantised</h2>
+<p>Signal-to-noise ratio of each bundle's {count} worst matrices.</p>
+{worst}"""
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Policies of {model} - PackForcing</title>
+<title>{model} compared - PackForcing</title>
 <style>{style}</style>
-<h1>How {model} holds under each policy</h1>
+<h1>How {model} holds, compared</h1>
 <table>{facts}</table>
 <h2>The last {end} seconds</h2>
 <p>Mean over prompts and its interval; below it the difference from {first}. With {fewest} prompts
@@ -314,6 +401,7 @@ or more, coloured where that difference's interval leaves zero out:
 <span class="better">better</span>, <span class="worse">worse</span>. Arrows say which way is
 better.</p>
 <div class="wide"><table class="results">{end_table}</table></div>
+{quantised}
 <h2>What it takes</h2>
 <p>Buffers are fixed from the first block on, the archive is as long as the video. The host's peak
 is all of the process: libraries, graphs and what earlier videos left. Other jobs on the machine

@@ -1,0 +1,102 @@
+"""PSNR and SSIM against their definitions; bundles compared, from frames to the page."""
+
+import json
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from packforcing.calibration.quantize import quantize_bundle
+from packforcing.cli import main
+from packforcing.compare import Comparison
+from packforcing.fidelity import compare_frames, ssim
+from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.bundle import read_manifest
+from tests.test_cli import assert_one_line
+
+PROMPT, SECONDS = "a green circle over gray dots", 0.5
+
+
+def frames(seed: int, count: int = 2) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 40, 52, 3), dtype=np.uint8)
+
+
+def test_psnr_is_that_of_all_frames_and_equal_frames_have_none():
+    a, b = frames(0), frames(1)
+    b[0] = a[0]  # one frame equal: half of the error, 3.01 dB more than the other's
+    found = compare_frames(a, b)
+    assert found.psnr == pytest.approx(cv2.PSNR(a[1], b[1]) + 10 * np.log10(2))
+    assert found.ssim == pytest.approx((1 + ssim(a[1], b[1])) / 2)
+    assert compare_frames(a, a) == (None, 1)
+    with pytest.raises(ValueError, match="shorter"):
+        compare_frames(a, b[:1])
+
+
+def test_ssim_is_the_formula_in_every_window():
+    """Means, variances and covariance of luma under a Gaussian of 11x11 pixels, one by one."""
+    a, b = frames(2, 1)[0], frames(3, 1)[0]
+    b = (0.7 * a + 0.3 * b).astype(np.uint8)
+    weights = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    weights = np.outer(weights, weights) / weights.sum() ** 2
+    x, y = (cv2.cvtColor(one, cv2.COLOR_RGB2GRAY).astype(float) for one in (a, b))
+    values = []
+    for row in range(x.shape[0] - 10):
+        for column in range(x.shape[1] - 10):
+            p, q = (one[row : row + 11, column : column + 11] for one in (x, y))
+            m, n = (weights * p).sum(), (weights * q).sum()
+            var_p, var_q = (weights * (p - m) ** 2).sum(), (weights * (q - n) ** 2).sum()
+            both = (weights * (p - m) * (q - n)).sum()
+            values.append(
+                (2 * m * n + 6.5025) / (m * m + n * n + 6.5025)
+                * (2 * both + 58.5225) / (var_p + var_q + 58.5225)
+            )  # fmt: skip
+    assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-6)
+    assert 0.5 < ssim(a, b) < 1
+
+
+def run(*args):
+    return CliRunner().invoke(main, ["compare", *map(str, args), "--threads", "1"])
+
+
+def test_bundles_are_compared_by_their_frames(tmp_path):
+    quantize_bundle(demo_bundle(), tmp_path / "four", "int4")
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    out = tmp_path / "out"
+    result = run(
+        demo_bundle(), "--with", tmp_path / "four", "--seconds", SECONDS,
+        "--prompts", tmp_path / "prompts.txt", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = msgspec.json.decode((out / "compare.json").read_bytes(), type=Comparison)
+    first = demo_bundle().name
+    assert list(found.costs) == [first, "four"]
+    videos = []
+    for bundle in (demo_bundle(), tmp_path / "four"):
+        with Session.open(bundle, threads=1) as session:
+            videos.append(np.concatenate(list(session.stream(PROMPT, SECONDS))))
+    (close,) = found.fidelity["four"]
+    assert close == pytest.approx(compare_frames(videos[1], videos[0]))
+    assert f"PSNR {close.psnr:.4g} dB" in result.stdout
+    assert found.costs["four"].precision.weights == "int4"
+    whole, small = (found.costs[name] for name in (first, "four"))
+    assert small.bundle < whole.bundle and small.device < whole.device
+    listed = json.loads((tmp_path / "four" / "snr.json").read_text())
+    assert found.snr == {"four": listed} and len(listed) == 40
+    assert "snr.json" in read_manifest(tmp_path / "four").files
+    page = (out / "compare.html").read_text()
+    assert all(text in page for text in (f"{close.psnr:.1f} dB", next(iter(listed)), PROMPT))
+
+
+def test_only_bundles_of_one_model_are_compared(tiny_bundle, tmp_path):
+    bundle = demo_bundle()
+    for args, message in (
+        (("--with", tiny_bundle), "differs from the bundle it is compared with in more than"),
+        (("--with", bundle), f"two of what is compared are called {bundle.name}"),
+        (("--with", bundle, "--policies", "packforcing"), "leave one of them out"),
+        (("--with", tmp_path / "none"), "none"),
+    ):
+        result = run(bundle, *args, "--out", tmp_path / "out")
+        assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+        assert not list(tmp_path.rglob("*.mkv"))
