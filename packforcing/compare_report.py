@@ -91,13 +91,13 @@ def table(found: Comparison) -> Iterator[str]:
     if found.fidelity:
         yield ""
         yield f"first {CLOSE:g} s against {next(iter(found.costs))}, mean over prompts, and least"
-        for policy, cells in _fidelity(found).items():
-            yield f"{policy:<{width}}" + "".join(f"   {cell}" for cell in cells)
+        for policy, both in _fidelity(found).items():
+            yield f"{policy:<{width}}" + "".join(f"   {cell}" for cell in both)
 
 
-def _fidelity(found: Comparison) -> dict[str, tuple[str, str]]:
+def _fidelity(found: Comparison) -> dict[str, tuple[str, ...]]:
     """PSNR and SSIM of each bundle: mean with its interval, and the least of a prompt."""
-    cells = {}
+    cells: dict[str, tuple[str, ...]] = {}
     for name, given in found.fidelity.items():
         both = []
         for head, unit, values in (
@@ -110,7 +110,7 @@ def _fidelity(found: Comparison) -> dict[str, tuple[str, str]]:
                 if mean
                 else f"{head}: equal"
             )
-        cells[name] = (both[0], both[1])
+        cells[name] = tuple(both)
     return cells
 
 
