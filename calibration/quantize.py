@@ -317,7 +317,8 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) ->
     cached = next(value for value in graph.inputs if value.name == context)
     kind = known(exact.dtype)
     dtype = kind.numpy()
-    step = step.astype(dtype)[None, :, None]
+    smallest = 2 / float(np.finfo(dtype).max)  # one whose inverse is a number
+    step = np.maximum(step, smallest).astype(dtype)[None, :, None]
     one = graph.initializers.get("cache.step") or initializer(
         graph, "cache.step", ir.tensor(np.ones((), dtype))
     )

@@ -7,15 +7,14 @@ histogram of magnitudes with bins of equal ratio, so memory does not grow with t
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
-from packforcing.embeddings import SUFFIX, load_embedding
 from packforcing.errors import CalibrationError, OutputError
 from packforcing.prompts import encode
 from packforcing.runtime.backend import Bindable, open_backend
@@ -39,7 +38,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     denoiser: dict[str, str]  # SHA-256 of its files
-    prompts: list[str]
+    prompts: list[str]  # words, or the SHA-256 of an embedding
     seed: int  # of the first prompt; each next one has the next
     blocks: int  # per prompt
     done: int  # prompts that are in the statistics
@@ -47,7 +46,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
 
 def calibrate(
     directory: str | Path,
-    prompts: Sequence[str],
+    prompts: Sequence[str | np.ndarray],
     path: str | Path,
     *,
     seconds: float = 5.0,
@@ -56,7 +55,7 @@ def calibrate(
 ) -> Source:
     """Rolls a bundle out on every prompt and writes the statistics, after each of them.
 
-    prompts: words, or the name of an embedding's file. A file that holds part of the same
+    prompts: words or embeddings, float [T, text_dim]. A file that holds part of the same
     rollouts is gone on with. `on_block` is told how many blocks are done, and of how many. Raises
     `CalibrationError` for a key or value that is no number or a file of other rollouts, and what
     opening a bundle and reading a prompt raise, or `OutputError`.
@@ -71,13 +70,19 @@ def calibrate(
         )
     if not prompts:
         raise CalibrationError("no prompts to roll out: name one per line")
-    asked = [check_request(config, _asked(prompt), seconds, seed) for prompt in prompts]
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+    asked = [check_request(config, prompt, seconds, seed + i) for i, prompt in enumerate(prompts)]
+    names = [
+        prompt if isinstance(prompt, str) else hashlib.sha256(prompt.tobytes()).hexdigest()
+        for prompt in prompts
+    ]
     texts = [encode(timeline.switches[0].prompt, config) for timeline in asked]
     blocks = config.blocks(config.frames(seconds))
     source = Source(
         model=config.name,
         denoiser=graph_files(manifest, "denoiser"),
-        prompts=list(prompts),
+        prompts=names,
         seed=seed,
         blocks=blocks,
         done=0,
@@ -100,7 +105,7 @@ def calibrate(
         for number in range(source.done, len(prompts)):
             rollout.begin(texts[number], blocks, seed + number)
             for block in range(blocks):
-                watched.where = f"block {block} of '{prompts[number]}'"
+                watched.where = f"block {block} of '{names[number]}'"
                 rollout.next_block()
                 if on_block:
                     on_block(number * blocks + block + 1, len(prompts) * blocks)
@@ -192,18 +197,15 @@ class _Watched:
         return run
 
 
-def _asked(prompt: str) -> Any:
-    return load_embedding(prompt).text if prompt.endswith(SUFFIX) else prompt
-
-
 def _write(path: Path, source: Source, found: Statistics) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         save_file(found, partial, {SOURCE: msgspec.json.encode(source).decode()})
         partial.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -546,12 +546,9 @@ def calibrate(
     import msgspec
 
     from packforcing.calibration import statistics
+    from packforcing.compare import read_prompts
 
-    try:
-        lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read prompts from {prompts}: {error}") from error
-    wanted = [line.strip() for line in lines if line.strip()]
+    wanted = [prompt.given for prompt in read_prompts(Path(prompts), seed)]
     with _counting("block", quiet=as_json) as progress:
         source = statistics.calibrate(
             bundle, wanted, out, seconds=seconds, seed=seed, on_block=progress
@@ -1083,9 +1080,11 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
     Example:
       packforcing evaluate square.mp4 --prompt "a blue square over sand checks"
     """
-    from packforcing.evaluate import described, table
+    from packforcing.evaluate import described, probe, table
     from packforcing.evaluate import evaluate as measure
 
+    for video in videos:  # all of them before the first is read
+        probe(Path(video))
     found = []
     for video in videos:
         with _counting("frame", quiet=as_json) as on_frame:

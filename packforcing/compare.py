@@ -352,7 +352,7 @@ def summarise(pairs: Sequence[Pair], end: float | None) -> Summary:
 
 
 def last(segments: Sequence[Segment], seconds: float) -> Values:
-    """Mean values of the segments that make up the last `seconds`."""
+    """Mean values of the segments that reach into the last `seconds`."""
     begin = segments[-1].stop - seconds
     chosen = [segment for segment in segments if segment.stop > max(begin, 0)]
     means: Values = {}

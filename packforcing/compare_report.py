@@ -76,7 +76,7 @@ def table(found: Comparison) -> Iterator[str]:
     """Lines for a terminal: measures of the last seconds, and costs, a row per policy."""
     names = [name for name in KNOWN if any(name in row for row in found.end.values())]
     width = max(map(len, found.costs)) + 2
-    yield f"last {min(END, found.seconds):g} of {found.seconds:g} s, mean over prompts"
+    yield f"10-second segments of the last {min(END, found.seconds):g} s, mean over prompts"
     yield " " * width + "".join(f"{KNOWN[name].head:>9}" for name in names)
     for policy, measures in found.end.items():
         values = (measures[name].value for name in names)
@@ -395,7 +395,7 @@ _PAGE = """<!doctype html>
 <style>{style}</style>
 <h1>How {model} holds, compared</h1>
 <table>{facts}</table>
-<h2>The last {end} seconds</h2>
+<h2>The last {end} seconds, by segments of ten</h2>
 <p>Mean over prompts and its interval; below it the difference from {first}. With {fewest} prompts
 or more, coloured where that difference's interval leaves zero out:
 <span class="better">better</span>, <span class="worse">worse</span>. Arrows say which way is

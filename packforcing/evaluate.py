@@ -112,7 +112,7 @@ def evaluate(
     for a prompt that is not the demo model's.
     """
     path = Path(video)
-    fps, count, size = _probe(path)
+    fps, count, size = probe(path)
     tour = False
     if prompt is not None:
         config = model_config("demo")
@@ -350,8 +350,9 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         raise VideoError(f"{path} is damaged after {done} frames: {error.strerror}") from error
 
 
-def _probe(path: Path) -> tuple[float, int, tuple[int, int]]:
-    """Frames per second, how many frames (0 where the file does not say), width and height."""
+def probe(path: Path) -> tuple[float, int, tuple[int, int]]:
+    """Frames per second, how many frames (0 where the file does not say), width and height of a
+    video; raises `VideoError`."""
     import av
 
     try:

@@ -83,8 +83,8 @@ def open_backend(
     else:
         if name == "onnxruntime-rtx" and config.context_tokens != manifest.config.context_tokens:
             raise BackendError(  # others take a history as long as a video
-                f"{name} fixes its shapes when it loads, for the {manifest.config.context_tokens:,} "
-                f"tokens of context the bundle was exported for; this policy reads "
+                f"{name} fixes its shapes when it loads, and {directory} was exported for "
+                f"{manifest.config.context_tokens:,} tokens of context; this policy reads "
                 f"{config.context_tokens:,}: export a bundle with it (--policy)"
             )
         device, provider = _provider(name, directory, config)

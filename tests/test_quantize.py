@@ -7,6 +7,7 @@ import shutil
 import msgspec
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -18,6 +19,7 @@ from packforcing.calibration.quantize import (
     cache_steps,
     matrices,
     quantize_bundle,
+    quantize_cache,
     scales,
     stored,
 )
@@ -32,7 +34,7 @@ from packforcing.calibration.statistics import (
     statistics_for,
 )
 from packforcing.cli import main
-from packforcing.errors import BundleError, CalibrationError, ConfigError
+from packforcing.errors import BundleError, CalibrationError, ConfigError, OutputError
 from packforcing.export.oracle import Oracle, in_full, record
 from packforcing.export.verify import verify
 from packforcing.runtime import Session, demo_bundle
@@ -300,6 +302,37 @@ def test_calibration_goes_on_where_it_was_interrupted(half_bundle, calibrated, t
     assert one == two
     for name, array in wanted.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize("largest", [6e4, 1.0, 1e-3, 1e-6, 1e-9])
+def test_a_cache_keeps_channels_of_any_size(largest):
+    """In fp16 a step has a smallest size, below which its inverse would be no number."""
+    new, context, seen, given = (
+        ir.Value(name=name, shape=ir.Shape([1, 1, 3, 2]), type=ir.TensorType(ir.DataType.FLOAT16))
+        for name in ("k_new.0", "k_ctx.0", "seen", "given")
+    )
+    nodes = [
+        ir.node("Identity", [given], outputs=[new]),
+        ir.node("Identity", [context], outputs=[seen]),
+    ]
+    graph = ir.Graph([given, context], [new, seen], nodes=nodes, opset_imports={"": 24}, name="g")
+    quantize_cache(graph, "k_new.0", "k_ctx.0", np.full((1, 2), largest / 127, np.float32))
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    )
+    values = np.float16([[0, largest], [-largest, largest / 3], [largest / 2, -largest]])[
+        None, None
+    ]
+    zeros = np.zeros(values.shape, np.int8)
+    whole, _ = session.run(None, {"given": values, "k_ctx.0": zeros})
+    _, back = session.run(None, {"given": values, "k_ctx.0": whole})
+    step = max(largest / 127, 2**-14)
+    np.testing.assert_allclose(back.astype("f"), values.astype("f"), atol=0.51 * step, rtol=2e-3)
+
+
+def test_calibrating_into_no_folder_is_refused_at_once(half_bundle, tmp_path):
+    with pytest.raises(OutputError, match="there is no folder"):
+        calibrate(half_bundle, ["a red star"], tmp_path / "none" / "s.safetensors", seconds=3)
 
 
 def test_statistics_that_will_not_do_are_refused(half_bundle, calibrated, tmp_path):
