@@ -10,7 +10,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -29,11 +29,9 @@ from packforcing.errors import (
 )
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from packforcing.config import Config, Policy, Precision
     from packforcing.embeddings import Embedding
-    from packforcing.prompts import Prompts
+    from packforcing.prompts import Prompts, Switch
     from packforcing.runtime import BlockInfo, Session
     from packforcing.runtime.engines import Length
 
@@ -288,29 +286,31 @@ def render(
       packforcing render --schedule scenes.toml --seconds 20 --out scenes.mp4
     """
     from packforcing.embeddings import load_embedding
-    from packforcing.prompts import read_schedule
+    from packforcing.prompts import as_schedule, read_schedule
     from packforcing.runtime.video import check_output
 
     if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
-    if encoder is not None and embedding is not None:
-        raise ConfigError("an embedding is encoded already: leave out --encoder")
     if embedding is not None:
-        asked: Prompts = load_embedding(embedding).text
+        asked: Prompts = load_embedding(embedding)
     elif schedule is not None:
         asked = read_schedule(schedule)
     elif prompt is not None:
         asked = prompt
     else:
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
-    words = _words(asked) if encoder is not None else []
-    known = dict.fromkeys(words, _any_embedding(bundle)) if words else {}
-    directory, config, chosen = _checked(bundle, _replaced(asked, known), seconds, seed, policy)
+    checked = asked
+    if encoder is not None:
+        switches = as_schedule(asked)
+        words = [switch.prompt for switch in switches if isinstance(switch.prompt, str)]
+        if not words:
+            raise ConfigError("an embedding is encoded already: leave out --encoder")
+        checked = _encoded(switches, dict.fromkeys(words, _any_embedding(bundle)))
+    directory, config, chosen = _checked(bundle, checked, seconds, seed, policy)
     check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
-    if words and encoder is not None:  # last, as nothing takes as long to load
-        made = _encode(words, encoder, quiet=as_json)
-        asked = _replaced(asked, {word: one.text for word, one in zip(words, made)})
+    if encoder is not None:  # last, as nothing takes as long to load
+        asked = _encoded(switches, dict(zip(words, _encode(words, encoder, quiet=as_json))))
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
         _rendering(config.frames(seconds), quiet=as_json) as progress,
@@ -1187,36 +1187,29 @@ def compare(
         click.echo(f"\nreport: {page}")
 
 
-def _any_embedding(bundle: str | None) -> np.ndarray:
+def _any_embedding(bundle: str | None) -> Embedding:
     """What a bundle's model could be given; raises `ConfigError` if it reads prompts itself."""
     import numpy as np
 
+    from packforcing.embeddings import Embedding
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
 
     config = read_manifest(bundle if bundle is not None else demo_bundle()).config
     if config.text_encoder == "words":
         raise ConfigError(f"the {config.name} model reads its prompt itself: leave out --encoder")
-    return np.zeros((1, config.text_dim), np.float32)
+    return Embedding(np.zeros((1, config.text_dim), np.float32), "", "", "")
 
 
-def _words(asked: Any) -> list[str]:
-    """The prompts in words, of what `render` is asked for."""
-    prompts = [asked] if isinstance(asked, str) else [getattr(one, "prompt", None) for one in asked]
-    return [prompt for prompt in prompts if isinstance(prompt, str)]
-
-
-def _replaced(asked: Any, known: dict[str, np.ndarray]) -> Prompts:
-    """The same with embeddings in place of the words that are known."""
+def _encoded(schedule: Sequence[Switch], embeddings: dict[str, Embedding]) -> list[Switch]:
+    """A schedule with embeddings in place of words."""
     from dataclasses import replace
 
-    if isinstance(asked, str):
-        return known.get(asked, asked)
-    if not known:
-        return asked
     return [
-        replace(one, prompt=known[one.prompt]) if isinstance(one.prompt, str) else one
-        for one in asked
+        replace(switch, prompt=embeddings[switch.prompt])
+        if isinstance(switch.prompt, str)
+        else switch
+        for switch in schedule
     ]
 
 

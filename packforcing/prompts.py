@@ -27,7 +27,9 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
@@ -35,7 +37,7 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.embeddings import load_embedding, pad_embedding
+from packforcing.embeddings import Embedding, load_embedding, pad_embedding
 from packforcing.errors import PromptError
 from packforcing.text import encode_words
 
@@ -43,16 +45,19 @@ History = Literal["keep", "recompute", "cut"]
 LARGEST = 1 << 20  # bytes of a schedule file
 
 
+Prompt: TypeAlias = str | np.ndarray | Embedding  # words, or an embedding, float [T, text_dim]
+
+
 @dataclass(frozen=True)
 class Switch:
     """Another prompt from `time` on, in seconds; the first of a schedule begins the video."""
 
     time: float
-    prompt: str | np.ndarray  # words, or an embedding, float [T, text_dim]
+    prompt: Prompt
     history: History = "keep"
 
 
-Prompts: TypeAlias = str | np.ndarray | Sequence[Switch]
+Prompts: TypeAlias = Prompt | Sequence[Switch]
 
 
 class Timeline(NamedTuple):
@@ -62,14 +67,24 @@ class Timeline(NamedTuple):
     switches: dict[int, Switch]  # by the block they take effect with, from 0 on, in order
 
 
-def encode(prompt: str | np.ndarray, config: Config) -> np.ndarray:
+def encode(prompt: Prompt, config: Config) -> np.ndarray:
     """What the model reads of one prompt, float32 [1, text_len, text_dim].
 
     Raises `PromptError`.
     """
     if isinstance(prompt, str):
         return encode_words(prompt, config)
-    return pad_embedding(prompt, config)
+    rows = prompt.text if isinstance(prompt, Embedding) else prompt
+    if not isinstance(rows, np.ndarray):
+        raise PromptError(f"a prompt is words or an embedding, not {rows!r:.50}")
+    return pad_embedding(rows, config)
+
+
+def as_schedule(prompt: Prompts) -> Sequence[Switch]:
+    """A schedule as it is, and one of a single prompt."""
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
+        return prompt
+    return [Switch(0, prompt)]
 
 
 def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
@@ -77,12 +92,10 @@ def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
 
     Raises `PromptError` naming the switch that is wrong.
     """
-    if isinstance(prompt, str | np.ndarray):
-        encode(prompt, config)
-        return Timeline(config.blocks(frames), {0: Switch(0, prompt)})
     switches: dict[int, Switch] = {}
     scenes, begun = 1, -1  # the frame with which the latest switch takes effect
-    for number, switch in enumerate(prompt, 1):
+    schedule = as_schedule(prompt)
+    for number, switch in enumerate(schedule, 1):
         try:
             _check(switch, switches, frames / config.fps)
             encode(switch.prompt, config)
@@ -99,8 +112,10 @@ def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
                     f"{frames / config.fps:g} s: make it earlier, or the video longer"
                 )
         except PromptError as error:
-            raise PromptError(f"switch {number}: {error}") from error
-        switches[block] = switch
+            raise PromptError(
+                str(error) if schedule is not prompt else f"switch {number}: {error}"
+            ) from error
+        switches[block] = deepcopy(switch)  # an array may change before the video gets there
         begun = block * config.block_pixel_frames - config.trimmed_frames * scenes if block else 0
         scenes += switch.history == "cut"
     if not switches:
@@ -110,6 +125,8 @@ def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
 
 def _check(switch: Switch, before: dict[int, Switch], end: float) -> None:
     """Raises `PromptError` unless `switch` can follow the ones before it, whatever the blocks."""
+    if not isinstance(switch, Switch) or not isinstance(switch.time, Real):
+        raise PromptError(f"a schedule lists Switch(seconds, prompt), not {switch!r:.50}")
     if switch.history not in get_args(History):
         known = ", ".join(get_args(History))
         raise PromptError(f"history is one of {known}, not '{switch.history}'")
@@ -141,7 +158,7 @@ def read_schedule(path: str | os.PathLike[str]) -> list[Switch]:
 
     Raises `PromptError` for a file that is missing, too large or no such list.
     """
-    load = functools.cache(lambda name: load_embedding(Path(path).parent / name).text)
+    load = functools.cache(lambda name: load_embedding(Path(path).parent / name))
     try:
         with open(path, "rb") as file:
             text = file.read(LARGEST + 1)

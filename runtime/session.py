@@ -48,7 +48,7 @@ class SwitchInfo:
 
     block: int
     seconds: float  # of the video, at the block's first frame
-    prompt: str  # empty for an embedding
+    prompt: str  # empty for an embedding that does not say its words
     history: History
 
 
@@ -69,9 +69,9 @@ class RenderSummary:
 def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) -> Timeline:
     """When a video like this follows which prompt, if it can be made.
 
-    prompt: words, where the model has its encoder with it, an embedding, float [T, text_dim], or
-    a schedule of them. Needs no graph, so it can come before a session is opened. Raises
-    `PromptError` and `ConfigError`.
+    prompt: words, where the model has its encoder with it, an embedding, as an array or as
+    `packforcing.embeddings` loads one, or a schedule of them. Needs no graph, so it can come
+    before a session is opened. Raises `PromptError` and `ConfigError`.
     """
     if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and config.frames(seconds)):
         raise ConfigError(
@@ -171,8 +171,8 @@ class Session:
         Exactly round(seconds x fps) frames come out; the first block, and the first after a cut,
         is shorter by the frames that stand for time before it.
 
-        prompt: words, or for any model an embedding, float [T, text_dim], like
-        `packforcing.embeddings.load_embedding` reads; or a list of `Switch`, in which they change
+        prompt: words, or for any model an embedding, float [T, text_dim] or what
+        `packforcing.embeddings.load_embedding` gives; or a list of `Switch`, in which they change
         over time (`packforcing.prompts` has the rules). start: an image or a clip, uint8
         [H, W, 3] or [T, H, W, 3], that the video begins with (encoded, committed, not
         generated); whole blocks of it are used, a shorter one holds its last frame.
@@ -182,7 +182,7 @@ class Session:
         """
         self._require_open()
         timeline = check_request(self.config, prompt, seconds, seed)
-        clip = None if start is None else self._check_start(start)
+        clip = None if start is None else self._check_start(start, timeline)
         frames = self.config.frames(seconds)
         self._check_memory(timeline.blocks)
         self._stopped = False
@@ -218,7 +218,7 @@ class Session:
         self._stopped = False
         config = self.config
         timeline = check_request(config, prompt, seconds, seed)
-        clip = None if start is None else self._check_start(start)
+        clip = None if start is None else self._check_start(start, timeline)
         total = config.frames(seconds)
         blocks = timeline.blocks
         self._check_memory(blocks)
@@ -294,12 +294,6 @@ class Session:
         with self._lock:
             self._require_open()
             given = {} if clip is None else dict(enumerate(self._encode(clip, blocks)))
-            cuts = [block for block, switch in switches.items() if switch.history == "cut"]
-            if cuts and cuts[0] in given:
-                raise ConfigError(
-                    f"the cut at {switches[cuts[0]].time:g} s falls into the start that the video "
-                    f"begins with, {len(given)} blocks: set it later"
-                )
             rollout = self._rollout_for(blocks)
             first, delivered = (folder.done.block, folder.done.frames) if folder else (0, 0)
             latest = max(block for block in switches if block < max(1, first))
@@ -373,7 +367,7 @@ class Session:
                     f"{present / 1e9:.1f} GB; make it shorter or choose another policy"
                 )
 
-    def _check_start(self, start: np.ndarray) -> np.ndarray:
+    def _check_start(self, start: np.ndarray, timeline: Timeline) -> np.ndarray:
         clip = start[None] if start.ndim == 3 else start
         size = (self.config.height, self.config.width, 3)
         if clip.ndim != 4 or not len(clip) or clip.shape[1:] != size or clip.dtype != np.uint8:
@@ -381,15 +375,28 @@ class Session:
                 f"start frames must be uint8 [T, {size[0]}, {size[1]}, 3]; "
                 f"they are {start.dtype} {list(start.shape)}"
             )
+        given = self._start_blocks(clip, timeline.blocks)
+        for block, switch in timeline.switches.items():
+            if switch.history == "cut" and block < given:
+                raise ConfigError(
+                    f"the cut at {switch.time:g} s falls into the start that the video begins "
+                    f"with, {given} blocks: set it later"
+                )
         return clip
+
+    def _start_blocks(self, clip: np.ndarray, blocks: int) -> int:
+        """How many blocks of a video start frames make up.
+
+        As in Wan, the first latent frame stands for one pixel frame, each later one for four.
+        """
+        given = (1 + (len(clip) - 1) // TEMPORAL_FACTOR) // self.config.block_frames
+        return min(max(1, given), blocks)
 
     def _encode(self, clip: np.ndarray, blocks: int) -> np.ndarray:
         """Start frames to clean latents of whole blocks, at most `blocks` of them,
         [blocks, B_f, C, h, w]."""
         config = self.config
-        # As in Wan, the first latent frame stands for one pixel frame, each later one for four.
-        given = (1 + (len(clip) - 1) // TEMPORAL_FACTOR) // config.block_frames
-        latents = min(max(1, given), blocks) * config.block_frames
+        latents = self._start_blocks(clip, blocks) * config.block_frames
         frames = np.arange(latents * TEMPORAL_FACTOR) - config.trimmed_frames
         clip = clip[np.clip(frames, 0, len(clip) - 1)]
         spec, memory = contract(config)["vae_encoder"], HostDevice()
@@ -432,7 +439,8 @@ def _switches(timeline: Timeline, config: Config) -> list[SwitchInfo]:
     infos, scenes = [], 0
     for block, switch in timeline.switches.items():
         frames = block * config.block_pixel_frames - scenes * config.trimmed_frames
-        text = switch.prompt if isinstance(switch.prompt, str) else ""
+        text = getattr(switch.prompt, "prompt", switch.prompt)  # the words of an embedding
+        text = text if isinstance(text, str) else ""
         infos.append(SwitchInfo(block, frames / config.fps, text, switch.history))
         scenes += block == 0 or switch.history == "cut"
     return infos

@@ -532,8 +532,10 @@ def test_render_encodes_the_prompt_itself(umt5, tmp_path):
         '[[switch]]\ntime = 0\nprompt = "a fox"\n[[switch]]\ntime = 0.5\nprompt = "a dog"\n'
     )
     result = run("render", "--schedule", tmp_path / "scenes.toml", "--encoder", umt5,
-                 *options, f"{tmp_path / 'both'}/")  # fmt: skip
+                 *options, f"{tmp_path / 'both'}/", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)["prompts"]
+    assert [switch["prompt"] for switch in told] == ["a fox", "a dog"]
     both = [file.read_bytes() for file in sorted((tmp_path / "both").iterdir())]
     assert both[0] == one[0].read_bytes() and both[-1] != one[-1].read_bytes()
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
@@ -543,6 +545,10 @@ def test_render_encodes_the_prompt_itself(umt5, tmp_path):
     assert_refused(run(*ask, *options, tmp_path / "c.mkv"), "is no encoder")
     assert_refused(run(*ask, "--out", tmp_path / "c.mkv"), "leave out --encoder")
     again = run("render", "--embedding", file, *ask[2:], *options, tmp_path / "c.mkv")
+    assert_refused(again, "encoded already")
+    (tmp_path / "scenes.toml").write_text('[[switch]]\ntime = 0\nembedding = "a.safetensors"\n')
+    again = run("render", "--schedule", tmp_path / "scenes.toml", *ask[2:], *options,
+                tmp_path / "c.mkv")  # fmt: skip
     assert_refused(again, "encoded already")
 
 

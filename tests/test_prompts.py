@@ -396,11 +396,37 @@ def test_a_schedule_that_cannot_be_followed_is_refused_before_any_work(session, 
         session.stream(switches, 5)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (7, "a prompt is words or an embedding, not 7"),
+        (None, "a prompt is words or an embedding, not None"),
+        ([STAR], "switch 1: a schedule lists Switch.*, not 'a red star"),
+        ([Switch("0", STAR)], "switch 1: a schedule lists"),
+        ([Switch(0, 3)], "switch 1: a prompt is words or an embedding, not 3"),
+        ([Switch(0, STAR), Switch(2, None)], "switch 2: a prompt is words"),
+        ([Switch(0, STAR), Switch(2, STAR, ["cut"])], "switch 2: history is one of"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompt, message):
+    with pytest.raises(PromptError, match=f"^{message}"):
+        plan_prompts(prompt, TINY, 40)
+
+
+def test_an_embedding_that_changes_later_is_the_one_that_was_given(session):
+    rows = encode_words(CIRCLE, TINY)[0]
+    schedule = [Switch(0, STAR), Switch(2, rows)]
+    wanted = video(session, [Switch(0, STAR), Switch(2, CIRCLE)], 4)
+    stream = session.stream(schedule, 4, SEED)
+    rows[:] = np.nan
+    np.testing.assert_array_equal(np.concatenate(list(stream)), wanted)
+
+
 def test_a_cut_within_the_start_is_refused(session):
     start = np.zeros((21, 64, 96, 3), np.uint8)  # two blocks
     schedule = [Switch(0, STAR), Switch(1, CIRCLE, "cut")]
     with pytest.raises(ConfigError, match=r"the cut at 1 s .*start.*2 blocks"):
-        next(session.stream(schedule, 5, start=start))
+        session.stream(schedule, 5, start=start)
     schedule[1] = Switch(2, CIRCLE, "cut")
     assert sum(map(len, session.stream(schedule, 5, start=start))) == 40
 
@@ -424,7 +450,7 @@ def test_a_file_says_the_same_as_a_list(tmp_path):
     first, second = read_schedule(tmp_path / "plan.toml")
     assert first == Switch(0, STAR)
     assert (second.time, second.history) == (2.5, "recompute")
-    np.testing.assert_array_equal(second.prompt, circle)
+    np.testing.assert_array_equal(second.prompt.text, circle)
 
 
 def render(tmp_path, text, *options):
