@@ -179,9 +179,15 @@ def recorded(path: Path) -> Fetched | None:
 
     Raises `CheckpointError` if the file is not what was fetched.
     """
-    path = path.absolute()
-    for folder in path.parents:
-        if not (said := read_record(folder).get(path.relative_to(folder).as_posix())):
+    places = (Path(os.path.abspath(path)), path.resolve())  # as it is named, and what it links to
+    for path, folder in ((place, folder) for place in places for folder in place.parents):
+        try:
+            said = read_record(folder).get(path.relative_to(folder).as_posix())
+        except CheckpointError as error:
+            if isinstance(error.__cause__, msgspec.ValidationError):
+                continue  # another program's file of that name
+            raise
+        if not said:
             continue
         if path.stat().st_size != said.bytes or _sha256(path) != said.sha256:
             raise CheckpointError(
@@ -238,7 +244,9 @@ def _hub(repository: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:  # the disk's
             raise
-        raise FetchError(f"{error}: run the same command again") from error
+        raise FetchError(
+            f"{repository} sent less or more than it announced: run the same command again"
+        ) from error
 
 
 def _licence(row: Published, info: ModelInfo) -> str:
@@ -290,9 +298,10 @@ def _get(offer: Offer, path: str, file: Offered, target: Path, bar: Callable[...
     try:
         with partial.open("ab") as out:
             _transfer(offer, path, out, file.bytes, bar)
-    finally:
-        if not partial.stat().st_size:
+    except BaseException:
+        if partial.is_file() and not partial.stat().st_size:
             partial.unlink()
+        raise
     whole = partial.stat().st_size == file.bytes
     if not whole or not _matches(partial, file.checksum):
         partial.unlink()

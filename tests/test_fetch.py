@@ -384,6 +384,36 @@ def test_a_file_without_a_checksum_has_the_size_that_was_offered(folder, tmp_pat
     assert not files(folder)
 
 
+def test_an_empty_file_is_a_file(folder, tmp_path):
+    stick = tmp_path / "stick"
+    stick.mkdir()
+    (stick / PARTS["taew2_1"].files[0]).touch()
+    fetching.fetch(fetching.look_up("taew2_1", folder, stick), folder, tqdm)
+    assert files(folder) == {PARTS["taew2_1"].files[0], fetching.RECORD}
+
+
+def test_a_file_that_cannot_be_written_is_said_to_be_so(hub, folder, monkeypatch):
+    def forbidden(path, mode="r", *options, **named):
+        if mode == "ab":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, mode, *options, **named)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert_refused(run("fetch", "model"), "Permission denied")
+
+
+def test_a_size_that_differs_from_the_announced_one_names_no_option_of_others(
+    hub, folder, monkeypatch
+):
+    published = hub.info()
+    monkeypatch.setattr(hub, "info", lambda: published)
+    hub.content[LARGE] += b"more"
+    result = run("fetch", "model")
+    assert_refused(result, "team/model sent less or more", "run the same command again")
+    assert "force_download" not in result.stderr
+
+
 def test_no_network_is_said_and_what_is_here_is_taken(hub, folder, monkeypatch):
     run("fetch", "model")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -428,6 +458,14 @@ def test_a_file_is_compared_with_the_record_above_it(hub, folder, tmp_path):
     (folder / LARGE).write_bytes(CONTENT[LARGE][::-1])
     with pytest.raises(CheckpointError, match=r"damaged or was replaced .*fetch it again"):
         fetching.recorded(folder / LARGE)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(folder / LARGE)
+    (tmp_path / "other").mkdir()
+    for way in (link, tmp_path / "other" / ".." / "downloads" / "model" / LARGE):
+        with pytest.raises(CheckpointError, match="damaged or was replaced"):
+            fetching.recorded(way)
+    (tmp_path / fetching.RECORD).write_text('{"elsewhere.pt": [1, 2]}')  # another program's
+    assert fetching.recorded(tmp_path / "elsewhere.pt") is None
     (folder / fetching.RECORD).write_text("{")
     with pytest.raises(CheckpointError, match="is damaged: remove it and fetch again"):
         fetching.recorded(folder / LARGE)
