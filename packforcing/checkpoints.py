@@ -33,7 +33,7 @@ from packforcing.errors import CheckpointError, OutputError
 from packforcing.fetch import recorded
 from packforcing.model import mismatch, weight_shapes
 from packforcing.models import (
-    AUTOENCODERS,
+    AUTOENCODER_PARTS,
     DESCRIPTION,
     PARTS,
     PUBLISHED,
@@ -195,7 +195,7 @@ def import_checkpoint(
         scales = ", ".join(f"{scale:g}" for scale in sorted({one.scale for one in lora.values()}))
         said.append(f"LoRA merged into {len(lora)} weights at scale {scales}")
     if autoencoders and vae:
-        part = AUTOENCODERS[vae]
+        part = AUTOENCODER_PARTS[vae]
         said.append(f"the autoencoder is {part}, licence of its weights: {PARTS[part].licence}")
     if len(kept) < len(tensors):
         said.append("pack_compressor left out: it is not the paper's; the low branch serves alone")
@@ -407,7 +407,7 @@ def recognise_autoencoder(files: list[File], asked: str | None) -> str:
         return layout
     name = files[0].path.name
     for known in ("lighttae", "taehv"):  # the first one's name has the other's in it
-        if AUTOENCODERS[known] in name:
+        if AUTOENCODER_PARTS[known] in name:
             return known
     raise CheckpointError(
         f"{files[0].path} is a tiny autoencoder, and its tensors do not say for latents of which "

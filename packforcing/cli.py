@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from packforcing import __version__
+from packforcing.config import AUTOENCODERS
 from packforcing.errors import (
     ConfigError,
     ExportError,
@@ -101,12 +102,12 @@ _shape_options = _options(
     click.option(
         "--policy",
         metavar="NAME",
-        help="How the past is remembered: packforcing, sliding-window or sink-window.  "
-        "[default: as the model was published]",
+        help="How the past is remembered, like packforcing or sink-window; an unknown name lists "
+        "all.  [default: as the model was published]",
     ),
     click.option(
         "--vae",
-        type=click.Choice(["taehv", "lighttae", "wan"]),
+        type=click.Choice(list(AUTOENCODERS)),
         help="Autoencoder: a tiny one, or Wan's.  [default: what the weights hold, or the tiny "
         "one; in a plan for a budget, Wan's where nothing else has to go for it]",
     ),
@@ -228,8 +229,8 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 @click.option(
     "--policy",
     metavar="NAME",
-    help="How the past is remembered: packforcing, sliding-window, sink-window or full-history.  "
-    "[default: as the model was made]",
+    help="How the past is remembered, like packforcing or full-history; an unknown name lists "
+    "all.  [default: as the model was made]",
 )
 @click.option(
     "--resume",

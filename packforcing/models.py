@@ -91,7 +91,7 @@ PARTS: dict[str, Published] = {
 
 
 # Those of them that decode, by the name in a config
-AUTOENCODERS = {"taehv": "taew2_1", "lighttae": "lighttaew2_1", "wan": "wan-vae"}
+AUTOENCODER_PARTS = {"taehv": "taew2_1", "lighttae": "lighttaew2_1", "wan": "wan-vae"}
 
 
 def published(kind: str) -> Published:
