@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from packforcing.errors import CheckpointError, FetchError, OutputError
 from packforcing.models import PARTS, PUBLISHED, UNREAD, Published
@@ -29,7 +30,7 @@ from packforcing.models import PARTS, PUBLISHED, UNREAD, Published
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-RECORD = "fetched.json"
+RECORD, LOCK = "fetched.json", ".lock"
 PIECE = 1 << 22  # bytes copied or hashed at a time
 SHA256 = 64  # digits
 
@@ -116,25 +117,31 @@ def fetch(offer: Offer, out: Path, bar: Callable[..., Any]) -> Record:
     What lies there intact is kept. bar: makes a tqdm for one file.
 
     Raises `FetchError` for a transfer that broke off (a later call goes on) or a wrong checksum
-    (nothing of it is kept), and `OutputError` if the disk lacks space or refuses.
+    (nothing of it is kept), and `OutputError` if the disk lacks space or refuses, or
+    another process fetches into the same folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        record = read_record(out)
-        wanted = {path: file for path, file in offer.files.items() if not _intact(out / path, file)}
-        _check_space(out, wanted)
-        for path, file in wanted.items():
-            (out / path).parent.mkdir(parents=True, exist_ok=True)
-            _get(offer, path, file, out / path, bar)
-        for path, file in offer.files.items():
-            sha256 = _sha256(out / path) if len(file.checksum) != SHA256 else file.checksum
-            record[path] = Fetched(
-                bytes=file.bytes, sha256=sha256, source=offer.source, revision=offer.revision,
-                licence=offer.licence,
-            )  # fmt: skip
-        partial = out / f"{RECORD}.partial"
-        partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-        partial.replace(out / RECORD)
+        with FileLock(out / LOCK, blocking=False):
+            record = read_record(out)
+            wanted = {
+                path: file for path, file in offer.files.items() if not _intact(out / path, file)
+            }
+            _check_space(out, wanted)
+            for path, file in wanted.items():
+                (out / path).parent.mkdir(parents=True, exist_ok=True)
+                _get(offer, path, file, out / path, bar)
+            for path, file in offer.files.items():
+                sha256 = _sha256(out / path) if len(file.checksum) != SHA256 else file.checksum
+                record[path] = Fetched(
+                    bytes=file.bytes, sha256=sha256, source=offer.source, revision=offer.revision,
+                    licence=offer.licence,
+                )  # fmt: skip
+            partial = out / f"{RECORD}.partial"
+            partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+            partial.replace(out / RECORD)
+    except Timeout as error:
+        raise OutputError(f"another process is fetching into {out}: wait until it ends") from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room and run the same command again: it goes on there" if full else ""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from tqdm import tqdm
 
 pytest.importorskip("huggingface_hub")
@@ -146,7 +147,8 @@ def assert_refused(result: Result, *parts: str) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return found - {fetching.LOCK}
 
 
 def assert_complete(folder: Path) -> None:
@@ -382,6 +384,13 @@ def test_a_file_without_a_checksum_has_the_size_that_was_offered(folder, tmp_pat
     with pytest.raises(FetchError, match=f"{path} .* came with a wrong size and is not kept"):
         fetching.fetch(offer, folder, tqdm)
     assert not files(folder)
+
+
+def test_two_at_once_do_not_write_into_the_same_files(hub, folder):
+    folder.mkdir(parents=True)
+    with FileLock(folder / fetching.LOCK):
+        assert_refused(run("fetch", "model"), "another process is fetching into downloads/model")
+    assert not files(folder) and run("fetch", "model").exit_code == 0
 
 
 def test_an_empty_file_is_a_file(folder, tmp_path):
