@@ -624,11 +624,15 @@ def change_tokenizer(folder: Path, **parts) -> None:
 
 def test_the_tokenizer_is_the_file(umt5):
     """What is built by its class's name, without the file's normalizer, is another one."""
-    settings = umt5 / "tokenizer_config.json"
-    named = json.loads(settings.read_text()) | {"tokenizer_class": "T5Tokenizer"}
-    settings.write_text(json.dumps(named))
+    named = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
+    (umt5 / "text_encoder").mkdir()  # diffusers' layout
+    for name in ("config.json", "model.safetensors"):
+        (umt5 / name).rename(umt5 / "text_encoder" / name)
+    (umt5 / "tokenizer").mkdir()
+    (umt5 / "tokenizer.json").rename(umt5 / "tokenizer" / "tokenizer.json")
+    (umt5 / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(named))
     before = encode("a fox", umt5)
-    change_tokenizer(umt5, normalizer={"type": "Lowercase"})
+    change_tokenizer(umt5 / "tokenizer", normalizer={"type": "Lowercase"})
     after = encode("A FOX", umt5)
     np.testing.assert_array_equal(after.text, before.text)
     assert after.encoder_sha256 != before.encoder_sha256
