@@ -8,6 +8,7 @@
       sink-000040.safetensors         keys and values of the sink, once
       state-000040.safetensors        those of the recent blocks, and the decoder's state
       latents-000040.bin              clean latents of the blocks after 40, as they are made
+      joined.mp4                      all segments as one, until it is renamed to OUT
 
 A checkpoint is made every so many blocks, at the same ones in every run, and with it the encoder
 starts anew. Its files are written and on the disk before `checkpoint.json` is renamed into place,
@@ -25,6 +26,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,13 +42,13 @@ from packforcing.runtime.cache import Slot
 from packforcing.runtime.plan import archive_bytes, memory, token_bytes
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import (
+    JOINED,
     Kind,
     flush,
     flush_folder,
     output_target,
     refusals,
     require_room,
-    segment_suffix,
     video_bytes,
 )
 
@@ -55,7 +57,7 @@ SECONDS = 20.0  # of video between two checkpoints
 RECORD, LOCK = "checkpoint.json", "lock"
 _OURS = re.compile(
     r"segment-\d{6}\.(mp4|mkv)|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
-    r"|checkpoint\.json(\.partial)?|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
+    rf"|{JOINED}(\.(mp4|mkv))?|checkpoint\.json(\.partial)?|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
 )
 _LARGEST_RECORD = 1 << 26  # bytes of checkpoint.json; that of a day of video is smaller
 _HEADER = 1 << 20  # bytes at most that a safetensors file spends on its own description
@@ -108,6 +110,12 @@ def render_folder(
     is at the end, but for one that has nothing in it; `RenderFolder.remove` is for success.
     Raises `OutputError` and `CheckpointError`.
     """
+    _, target = output_target(path)
+    if target.is_dir() and not _replaceable(target):
+        raise OutputError(
+            f"cannot write PNG files to {target}: it is a link, a mount point or the current "
+            "folder, and finished frames take a folder's place; name a new folder in it"
+        )
     with _locked(path) as (folder, target):
         render = _open(folder, target, config, dict(request), resume)
         try:
@@ -122,6 +130,11 @@ def discard(path: str | os.PathLike[str]) -> None:
     """Removes what an unfinished render of `path` left. Raises `OutputError` if it is going on."""
     with _locked(path) as (folder, _):
         _remove(folder)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether an empty folder can give way to another one of its name."""
+    return not (folder.is_symlink() or os.path.ismount(folder) or folder.samefile(os.curdir))
 
 
 @contextmanager
@@ -186,7 +199,7 @@ class RenderFolder:
         self.path, self.config, self.done = path, config, done
         self.every = int(done.request["interval"])
         self.then = f"what was done is in {path}: resume it"
-        self._target, self._suffix = target, segment_suffix(target)
+        self._target, self._suffix = target, done.request["output"]
         self._key = hashlib.sha256(msgspec.json.encode(done.request)).digest()
 
     @property
@@ -304,7 +317,7 @@ class RenderFolder:
         kept = {*self.done.files, RECORD, self.latents.name if _is_file(self.latents) else RECORD}
         for path in self.path.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in kept:
-                path.unlink()
+                _delete(path)
 
     def check(self, frames: int, blocks: int) -> None:
         """Compares every file of the last checkpoint with its SHA-256, and asks for room on the
@@ -429,8 +442,16 @@ def _remove(folder: Path) -> None:
         (folder / RECORD).unlink(missing_ok=True)
         for path in folder.iterdir():
             if _OURS.fullmatch(path.name) or path.name == LOCK:
-                path.unlink()
+                _delete(path)
         folder.rmdir()
+
+
+def _delete(path: Path) -> None:
+    """A file, a link or a folder of frames that was being joined."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _read_record(folder: Path) -> Checkpoint | None:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 
@@ -239,9 +239,11 @@ class Session:
             stream = self._run(timeline, total, seed, clip, on_block, folder)
             try:
                 for block in range(first, blocks, every):
+                    part = islice(stream, every)
+                    fresh = next(part)  # the checkpoint before it is made before a file is open
                     segment = folder.segment(block), config.width, config.height, config.fps
                     with open_video(*segment, folder.then) as video:
-                        for frames in islice(stream, every):
+                        for frames in chain((fresh,), part):
                             opened = time.perf_counter()
                             video.write(frames)
                             in_video += time.perf_counter() - opened
@@ -249,7 +251,8 @@ class Session:
                 raise RenderStopped(f"{error}; {folder.then}") from None
             opened = time.perf_counter()
             segments = folder.segments(blocks)
-            join(segments, path, config.width, config.height, config.fps, folder.then)
+            size = config.width, config.height, config.fps
+            join(segments, path, folder.path, *size, folder.then)
             in_video += time.perf_counter() - opened
             folder.remove()
         return RenderSummary(

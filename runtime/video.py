@@ -4,7 +4,7 @@ The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and k
 byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
 and takes the target's name when it is whole and on the disk, so whatever stands there can be
 trusted. Frames for an empty folder grow in a partial folder inside, and move up when all are
-there. `join` makes such a video of segments that were written one by one.
+there. `join` makes such a video of segments that were written one by one, beside them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # H.264 at this quality stays well under two bits a pixel on anything but noise.
 _BYTES_PER_PIXEL = {"mp4": 0.25, "mkv": 4.0, "png": 3.1}
 _BYTES_SPARE = 1 << 20
+JOINED = "joined"
+_THREADS = 4  # of the encoder, whatever the machine has: x264 gives other bytes for another number
 _GONE = "nothing is left of it"
 _EARLIEST = 2  # places at most that x264's B-frames let a frame be decoded before it is shown
 
@@ -163,6 +165,7 @@ def open_video(
 def join(
     segments: Sequence[Path],
     path: str | os.PathLike[str],
+    folder: Path,
     width: int,
     height: int,
     fps: int,
@@ -171,30 +174,38 @@ def join(
     """One video of segments in order, frame for frame and without encoding anew.
 
     segments: videos that `open_video` wrote, of the kind that `segment_suffix` names for `path`.
-    Raises `OutputError`, which ends in `then`.
+    folder: on the same disk; the video grows there, as `JOINED` with its suffix, and takes the
+    place of an empty folder. Raises `OutputError`, which ends in `then`.
     """
     import av
 
     kind, target = output_target(path)
+    partial = folder / (JOINED if kind == "png" else f"{JOINED}.{kind}")
     with refusals(target, then):
-        if kind == "png":
-            with open_video(path, width, height, fps, then) as video:
-                for segment in segments:
-                    with av.open(segment.absolute()) as container:
-                        for frame in container.decode(video=0):
-                            video.write(frame.to_ndarray(format="rgb24")[None])
-            return
-        partial = partial_path(target)
         try:
-            options = {"movflags": "+faststart"} if kind == "mp4" else {}
-            with av.open(partial.absolute(), "w", options=options) as joined:
-                _copy_packets(segments, joined, fps, _EARLIEST if kind == "mp4" else 0)
+            if kind == "png":
+                _write_frames(segments, _PngFolder(partial, width, height))
+            else:
+                options = {"movflags": "+faststart"} if kind == "mp4" else {}
+                with av.open(partial.absolute(), "w", options=options) as joined:
+                    _copy_packets(segments, joined, fps, _EARLIEST if kind == "mp4" else 0)
             flush(partial)
+            if target.is_dir():
+                target.rmdir()
             partial.replace(target)
             flush_folder(target.parent)
         except BaseException:
             _remove(partial)
             raise
+
+
+def _write_frames(segments: Sequence[Path], folder: _PngFolder) -> None:
+    import av
+
+    for segment in segments:
+        with av.open(segment.absolute()) as container:
+            for frame in container.decode(video=0):
+                folder.write(frame.to_ndarray(format="rgb24")[None])
 
 
 def _copy_packets(segments: Sequence[Path], joined: Any, fps: int, earliest: int) -> None:
@@ -260,6 +271,7 @@ class _Encoder:
         self._stream = stream
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = layout
+        self._stream.codec_context.thread_count = _THREADS
 
     def write(self, frames: np.ndarray) -> None:
         import av

@@ -172,6 +172,42 @@ def test_killed_at_random_moments_it_goes_on(plain, truth, tiny_bundle, tmp_path
                 path.unlink()
 
 
+DIES = """
+import os
+from pathlib import Path
+from packforcing.runtime import video
+def dying(call):
+    return lambda path, *rest: os._exit(9) if path.stem == "joined" else call(path, *rest)
+{0} = dying({0})
+"""
+
+
+@pytest.mark.parametrize("moment", ["video.flush", "Path.replace"])
+@pytest.mark.parametrize("target", ["a.mp4", "frames.v2/", "empty/"])
+def test_killed_while_it_joins_it_leaves_nothing_but_the_video(
+    plain, tiny_bundle, tmp_path, target, moment
+):
+    """When all is written, and right before it takes its place."""
+    (tmp_path / "empty").mkdir()
+    path, code = f"{tmp_path}/{target}", CHILD.format(PROMPT, 3, SEED, EVERY)
+    command = [sys.executable, "-c", DIES.format(moment) + code, tiny_bundle, path]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 9
+    render(plain, path, seconds=3, resume=True)
+    names = {"empty", Path(target).name}
+    assert {left.name for left in tmp_path.iterdir()} == names
+    assert len(frames_of(Path(path))) == 24
+
+
+def test_a_folder_that_cannot_give_way_is_refused_at_once(plain, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", tmp_path / "link"):
+        with pytest.raises(OutputError, match="name a new folder in it"):
+            render(plain, name)
+    assert {left.name for left in tmp_path.iterdir()} == {"here", "link"}
+
+
 def flip(path: Path, other: Path, where: random.Random) -> None:
     data = bytearray(path.read_bytes())
     data[where.randrange(len(data))] ^= 1 << where.randrange(8)
