@@ -149,6 +149,8 @@ def _locked(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutputError(f"cannot write {target}: {folder} is in the way; remove it")
         folder.mkdir(exist_ok=True)
+        if (folder / LOCK).is_symlink():  # what it leads to would be emptied
+            raise OutputError(f"cannot write {target}: {folder / LOCK} is a link; remove it")
         lock = FileLock(folder / LOCK)
         try:
             lock.acquire(timeout=0)
@@ -197,6 +199,7 @@ class RenderFolder:
 
     def __init__(self, path: Path, target: Path, config: Config, done: Checkpoint) -> None:
         self.path, self.config, self.done = path, config, done
+        self._removed = False
         self.every = int(done.request["interval"])
         self.then = f"what was done is in {path}: resume it"
         self._target, self._suffix = target, done.request["output"]
@@ -277,7 +280,9 @@ class RenderFolder:
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
                     raise BackendError(
                         f"block {block - 1}: its keys, values or decoder state ({kind}) hold NaN "
-                        f"or infinity; {self.then} with another backend, from block {before.block}"
+                        "or infinity; begin anew with another backend or precision, or look for "
+                        f"the graph with 'packforcing verify'; blocks before {before.block} are in "
+                        f"{self.path}"
                     )
         size = sum(array.nbytes for part in arrays.values() for array in part.values())
         with refusals(self._target, self.then):
@@ -379,8 +384,11 @@ class RenderFolder:
             rollout.device.write(array, state[name])
 
     def remove(self) -> None:
-        """Removes the folder, but for files that are not ours."""
-        _remove(self.path)
+        """Removes the folder, but for files that are not ours; once, for it may be another
+        process's from then on."""
+        if not self._removed:
+            _remove(self.path)
+        self._removed = True
 
     def _restore_archive(self, archive: Archive) -> None:
         row, arrays = 0, (archive.key_values, archive.pooled_keys)

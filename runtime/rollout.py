@@ -187,8 +187,8 @@ class Rollout:
         if not np.isfinite(array.host).all():
             raise BackendError(
                 f"block {self.scene + self.cache.committed}, {where}: the graph '{graph}' gave NaN "
-                "or infinity; nothing made of it was kept. Try another --precision or backend, or "
-                "look for the graph with 'packforcing verify'"
+                "or infinity; nothing made of it was kept. Begin anew with another backend or "
+                "precision, or look for the graph with 'packforcing verify'"
             )
 
     def _load(self, slots: list[tuple[int, int]]) -> None:

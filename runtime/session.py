@@ -87,8 +87,8 @@ class Session:
     """Renders videos with one bundle; use it as a context manager.
 
     One video at a time: beginning another ends the one before, from whichever thread. Every
-    method may be called from every thread, `pause`, `proceed` and `stop` from a signal's handler
-    too; what they ask for happens between two blocks.
+    method may be called from every thread, and `stop` from a signal's handler too, if nothing
+    pauses the session; what they ask for happens between two blocks.
     """
 
     @classmethod
@@ -224,6 +224,11 @@ class Session:
         self._check_memory(blocks)
         check_output(path, total, config.width, config.height)
         began, in_graphs, in_video = time.perf_counter(), self._graph_seconds(), 0.0
+        if not 0 < checkpoint_seconds <= LONGEST:
+            raise ConfigError(
+                f"checkpoint_seconds must be above 0 and at most {LONGEST:.0f}; "
+                f"it is {checkpoint_seconds:g}"
+            )
         every = interval(config, checkpoint_seconds)
         request = {
             "output": segment_suffix(path),

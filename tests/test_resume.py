@@ -6,6 +6,7 @@ it, H.264 with the file of an uninterrupted render.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -22,7 +23,13 @@ import numpy as np
 import pytest
 
 from packforcing import Policy
-from packforcing.errors import BackendError, CheckpointError, OutputError, RenderStopped
+from packforcing.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    RenderStopped,
+)
 from packforcing.prompts import Switch
 from packforcing.runtime import Session, buffers, checkpoint
 from packforcing.runtime.bundle import write_manifest
@@ -279,6 +286,13 @@ def test_another_render_is_not_resumed(plain, stopped, tmp_path):
     assert sorted(path.name for path in (tmp_path / "a.mkv.render").iterdir()) == before
 
 
+@pytest.mark.parametrize("seconds", [math.inf, math.nan, 0, -1])
+def test_an_interval_that_is_none_is_refused(plain, tmp_path, seconds):
+    with pytest.raises(ConfigError, match="checkpoint_seconds must be above 0"):
+        render(plain, tmp_path / "a.mkv", checkpoint_seconds=seconds)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_render_of_another_release_is_not_resumed(plain, stopped, tmp_path, monkeypatch):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(checkpoint, "VERSION", 2)
@@ -434,6 +448,14 @@ def test_leftovers_of_a_finished_render_are_no_render(plain, stopped, tmp_path, 
     np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), truth)
 
 
+def test_a_folder_is_removed_once(plain, tmp_path, monkeypatch):
+    """From then on it may be another process's."""
+    remove, removed = checkpoint._remove, []
+    monkeypatch.setattr(checkpoint, "_remove", lambda path: (remove(path), removed.append(path)))
+    render(plain, tmp_path / "a.mkv", seconds=1)
+    assert removed == [tmp_path / "a.mkv.render"]
+
+
 def test_what_is_in_the_way_of_the_folder_is_refused(plain, tmp_path):
     (tmp_path / "a.mkv.render").touch()
     (tmp_path / "b.mkv.render").symlink_to(tmp_path)
@@ -523,6 +545,12 @@ def test_links_in_a_checkpoint_are_neither_read_nor_written_through(
         "latents-000008.bin", "checkpoint.json.partial", "segment-000006.mkv",
     ):  # fmt: skip
         (folder / "a.mkv.render" / name).symlink_to(outside)
+    lock = folder / "a.mkv.render" / "lock"
+    lock.unlink(missing_ok=True)
+    lock.symlink_to(outside)
+    with pytest.raises(OutputError, match=r"lock is a link; remove it"):
+        render(plain, folder / "a.mkv", resume=True)
+    lock.unlink()
     render(plain, folder / "a.mkv", resume=True)
     assert outside.read_text() == "mine"
     np.testing.assert_array_equal(frames_of(folder / "a.mkv"), truth)

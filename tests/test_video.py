@@ -82,6 +82,22 @@ def test_mp4_can_play_before_it_is_loaded(tmp_path):
     assert data.index(b"moov") < data.index(b"mdat")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose its CPUs")
+def test_mp4_is_the_same_however_many_cpus_there_are(tmp_path):
+    """Else a render that is resumed elsewhere would be another."""
+    cpus = os.sched_getaffinity(0)
+    picture = cv2.resize(noise(1)[0], (640, 480), interpolation=cv2.INTER_CUBIC)
+    try:
+        for name, few in (("one.mp4", {min(cpus)}), ("all.mp4", cpus)):
+            os.sched_setaffinity(0, few)
+            with open_video(tmp_path / name, 640, 480, FPS) as video:
+                for i in range(20):
+                    video.write(np.roll(picture, 5 * i, axis=1)[None])
+    finally:
+        os.sched_setaffinity(0, cpus)
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "all.mp4").read_bytes()
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_has_the_final_name_before_the_end(tmp_path, target):
     with open_video(f"{tmp_path}/{target}", WIDTH, HEIGHT, FPS) as video:
