@@ -73,7 +73,6 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     version: int
     request: dict[str, str]  # all that decides about the frames
     block: int = 0  # blocks done, their frames in segments
-    frames: int = 0
     scene: int = 0  # its first block; `oldest` and `mids` count from there, as the cache does
     oldest: int = 0
     mids: tuple[int, ...] = ()
@@ -244,8 +243,8 @@ class RenderFolder:
             file.truncate(len(found) * (size + _DIGEST))
         return found
 
-    def save(self, rollout: Rollout, frames: int) -> None:
-        """Makes the checkpoint after the block committed last, with so many frames in segments.
+    def save(self, rollout: Rollout) -> None:
+        """Makes the checkpoint after the block committed last, its frames being in segments.
 
         Raises `OutputError`, and `BackendError` for a state that holds NaN; the checkpoint before
         is good then.
@@ -296,7 +295,6 @@ class RenderFolder:
             self.done = msgspec.structs.replace(
                 before,
                 block=block,
-                frames=frames,
                 scene=rollout.scene,
                 oldest=cache.oldest,
                 mids=tuple(cache.mids),
@@ -328,7 +326,7 @@ class RenderFolder:
         """Compares every file of the last checkpoint with its SHA-256, and asks for room on the
         disk for the rest of a render of this length."""
         config, done = self.config, self.done
-        if not (0 <= done.scene <= done.block <= blocks and 0 <= done.frames <= frames):
+        if not 0 <= done.scene <= done.block <= blocks:
             raise self._damaged(RECORD)
         names = [self.segment(block).name for block in range(0, done.block, self.every)]
         if done.block % self.every or names != done.named("segment"):
@@ -351,7 +349,10 @@ class RenderFolder:
         done, policy = self.done, self.config.policy
         if not done.block:
             return
-        rollout.go_on(done.scene, done.block - done.scene, done.oldest, done.mids)
+        committed = done.block - done.scene
+        if not policy.sink <= done.oldest <= max(policy.sink, committed):
+            raise self._damaged(RECORD)
+        rollout.go_on(done.scene, committed, done.oldest, done.mids)
         mids = set(done.mids) & set(rollout.cache.candidates())
         if not len(mids) == len(done.mids) <= policy.mid:
             raise self._damaged(RECORD)

@@ -240,7 +240,7 @@ class Session:
             **self._identity(),
         }
         with render_folder(path, config, request, total, blocks, resume) as folder:
-            first, resumed = folder.done.block, folder.done.frames
+            first = folder.done.block
             stream = self._run(timeline, total, seed, clip, on_block, folder)
             try:
                 for block in range(first, blocks, every):
@@ -263,7 +263,7 @@ class Session:
         return RenderSummary(
             frames=total,
             blocks=blocks,
-            frames_resumed=resumed,
+            frames_resumed=_frames_before(first, timeline, config),
             seconds_total=time.perf_counter() - began,
             seconds_graphs={
                 name: after - in_graphs.get(name, 0.0)
@@ -303,7 +303,8 @@ class Session:
             self._require_open()
             given = {} if clip is None else dict(enumerate(self._encode(clip, blocks)))
             rollout = self._rollout_for(blocks)
-            first, delivered = (folder.done.block, folder.done.frames) if folder else (0, 0)
+            first = folder.done.block if folder else 0
+            delivered = _frames_before(first, timeline, self.config)
             latest = max(block for block in switches if block < max(1, first))
             text = encode(switches[latest].prompt, self.config)
             rollout.begin(text, blocks, seed, folder.path if folder else None)
@@ -322,7 +323,7 @@ class Session:
                 if self._stopped:
                     raise RenderStopped(f"stopped after {index} of {blocks} blocks")
                 if folder and index > first and index % folder.every == 0:
-                    folder.save(rollout, delivered)
+                    folder.save(rollout)
                 began = time.perf_counter()
                 switch = switches.get(index)
                 if switch and index:
@@ -443,15 +444,24 @@ def bounded(policy: Policy, own: Policy, blocks: int) -> Policy:
 
 
 def _switches(timeline: Timeline, config: Config) -> list[SwitchInfo]:
-    """When a video follows which prompt; the first frames of each scene are trimmed."""
-    infos, scenes = [], 0
+    """When a video follows which prompt."""
+    infos = []
     for block, switch in timeline.switches.items():
-        frames = block * config.block_pixel_frames - scenes * config.trimmed_frames
+        seconds = _frames_before(block, timeline, config) / config.fps
         text = getattr(switch.prompt, "prompt", switch.prompt)  # the words of an embedding
         text = text if isinstance(text, str) else ""
-        infos.append(SwitchInfo(block, frames / config.fps, text, switch.history))
-        scenes += block == 0 or switch.history == "cut"
+        infos.append(SwitchInfo(block, seconds, text, switch.history))
     return infos
+
+
+def _frames_before(block: int, timeline: Timeline, config: Config) -> int:
+    """Frames of the blocks before one; the first of each scene are trimmed."""
+    scenes = sum(
+        first == 0 or switch.history == "cut"
+        for first, switch in timeline.switches.items()
+        if first < block
+    )
+    return block * config.block_pixel_frames - scenes * config.trimmed_frames
 
 
 def _digest_prompts(timeline: Timeline, config: Config) -> str:

@@ -6,6 +6,7 @@ it, H.264 with the file of an uninterrupted render.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -430,6 +431,21 @@ def test_an_archive_beyond_memory_lies_in_a_file(plain, truth, tmp_path, monkeyp
     )
     with pytest.raises(OutputError, match=r"the archive of this video takes .* refuses \(full\)"):
         next(plain.stream(PROMPT, SECONDS, SEED))
+
+
+@pytest.mark.parametrize(
+    "change", [{"oldest": -5}, {"oldest": 7}, {"block": -2}, {"scene": 7}, {"mids": [1, 1]}]
+)
+def test_a_checkpoint_that_makes_no_sense_is_refused(plain, stopped, tmp_path, change):
+    """Even if its hash is right."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "a.mkv.render" / "checkpoint.json"
+    body = msgspec.json.decode(path.read_bytes())["checkpoint"]
+    body = msgspec.json.encode({**body, **change})
+    sealed = {"sha256": hashlib.sha256(body).hexdigest(), "checkpoint": msgspec.Raw(body)}
+    path.write_bytes(msgspec.json.encode(sealed))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged"):
+        render(plain, tmp_path / "a.mkv", resume=True)
 
 
 def test_what_is_not_ours_stays(plain, stopped, tmp_path):
