@@ -55,6 +55,7 @@ class Backend:
     device: HostDevice
     graphs: dict[str, Bindable]
     close: Callable[[], None]
+    identity: str = "the CPU"  # what decides about its results beside the bundle: card and engines
 
 
 def open_backend(
@@ -100,7 +101,10 @@ def open_backend(
     except BaseException:
         close()
         raise
-    return Backend(device, {**on_host, **on_device}, close)
+    opened = Backend(device, {**on_host, **on_device}, close)
+    if isinstance(device, CudaDevice):
+        opened.identity = engines.identity if name in ENGINES else device.name
+    return opened
 
 
 class Graph:

@@ -284,7 +284,7 @@ class Session:
         return {
             "bundle": hashlib.sha256(msgspec.json.encode(self.manifest)).hexdigest(),
             "policy": msgspec.json.encode(self.config.policy).decode(),
-            "runs on": self._runs_on,
+            "runs on": f"{self._runs_on}, {self._backend.identity}",
             "made with": f"packforcing {__version__}, onnxruntime {onnxruntime.__version__}, "
             f"av {av.__version__}",
         }

@@ -81,6 +81,14 @@ class Engines:
         self._cache: Any = None
         self._cached = b""
 
+    @property
+    def identity(self) -> str:
+        """The card, the library's version and the engines' SHA-256, cut short."""
+        files = ", ".join(
+            f"{graph} {record.file.sha256[:16]}" for graph, record in self._records.items()
+        )
+        return f"{self.device.name} with {self.name} {self._trt.__version__} ({files})"
+
     def load(self, specs: dict[str, GraphSpec]) -> dict[str, Engine]:
         """Loads weights and allocates the scratch; raises `BackendError`."""
         loaded = {}

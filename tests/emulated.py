@@ -186,7 +186,7 @@ def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
         name: OnDevice(cuda, name, graph) if name in CARD else graph
         for name, graph in backend.graphs.items()
     }
-    return Backend(device, graphs, device.close)
+    return Backend(device, graphs, device.close, device.name)
 
 
 SCRATCH = 4096  # bytes that every emulated engine wants

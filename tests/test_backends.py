@@ -4,12 +4,13 @@ any weight is loaded: one line that says what to do."""
 import dataclasses
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from packforcing import model_config
-from packforcing.errors import BackendError
+from packforcing.errors import BackendError, CheckpointError, RenderStopped
 from packforcing.plan_report import load_figures
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.device import CudaDevice
@@ -48,6 +49,26 @@ def test_engines_make_the_video_that_graphs_make(library, bundle):
     found = video("tensorrt-rtx", bundle)
     np.testing.assert_array_equal(found, video("onnxruntime", bundle))
     assert library.cuda.used("device") == library.cuda.used("host") == 0, "not given back"
+
+
+def test_a_render_goes_on_with_its_own_engines_and_card_only(
+    library, bundle, tmp_path, monkeypatch
+):
+    def render(directory, **changes):
+        with Session.open(directory, backend="tensorrt-rtx", threads=1) as session:
+            stop = changes or {"on_block": lambda info: session.stop()}
+            session.render(PROMPT, 3, tmp_path / "a.mkv", **stop)
+
+    with pytest.raises(RenderStopped):
+        render(bundle)
+    rebuilt = shutil.copytree(bundle, tmp_path / "rebuilt")
+    build_engines(rebuilt)
+    with pytest.raises(CheckpointError, match=r"runs on was .*denoiser [0-9a-f]{16}"):
+        render(rebuilt, resume=True)
+    other = emulated.Status.cudaSuccess, SimpleNamespace(name=b"NVIDIA Other")
+    monkeypatch.setattr(library.cuda, "cudaGetDeviceProperties", lambda number: other)
+    with pytest.raises(CheckpointError, match=r"NVIDIA Nothing .* now .* NVIDIA Other"):
+        render(bundle, resume=True)
 
 
 def test_engines_take_what_the_plan_says(library, bundle):
