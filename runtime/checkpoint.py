@@ -57,7 +57,8 @@ SECONDS = 20.0  # of video between two checkpoints
 RECORD, LOCK = "checkpoint.json", "lock"
 _OURS = re.compile(
     r"segment-\d{6}\.(mp4|mkv)|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
-    rf"|{JOINED}(\.(mp4|mkv))?|checkpoint\.json(\.partial)?|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
+    r"|checkpoint\.json(\.partial)?|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
+    rf"|{JOINED}(\.(mp4|mkv))?"
 )
 _LARGEST_RECORD = 1 << 26  # bytes of checkpoint.json; that of a day of video is smaller
 _HEADER = 1 << 20  # bytes at most that a safetensors file spends on its own description

@@ -72,3 +72,15 @@ def tiny_half_bundle(tiny_model, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("bundles") / "tiny-half"
     export_bundle(config, tiny_model.weights(), directory)
     return directory
+
+
+@pytest.fixture(scope="module", params=["host", "gpu"])
+def session(request, tiny_bundle):
+    """The tiny model's, on the host and on an emulated GPU."""
+    from packforcing.runtime import Session
+    from tests.emulated import Cuda, on_gpu
+
+    with Session.open(tiny_bundle) as session:
+        if request.param == "gpu":
+            session._backend = on_gpu(session._backend, Cuda())
+        yield session

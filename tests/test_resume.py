@@ -35,18 +35,10 @@ from packforcing.prompts import Switch
 from packforcing.runtime import Session, buffers, checkpoint
 from packforcing.runtime.bundle import write_manifest
 from packforcing.runtime.device import view
-from tests.emulated import Cuda, on_gpu
+from packforcing.runtime.video import partial_path
 
 PROMPT, SEED = "a red star over navy stripes", 5
 SECONDS, EVERY = 15, 3.0  # a block lasts 1.5 s: 11 blocks, two between checkpoints
-
-
-@pytest.fixture(scope="module", params=["host", "gpu"])
-def session(request, tiny_bundle):
-    with Session.open(tiny_bundle) as session:
-        if request.param == "gpu":
-            session._backend = on_gpu(session._backend, Cuda())
-        yield session
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +445,18 @@ def test_what_is_not_ours_stays(plain, stopped, tmp_path):
     (tmp_path / "a.mkv.render" / "notes.txt").touch()
     render(plain, tmp_path / "a.mkv", resume=True)
     assert [path.name for path in (tmp_path / "a.mkv.render").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_files_that_a_kill_left_unfinished_go(plain, stopped, tmp_path, suffix):
+    """Under the names that are written under before files get their own."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    folder = tmp_path / "a.mkv.render"
+    partial_path(folder / f"segment-000006{suffix}").touch()
+    (folder / f"joined{suffix}").touch()
+    (folder / "checkpoint.json.partial").touch()
+    render(plain, tmp_path / "a.mkv", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mkv"]
 
 
 def test_leftovers_of_a_finished_render_are_no_render(plain, stopped, tmp_path, truth):

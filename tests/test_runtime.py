@@ -40,14 +40,6 @@ PROMPT = "a red star over navy stripes"
 SEED = 3
 
 
-@pytest.fixture(scope="module", params=["host", "gpu"])
-def session(request, tiny_bundle):
-    with Session.open(tiny_bundle) as session:
-        if request.param == "gpu":
-            session._backend = on_gpu(session._backend, Cuda())
-        yield session
-
-
 @pytest.fixture(scope="module")
 def reference(tiny_model):
     """The reference's blocks, each video made once."""
