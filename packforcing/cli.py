@@ -723,7 +723,7 @@ def models(as_json: bool) -> None:
         return
     for kind, row in PUBLISHED.items():
         config = published_config(kind)
-        policy, steps = config.policy, " ".join(f"{step:g}" for step in config.timesteps)
+        steps = " ".join(f"{step:g}" for step in config.timesteps)
         click.echo(kind)
         if row.refused:
             click.echo(f"  weights only: {row.refused}")
@@ -733,8 +733,7 @@ def models(as_json: bool) -> None:
                 f"  blocks of {config.block_frames}, {config.sampler} at {steps}"
                 + (f" (the first block at {first})" if first else "")
                 + f", shift {config.shift:g}{'' if config.warp else ', not warped'}; "
-                f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks, "
-                f"{policy.positions} positions"
+                f"{config.policy}"
             )
         where = f"{row.source}: {', '.join(row.files)}" if row.source else "no public place known"
         click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; licence: {row.licence}")
@@ -780,7 +779,6 @@ def inspect(bundle: str | None, as_json: bool) -> None:
             }
         )
         return
-    policy = config.policy
     block_seconds = config.block_pixel_frames / config.fps
     rows = {
         "bundle": f"{directory} (schema {manifest.schema_version})",
@@ -789,8 +787,7 @@ def inspect(bundle: str | None, as_json: bool) -> None:
         "network": f"{config.layers} layers of width {config.dim}, {config.heads} heads, "
         f"{len(config.timesteps)} steps ({config.sampler})",
         "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
-        "history": f"{policy.sink} sink + {policy.mid} mid + {policy.recent} recent blocks, "
-        f"by {policy.selection}, {policy.positions} positions",
+        "history": str(config.policy),
         "tokens": ", ".join(f"{count:,} {name}" for name, count in _tokens(config).items()),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }

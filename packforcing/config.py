@@ -34,6 +34,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `mid_span` is how many latent frames a compressed block takes up in packed positions
     (fractions allowed); None means as many as it stands for. `branches`: what a compressed block
     is made of, the sum of both branches of the compressor or one alone (section 3.3).
+
+    `restart`: of how many blocks one rollout is; 0 for a single one without end. A longer video is
+    rollouts in a row, each of which begins with the last block of the one before, as CausVid
+    publishes it: the block's first latent frame is encoded anew, from the last pixel frame that it
+    was decoded to, as the first frame of a video is; keys, values and the decoder's state are made
+    again without a past, and the frames from that one on are those that are decoded then.
     """
 
     sink: int
@@ -43,6 +49,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     positions: Literal["packed", "absolute"] = "packed"
     mid_span: float | None = None
     branches: Literal["both", "high", "low"] = "both"
+    restart: int = 0
 
     def __post_init__(self) -> None:
         for name in ("sink", "mid", "recent"):
@@ -50,11 +57,30 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 0 <= getattr(self, name) <= LARGEST, f"policy.{name} must be from 0 to {LARGEST}"
             )
         _require(self.mid_span is None or self.mid_span > 0, "policy.mid_span must be positive")
+        _require(
+            self.restart == 0 or 2 <= self.restart <= LARGEST,
+            f"policy.restart must be 0, or from 2 to {LARGEST}: a rollout's first block is the "
+            "last one's end",
+        )
 
     @property
     def capacity(self) -> int:
         """Blocks in context, beside the current one, once every partition is full."""
         return self.sink + self.mid + self.recent
+
+    def __str__(self) -> str:
+        """What is read, in words."""
+        selected = f"by {self.selection}, " if self.mid else ""
+        again = f", begun anew every {self.restart} blocks" if self.restart else ""
+        return (
+            f"{self.sink} sink, {self.mid} mid and {self.recent} recent blocks, "
+            f"{selected}{self.positions} positions{again}"
+        )
+
+    def rollout_start(self, block: int) -> int:
+        """The first block of the rollout that makes `block`, of a video without cuts."""
+        fresh = self.restart - 1  # blocks that a rollout adds
+        return max(0, block - 1) // fresh * fresh if self.restart else 0
 
 
 class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -301,19 +327,20 @@ def _published(name: str, policy: Policy, **changes: Any) -> Config:
     return msgspec.structs.replace(PAPER, name=name, policy=policy, **given)
 
 
-def _window(recent: int, sink: int = 0) -> Policy:
-    return Policy(sink=sink, mid=0, recent=recent, positions="absolute")
+def _window(recent: int, sink: int = 0, restart: int = 0) -> Policy:
+    return Policy(sink=sink, mid=0, recent=recent, positions="absolute", restart=restart)
 
 
-# As published, except that windows go on sliding where Self-Forcing, CausVid and Causal-Forcing
-# stop after 21 frames, the current ones included, and that a history has whole blocks:
-# Infinity-RoPE's sink of one frame and window of two are a block each. (CausVid's long videos are
-# clips in a row, each begun with the last one's end: what `start` does.)
+# As published, except that windows go on sliding where Self-Forcing and Causal-Forcing stop after
+# 21 frames, the current ones included, and that a history has whole blocks: Infinity-RoPE's sink
+# of one frame and window of two are a block each.
 MODELS |= {
     config.name: config
     for config in (
         _published("self-forcing", _window(6)),
-        _published("causvid", _window(6), timesteps=(1000, 757, 522), warp=False, shift=8.0),
+        _published(
+            "causvid", _window(6, restart=7), timesteps=(1000, 757, 522), warp=False, shift=8.0
+        ),
         _published("causal-forcing", _window(6)),
         _published("causal-forcing-frame", _window(20), block_frames=1),
         _published(

@@ -20,6 +20,10 @@ cut: nothing. Sink, recent blocks, archive, positions and the decoder's state be
 video, whose first frames are trimmed like any video's. From the cut on, a video is the one that
 would be made of the new prompt alone, bit for bit, but that its random numbers, drawn for (seed,
 block, step), go on counting blocks from the beginning.
+
+A policy that restarts (CausVid's) does so before a switch of the other two kinds takes effect: the
+block that both rollouts share is made under the old prompt, and `recompute` makes its keys and
+values anew as the only recent block there is.
 """
 
 from __future__ import annotations

@@ -49,8 +49,7 @@ def write_report(
     facts = {
         "Model": f"{config.name}, {config.width}x{config.height}, {config.fps} frames/s",
         "Seed": str(seed),
-        "History": f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks, "
-        f"by {policy.selection}, {policy.positions} positions",
+        "History": str(policy),
         "Length": f"{summary.frames} frames, {length:.1f} s, in {summary.blocks} blocks",
         "Time": f"{summary.seconds_total:.1f} s, {length / summary.seconds_total:.1f} times "
         "as fast as it plays",
@@ -190,7 +189,9 @@ def read_map(reads: Sequence[Sequence[int]], policy: Policy) -> str:
 
 def whole_blocks(policy: Policy, block: int) -> tuple[range, range]:
     """The sink and the recent blocks that a block reads at full resolution."""
-    return range(min(policy.sink, block)), range(max(policy.sink, block - policy.recent), block)
+    start = policy.rollout_start(block)
+    sink = min(start + policy.sink, block)
+    return range(start, sink), range(max(sink, block - policy.recent), block)
 
 
 def rows(table: dict[str, tuple[str, ...]]) -> str:

@@ -4,7 +4,8 @@ Written for reading, not for speed: the history is a list of blocks, and the con
 block is gathered anew from it. One block is `steps` denoising calls that read the history, a
 commit (the call at t = 0 that yields the block's clean keys and values) and, beyond the sink,
 a mid pass (the same context, the block's compressed tokens), after which the blocks to read
-next are selected.
+next are selected. Where the policy restarts, the last block of a rollout is committed twice: once
+more as the first of the next.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packforcing.config import Config
+from packforcing.autoencoder import State
+from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.model import Model
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
@@ -26,6 +28,7 @@ from packforcing.selection import affinity, likeness, select
 from packforcing.transformer import KV, Rope, patchify, unpatchify
 
 Noise = Callable[[int, int], np.ndarray]  # (block, step) to float32 [N, P]
+Call = Callable[..., tuple[Tensor, list[KV], Tensor, Tensor]]  # `forward` on a context
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Rolled:
     """What one block of a rollout gave."""
 
     index: int
-    latents: Tensor  # [B_f, C, h, w]
+    latents: Tensor  # [B_f, C, h, w], as they were made
     frames: Tensor  # [4 B_f, 3, H, W] in 0..1; a scene's first block still has the trimmed ones
     read: list[int]  # the archived blocks in context
     first_flow: Tensor | None  # [N, P], of the first step
@@ -88,10 +91,8 @@ def rollout(
             chosen = [block - scene for block in replay[index]]
         if effect == "recompute":
             recompute(model, cross, history, chosen)
-        context, context_rope, start = gather(config, history, chosen)
+        call, start = reading(model, cross, history, chosen)
 
-        call = partial(forward, model, cross, context, context_rope)
-        positions = block_positions(config, start)
         first_flow = None
         if clip is not None and (index + 1) * config.block_frames <= len(clip):
             given = clip[index * config.block_frames : (index + 1) * config.block_frames]
@@ -99,34 +100,70 @@ def rollout(
         else:
             x = torch.from_numpy(noise(index, 0))[None]
             for step, (told, now, then) in enumerate(schedule(config, index - scene)):
-                flow = call(x, told, positions)[0]
+                flow = call(x, told, block_positions(config, start))[0]
                 first_flow = flow[0] if step == 0 else first_flow
                 fresh = None
                 if config.sampler == "renoise" and then > 0:
                     fresh = torch.from_numpy(noise(index, step + 1))[None]
                 x = advance(config, x, flow, fresh, now, then)
 
-        _, full, query, _ = call(x, 0.0, positions)
-        latents = unpatchify(x, config.grid, config.patch)
-        frames = []
-        for latent in latents[0]:
-            decoded, state = model.autoencoder.decode_frame(latent[None], state)
-            frames.append(decoded)
-
-        block = Past(len(history), full, [], clean=x)
-        if policy.mid and block.index >= policy.sink:
-            tokens, extra = model.compressor(latents, torch.cat(frames)[None])
-            if policy.branches != "both":  # the other one adds nothing
-                (tokens if policy.branches == "high" else extra).zero_()
-            centres = compressed_positions(config, start, config.block_frames)
-            _, block.compressed, _, key = call(tokens, 0.0, centres, extra)
-            block.pooled_key = key[0].numpy()
-        read = [scene + other for other in chosen]
-        yield Rolled(index, latents[0], torch.cat(frames), read, first_flow, query[0].numpy())
+        latents, read = unpatchify(x, config.grid, config.patch), [scene + mid for mid in chosen]
+        block, frames, query, state = commit(model, call, start, len(history), latents, state)
+        goes_on = index + 1 < blocks and switches.get(index + 1, (text, "keep"))[1] != "cut"
+        if goes_on and len(history) + 1 == policy.restart:
+            state, history, chosen, scene = model.autoencoder.decoder_state(), [], [], index
+            call, start = reading(model, cross, history, chosen)
+            again = encode_first(model, latents, frames)
+            block, later, query, state = commit(model, call, start, 0, again, state)
+            trimmed = config.trimmed_frames
+            frames = torch.cat((frames[:trimmed], later[trimmed:]))
+        yield Rolled(index, latents[0], frames, read, first_flow, query)
 
         history.append(block)
-        chosen = choose(config, history, query[0].numpy(), seed, index)
+        chosen = choose(config, history, query, seed, index)
         forget(config, history)
+
+
+def reading(
+    model: Model, cross: list[KV], history: list[Past], chosen: list[int]
+) -> tuple[Call, float]:
+    """What calls the transformer on the next block behind this history, and where it starts."""
+    context, context_rope, start = gather(model.config, history, chosen)
+    return partial(forward, model, cross, context, context_rope), start
+
+
+def commit(
+    model: Model, call: Call, start: float, index: int, latents: Tensor, state: State
+) -> tuple[Past, Tensor, np.ndarray, State]:
+    """Block `index` of a scene, clean [1, B_f, C, h, w], by the calls that `reading` gives: what is
+    to be kept of it, its frames [4 B_f, 3, H, W], its mean query [L, H, d], and the decoder's state
+    after it."""
+    config, policy = model.config, model.config.policy
+    x = patchify(latents, config.patch)
+    _, full, query, _ = call(x, 0.0, block_positions(config, start))
+    frames = []
+    for latent in latents[0]:
+        decoded, state = model.autoencoder.decode_frame(latent[None], state)
+        frames.append(decoded)
+    block = Past(index, full, [], clean=x)
+    if policy.mid and block.index >= policy.sink:
+        tokens, extra = model.compressor(latents, torch.cat(frames)[None])
+        if policy.branches != "both":  # the other one adds nothing
+            (tokens if policy.branches == "high" else extra).zero_()
+        centres = compressed_positions(config, start, config.block_frames)
+        _, block.compressed, _, key = call(tokens, 0.0, centres, extra)
+        block.pooled_key = key[0].numpy()
+    return block, torch.cat(frames), query[0].numpy(), state
+
+
+def encode_first(model: Model, latents: Tensor, frames: Tensor) -> Tensor:
+    """A block's latents [1, B_f, C, h, w] with the first of them made again, of the last frame that
+    it was decoded to, as that of a video which begins with this frame."""
+    config = model.config
+    last = frames[TEMPORAL_FACTOR - 1].expand(TEMPORAL_FACTOR, -1, -1, -1)
+    state = model.autoencoder.encoder_state(config.height, config.width)
+    first, _ = model.autoencoder.encode_frame(last, state)
+    return torch.cat((first[None], latents[:, 1:]), 1)
 
 
 def forward(

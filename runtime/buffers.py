@@ -90,6 +90,8 @@ class Buffers:
         )
         self.latents_as_patches = self.latents.host.reshape(frames, -1, rows, p, columns, p)
         self.decoder = self._decoder(graphs["vae_decoder"], config)
+        # of the graph on the host that a restart calls
+        self.encoder = encoder_arrays(config, device.host) if config.policy.restart else None
         # A NaN beyond the valid part of the context would spread through 0 * NaN, and so would
         # one in a position table. The mid pass is always at timestep 0.
         for name in ("ctx_cos", "ctx_sin"):
@@ -145,6 +147,17 @@ class Buffers:
             )
             for tensor in (*spec.inputs, *spec.outputs)
         }
+
+
+def encoder_arrays(config: Config, device: HostDevice) -> Arrays:
+    """What the graph `vae_encoder` reads and writes, on the host."""
+    spec = contract(config)["vae_encoder"]
+    return {
+        tensor.name: device.allocate(
+            "inputs_outputs", _shape(tensor.shape), tensor.dtype, host=True
+        )
+        for tensor in (*spec.inputs, *spec.outputs)
+    }
 
 
 class Archive:

@@ -225,7 +225,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
 
 @lru_cache(8)
 def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
-    """Bytes of each input and output of the calls, and of `prompt`, which runs on the host."""
+    """Bytes of each input and output of the calls, and of the graphs that run on the host."""
     graphs, context = contract(config), config.context_tokens
     axes = {
         "denoiser.block": {"N": config.block_tokens, "C": context},
@@ -241,7 +241,7 @@ def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
             tensor.name: size(tensor, axes.get(call, {}))
             for tensor in (*graphs[graph].inputs, *graphs[graph].outputs)
         }
-        for call, graph in {**CALLS, "prompt": "prompt"}.items()
+        for call, graph in {**CALLS, **{name: name for name in ("prompt", "vae_encoder")}}.items()
     }
 
 

@@ -103,10 +103,12 @@ def token_bytes(config: Config) -> int:
 
 
 def host_only(config: Config) -> int:
-    """Bytes of the prompt's embedding and the recent blocks' clean tokens."""
+    """Bytes of the prompt's embedding, the recent blocks' clean tokens and, where rollouts restart,
+    of what the encoder reads and writes."""
     tensors = tensor_bytes(config)
     recent = config.policy.recent * tensors["denoiser.block"]["tokens"]
-    return tensors["prompt"]["text"] + recent
+    encoder = sum(tensors["vae_encoder"].values()) if config.policy.restart else 0
+    return tensors["prompt"]["text"] + recent + encoder
 
 
 def host_copies(config: Config) -> int:

@@ -1,22 +1,22 @@
 """One video, block by block, on bound graphs: the steady state of the runtime.
 
-Steps read the history, commit changes it, and so does a prompt switch between two blocks;
-`packforcing.runtime.cache` has the protocol.
+Steps read the history, commit changes it, and so do a prompt switch and a restart between two
+blocks; `packforcing.runtime.cache` has the protocol.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from packforcing.config import Config
+from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BackendError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.runtime.backend import Backend
+from packforcing.runtime.backend import Backend, Bindable
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array, HostDevice
@@ -44,6 +44,8 @@ class Rollout:
         self._unused = buffers.compressor[unused] if unused else None
         self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
         self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
+        if buffers.encoder is not None:
+            self._encode = encoder(graphs["vae_encoder"], buffers.encoder)
 
     def begin(self, text: np.ndarray, blocks: int, seed: int, folder: Path | None = None) -> None:
         """A new video of at most `blocks` blocks for a prompt embedding [1, T, text_dim].
@@ -63,6 +65,16 @@ class Rollout:
             self._begin_scene(self.scene + self.cache.committed)
         elif history == "recompute":
             self._recompute()
+
+    def restart(self) -> None:
+        """Begins the next rollout with the block that ends this one, its first latent frame encoded
+        anew; of `buffers.pixels`, the frames before the one that was encoded stay as they are."""
+        pixels, latents = self.buffers.pixels.host[0], self.buffers.latents.host[0]
+        (latents[0],) = self._encode([pixels[TEMPORAL_FACTOR - 1]])
+        before = pixels[: self.config.trimmed_frames].copy()
+        self._begin_scene(self.scene + self.cache.committed - 1)
+        self.next_block(latents)
+        pixels[: len(before)] = before
 
     def _begin_scene(self, block: int) -> None:
         """Forgets the past. The cache and the archive count blocks from here on."""
@@ -223,3 +235,32 @@ class Rollout:
         cos, sin = rope_table(positions, self.config.head_dim)
         arrays[f"{name}_cos"].host[: len(cos)] = cos
         arrays[f"{name}_sin"].host[: len(sin)] = sin
+
+
+def encoder(
+    graph: Bindable, arrays: Arrays
+) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
+    """Encodes clips, each from an empty past: frames [4, 3, H, W] in 0..1 per latent frame, or one
+    [3, H, W] that stands for four, to latents [C, h, w], which the next one overwrites.
+
+    arrays: what `Buffers` allocates for the graph `vae_encoder`.
+    """
+    run = graph.bind(arrays)
+    frames, latent = arrays["frames"].host, arrays["latent"].host
+    states = [
+        (array.host, arrays[f"new_{name}"].host)
+        for name, array in arrays.items()
+        if name.startswith("state.")
+    ]
+
+    def encode(clip: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for state, _ in states:
+            state[...] = 0
+        for part in clip:
+            frames[...] = part
+            run()
+            yield latent[0]
+            for state, after in states:
+                state[...] = after
+
+    return encode

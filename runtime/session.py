@@ -21,12 +21,12 @@ from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError, RenderStopped
 from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan_prompts
 from packforcing.runtime.backend import open_backend
-from packforcing.runtime.buffers import IN_MEMORY
-from packforcing.runtime.bundle import contract, encoder_state_shapes, read_manifest
+from packforcing.runtime.buffers import IN_MEMORY, encoder_arrays
+from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.checkpoint import SECONDS, RenderFolder, interval, render_folder
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.plan import LONGEST, archive_bytes, memory
-from packforcing.runtime.rollout import Rollout
+from packforcing.runtime.rollout import Rollout, encoder
 
 
 @dataclass(frozen=True)
@@ -329,10 +329,13 @@ class Session:
                 if switch and index:
                     rollout.switch(encode(switch.prompt, self.config), switch.history)
                 read = sorted(rollout.scene + mid for mid in rollout.cache.mids)
+                skip = self.config.trimmed_frames if not rollout.cache.committed else 0
                 rollout.next_block(given.get(index))
                 if folder and index not in noted:
                     folder.note(index, rollout.buffers.latents.host[0])
-                skip = self.config.trimmed_frames if index == rollout.scene else 0
+                ends = rollout.cache.committed == self.config.policy.restart
+                if ends and index + 1 < blocks and not _cut(timeline, index + 1):
+                    rollout.restart()
                 pixels = rollout.buffers.pixels.host[0]
                 fresh = pixels[skip : skip + frames_total - delivered]
                 frames = _to_bytes(fresh)
@@ -408,29 +411,10 @@ class Session:
         latents = self._start_blocks(clip, blocks) * config.block_frames
         frames = np.arange(latents * TEMPORAL_FACTOR) - config.trimmed_frames
         clip = clip[np.clip(frames, 0, len(clip) - 1)]
-        spec, memory = contract(config)["vae_encoder"], HostDevice()
-        arrays = {
-            tensor.name: memory.allocate(
-                "start", tuple(map(int, tensor.shape)), tensor.dtype, host=True
-            )
-            for tensor in (*spec.inputs, *spec.outputs)
-        }
-        frames, latent = arrays["frames"].host, arrays["latent"].host
-        states = [
-            (arrays[f"state.{i}"].host, arrays[f"new_state.{i}"].host)
-            for i in range(len(encoder_state_shapes(config)))
-        ]
-        for state, _ in states:
-            state[...] = 0
-        encode = self._backend.graphs["vae_encoder"].bind(arrays)
-        encoded = []
-        for group in clip.reshape(latents, TEMPORAL_FACTOR, *clip.shape[1:]):
-            frames[...] = group.transpose(0, 3, 1, 2) / np.float32(255)
-            encode()
-            encoded.append(latent[0].copy())
-            for state, after in states:
-                state[...] = after
-        return np.stack(encoded).reshape(-1, config.block_frames, *latent.shape[1:])
+        groups = clip.reshape(latents, TEMPORAL_FACTOR, *clip.shape[1:]).transpose(0, 1, 4, 2, 3)
+        encode = encoder(self._backend.graphs["vae_encoder"], encoder_arrays(config, HostDevice()))
+        encoded = [latent.copy() for latent in encode(part / np.float32(255) for part in groups)]
+        return np.stack(encoded).reshape(-1, config.block_frames, *encoded[0].shape)
 
     def _graph_seconds(self) -> dict[str, float]:
         return {name: graph.seconds for name, graph in self._backend.graphs.items()}
@@ -441,6 +425,11 @@ def bounded(policy: Policy, own: Policy, blocks: int) -> Policy:
     policies as they are."""
     recent = min(policy.recent, max(own.recent, blocks - 1))
     return msgspec.structs.replace(policy, recent=recent)
+
+
+def _cut(timeline: Timeline, block: int) -> bool:
+    """Whether a block begins a scene other than the first."""
+    return block in timeline.switches and timeline.switches[block].history == "cut"
 
 
 def _switches(timeline: Timeline, config: Config) -> list[SwitchInfo]:
@@ -457,9 +446,7 @@ def _switches(timeline: Timeline, config: Config) -> list[SwitchInfo]:
 def _frames_before(block: int, timeline: Timeline, config: Config) -> int:
     """Frames of the blocks before one; the first of each scene are trimmed."""
     scenes = sum(
-        first == 0 or switch.history == "cut"
-        for first, switch in timeline.switches.items()
-        if first < block
+        first == 0 or _cut(timeline, first) for first in timeline.switches if first < block
     )
     return block * config.block_pixel_frames - scenes * config.trimmed_frames
 

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import Config, Policy
-from packforcing.config import Precision, policies
+from packforcing.config import Precision, model_config, policies
 from packforcing.errors import BackendError, ConfigError
 from packforcing.model import Model
+from packforcing.prompts import Switch
 from packforcing.rollout import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.backend import Graph
@@ -191,6 +192,93 @@ def test_start_from_frames_equals_the_reference(
     assert np.abs(found[-1].astype(int) - other[-1]).max() > 10, "the start made no difference"
 
 
+@pytest.mark.parametrize("device", ["host", "gpu"])
+@torch.inference_mode()
+def test_causvids_long_video_is_rollouts_in_a_row(tiny_bundle, tiny_model, device):
+    """Published, in blocks of 3 latent frames: rollouts of 21, each of 81 frames, overlapping by 3.
+
+    Frame 72 of a rollout, the last that its latent 18 is decoded to, is encoded as a first frame;
+    that and latents 19 and 20 begin the next one, which knows nothing else. Frames 0 to 71 go out
+    of each rollout, and of the last one all there are. Here, of 15 blocks, 7 are made in the
+    first, 6 in the second, and 2 in the third: 72 + 72 + 33 frames.
+    """
+    policy = model_config("causvid").policy
+    assert policy.restart * TINY.block_frames == 21
+    text = torch.from_numpy(encode_words(PROMPT, TINY))
+    endless = msgspec.structs.replace(policy, restart=0)
+    model = Model(
+        msgspec.structs.replace(TINY, policy=endless), tiny_model.transformer,
+        tiny_model.autoencoder, tiny_model.compressor,
+    )  # fmt: skip
+    wanted, clip = [], None  # every rollout's frames
+    for first, count in ((0, 7), (6, 7), (12, 3)):
+        noise = lambda block, step, first=first: draw_noise(TINY, SEED, first + block, step)  # noqa: E731
+        blocks = list(rollout(model, text, count, noise, seed=SEED, clip=clip))
+        frames = torch.cat([block.frames for block in blocks])[3:]
+        latents = torch.cat([block.latents for block in blocks])
+        wanted.append(frames)
+        if count == 7:
+            again = model.autoencoder.encode(frames[72].repeat(4, 1, 1, 1)[None])[0]
+            clip = torch.cat((again, latents[19:]))
+    assert [len(frames) for frames in wanted] == [81, 81, 33]
+    alone = wanted[0].permute(0, 2, 3, 1).numpy()
+    wanted = torch.cat((wanted[0][:72], wanted[1][:72], wanted[2]))
+
+    config = msgspec.structs.replace(TINY, policy=policy)
+    model = Model(config, model.transformer, model.autoencoder, model.compressor)
+    noise = lambda block, step: draw_noise(TINY, SEED, block, step)  # noqa: E731
+    blocks = list(rollout(model, text, 15, noise, seed=SEED))
+    reference = torch.cat([block.frames for block in blocks])[3:]
+    torch.testing.assert_close(reference, wanted, atol=1e-4, rtol=0)
+
+    with Session.open(tiny_bundle, policy=policy) as session:
+        if device == "gpu":
+            session._backend = on_gpu(session._backend, Cuda())
+        told = []
+        found = np.concatenate(
+            list(session.stream(PROMPT, 177 / TINY.fps, SEED, on_block=told.append))
+        )
+        assert [info.frames for info in told] == list(range(9, 178, 12))
+        assert found.shape == (177, 64, 96, 3)
+        assert np.abs(found / 255 - wanted.permute(0, 2, 3, 1).numpy()).max() < 0.01
+        # a video of one rollout ends as that one does
+        short = np.concatenate(list(session.stream(PROMPT, 81 / TINY.fps, SEED)))
+        assert np.abs(short / 255 - alone).max() < 0.01
+        assert np.abs(found[72:81] / 255 - alone[72:]).max() > 0.05
+
+
+RESTARTING = Policy(sink=1, mid=2, recent=1, restart=3, selection="recency")
+
+
+def test_rollouts_in_a_row_remember_and_follow_prompts(tiny_bundle, tiny_model):
+    """With sink, mids and every effect of a switch: in the middle of a rollout, right after one
+    ended, and with a cut there, which begins the count anew and leaves the end before it alone."""
+    config = msgspec.structs.replace(TINY, policy=RESTARTING)
+    model = Model(config, tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor)
+    words = [PROMPT, "a blue circle over sand", "a white square"]
+    # a scene's rollouts end with blocks 2, 4, 6; that of the cut at 7 with 9
+    effects = {1: "recompute", 3: "recompute", 5: "keep", 7: "cut", 10: "keep"}
+    embedded = [torch.from_numpy(encode_words(text, config)) for text in words]
+    noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
+    switches = {at: (embedded[at % 3], effect) for at, effect in effects.items()}
+    blocks = list(rollout(model, embedded[0], 12, noise, seed=SEED, switches=switches))
+    wanted = [block.frames[3 if block.index in (0, 7) else 0 :] for block in blocks]
+    schedule = [Switch(0, PROMPT)]
+    for at, effect in effects.items():  # the frame with which a block begins
+        frame = 12 * at - 3 * (1 + (at > 7))
+        schedule.append(Switch(frame / TINY.fps, words[at % 3], effect))
+    frames, told = 12 * 12 - 6, []
+    with Session.open(tiny_bundle, policy=RESTARTING) as session:
+        stream = session.stream(schedule, frames / TINY.fps, SEED, on_block=told.append)
+        found = np.concatenate(list(stream))
+        before = list(session.stream(schedule[:4], 81 / TINY.fps, SEED))
+    assert [info.read for info in told] == [block.read for block in blocks]
+    # block 9 of the scene from 7 is the next rollout's first: its own sink, so nothing archived
+    assert [info.read for info in told[7:]] == [[], [], [], [], []]
+    assert np.abs(found / 255 - torch.cat(wanted).permute(0, 2, 3, 1).numpy()).max() < 0.01
+    np.testing.assert_array_equal(np.concatenate(before), found[:81])
+
+
 def test_a_single_image_starts_a_video(session):
     image = np.zeros((64, 96, 3), np.uint8)
     assert sum(map(len, session.stream(PROMPT, 2, start=image))) == 16
@@ -297,10 +385,16 @@ HALF = Precision(compute="fp16", weights="fp16", cache="fp16")
 
 @pytest.mark.parametrize("precision", [Precision(), HALF], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("widths", [TINY.compressor_widths, ()], ids=["both", "low branch"])
-def test_memory_is_what_is_allocated(widths, precision):
+@pytest.mark.parametrize("restart", [0, 3])
+def test_memory_is_what_is_allocated(restart, widths, precision):
     """The plan equals, to the byte, what is allocated on the host alone, on a card, and in
     page-locked memory beside it; all of it is given back."""
-    config = msgspec.structs.replace(TINY, compressor_widths=widths, precision=precision)
+    config = msgspec.structs.replace(
+        TINY,
+        compressor_widths=widths,
+        precision=precision,
+        policy=msgspec.structs.replace(TINY.policy, restart=restart),
+    )
     stated, plan = memory(config), make_plan(config, "sm89")
     del stated["archive_per_block"]
     host, cuda = HostDevice(), Cuda()
@@ -314,7 +408,9 @@ def test_memory_is_what_is_allocated(widths, precision):
     }
     assert sum(on_card.values()) == card.allocated.total() == cuda.used("device")
     assert plan.host["copies"] == card.host.allocated.total()
-    kept = buffers[1].text.nbytes + buffers[1].recent.nbytes
+    encoder = sum(array.nbytes for array in (buffers[1].encoder or {}).values())
+    assert (encoder > 0) == (restart > 0)
+    kept = buffers[1].text.nbytes + buffers[1].recent.nbytes + encoder
     assert plan.host["copies"] == cuda.used("host") + kept
     del buffers
     assert host.allocated.total() == card.allocated.total() == card.host.allocated.total() == 0
