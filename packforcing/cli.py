@@ -288,6 +288,7 @@ def render(
     """
     from packforcing.embeddings import load_embedding
     from packforcing.prompts import as_schedule, read_schedule
+    from packforcing.runtime.checkpoint import finished
     from packforcing.runtime.video import check_output
 
     if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
@@ -308,7 +309,8 @@ def render(
             raise ConfigError("an embedding is encoded already: leave out --encoder")
         checked = _encoded(switches, dict.fromkeys(words, _any_embedding(bundle)))
     directory, config, chosen = _checked(bundle, checked, seconds, seed, policy)
-    check_output(out, config.frames(seconds), config.width, config.height)
+    if not (resume and finished(out)):
+        check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
     if encoder is not None:  # last, as nothing takes as long to load
         asked = _encoded(switches, dict(zip(words, _encode(words, encoder, quiet=as_json))))

@@ -8,13 +8,16 @@
       sink-000040.safetensors         keys and values of the sink, once
       state-000040.safetensors        those of the recent blocks, and the decoder's state
       latents-000040.bin              clean latents of the blocks after 40, as they are made
-      joined.mp4                      all segments as one, until it is renamed to OUT
+      joined.mp4                      all segments as one, until it is renamed to OUT, which
+                                      checkpoint.json announces
 
 A checkpoint is made every so many blocks, at the same ones in every run, and with it the encoder
 starts anew. Its files are written and on the disk before `checkpoint.json` is renamed into place,
 and none of them ever changes: whatever moment a process ends at, the last checkpoint is whole.
 Blocks after it are given their clean latents again instead of being denoised, so little is lost
 between two checkpoints; a record of latents that is torn or damaged is as if it had not been made.
+Once the video has been announced and is no longer in the folder, it is OUT, and the folder is no
+more than what a process had no time to remove.
 
 Nothing here is trusted: sizes follow from the config and are compared before a file is read, every
 file is compared with its SHA-256, names are of the pattern above, links are not followed.
@@ -47,12 +50,13 @@ from packforcing.runtime.video import (
     flush,
     flush_folder,
     output_target,
+    place,
     refusals,
     require_room,
     video_bytes,
 )
 
-VERSION = 1
+VERSION = 2
 SECONDS = 20.0  # of video between two checkpoints
 RECORD, LOCK = "checkpoint.json", "lock"
 _OURS = re.compile(
@@ -60,6 +64,7 @@ _OURS = re.compile(
     r"|checkpoint\.json(\.partial)?|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
     rf"|{JOINED}(\.(mp4|mkv))?"
 )
+_JOINED = (JOINED, f"{JOINED}.mp4", f"{JOINED}.mkv")
 _LARGEST_RECORD = 1 << 26  # bytes of checkpoint.json; that of a day of video is smaller
 _HEADER = 1 << 20  # bytes at most that a safetensors file spends on its own description
 _DIGEST = hashlib.sha256().digest_size
@@ -77,6 +82,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     scene: int = 0  # its first block; `oldest` and `mids` count from there, as the cache does
     oldest: int = 0
     mids: tuple[int, ...] = ()
+    joined: bool = False  # whether the whole video was about to be renamed
     files: dict[str, FileRecord] = {}
 
     def named(self, kind: str) -> list[str]:
@@ -126,6 +132,32 @@ def render_folder(
                 render.remove()
 
 
+def finished(path: str | os.PathLike[str]) -> bool:
+    """Whether a render of `path` ended right after its video took its name: what it left in its
+    folder is no render any more. Raises `CheckpointError` for a damaged record."""
+    folder, target = _places(path)
+    done = _read_record(folder)
+    return bool(done) and _placed(folder, done) and target.exists()
+
+
+def conclude(path: str | os.PathLike[str], request: Mapping[str, str]) -> bool:
+    """Whether the video at `path` is the one that `request` is for, made by a render that ended
+    before it could remove its folder, which is then done. Raises as `render_folder` does."""
+    if not finished(path):
+        return False
+    with _locked(path) as (folder, _):
+        done = _read_record(folder)
+        if not done or done.request != request:
+            return False
+        _remove(folder)
+    return True
+
+
+def _placed(folder: Path, done: Checkpoint) -> bool:
+    """Whether the video that a record announces is no longer in the folder."""
+    return done.joined and not any(os.path.lexists(folder / name) for name in _JOINED)
+
+
 def discard(path: str | os.PathLike[str]) -> None:
     """Removes what an unfinished render of `path` left. Raises `OutputError` if it is going on."""
     with _locked(path) as (folder, _):
@@ -137,14 +169,18 @@ def _replaceable(folder: Path) -> bool:
     return not (folder.is_symlink() or os.path.ismount(folder) or folder.samefile(os.curdir))
 
 
+def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The folder of a render, and the file or folder to be made."""
+    target = Path(os.path.abspath(output_target(path)[1]))
+    return target.with_name(f"{target.name}.render"), target
+
+
 @contextmanager
 def _locked(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
     """The folder of a render, made if need be and locked, and the file or folder to be made."""
     from filelock import FileLock, Timeout
 
-    _, target = output_target(path)
-    target = Path(os.path.abspath(target))
-    folder = target.with_name(f"{target.name}.render")
+    folder, target = _places(path)
     with refusals(target, "choose another name or folder"):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutputError(f"cannot write {target}: {folder} is in the way; remove it")
@@ -169,6 +205,8 @@ def _open(
     folder: Path, target: Path, config: Config, request: dict[str, str], resume: bool
 ) -> RenderFolder:
     done = _read_record(folder)
+    if done and _placed(folder, done):  # of a video that is finished: nothing to go on with
+        done = None
     if done and not resume:
         raise OutputError(
             f"an unfinished render of {target} is in {folder}: resume it (--resume), or remove "
@@ -184,13 +222,15 @@ def _open(
             f"the render in {folder} is another one: {'; '.join(differs)}; resume it as it was "
             "begun, or remove that folder to begin anew"
         )
-    render = RenderFolder(
-        folder, target, config, done or Checkpoint(version=VERSION, request=request)
-    )
+    begun = done or Checkpoint(version=VERSION, request=request)
+    # what was announced is joined anew
+    render = RenderFolder(folder, target, config, msgspec.structs.replace(begun, joined=False))
     with refusals(target, render.then):
-        render.sweep()
-        if not done:
+        if render.done == done:
+            render.sweep()
+        else:
             render.write()
+            flush_folder(folder.parent)
     return render
 
 
@@ -303,6 +343,13 @@ class RenderFolder:
             )
             self.write()
 
+    def place(self, video: Path) -> None:
+        """Gives the whole video, made in this folder and on the disk, its name."""
+        with refusals(self._target, self.then):
+            self.done = msgspec.structs.replace(self.done, joined=True)
+            self.write()
+            place(video, self._target)
+
     def write(self) -> None:
         """Makes `done` the last checkpoint, and removes what it has no use for."""
         body = msgspec.json.encode(self.done)
@@ -319,6 +366,7 @@ class RenderFolder:
         """Removes what the last checkpoint has no use for, and a link where latents should be:
         nothing is to be written through one."""
         kept = {*self.done.files, RECORD, self.latents.name if _is_file(self.latents) else RECORD}
+        kept |= set(_JOINED) if self.done.joined else set()
         for path in self.path.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in kept:
                 _delete(path)

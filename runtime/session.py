@@ -23,7 +23,13 @@ from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan
 from packforcing.runtime.backend import open_backend
 from packforcing.runtime.buffers import IN_MEMORY, encoder_arrays
 from packforcing.runtime.bundle import read_manifest
-from packforcing.runtime.checkpoint import SECONDS, RenderFolder, interval, render_folder
+from packforcing.runtime.checkpoint import (
+    SECONDS,
+    RenderFolder,
+    conclude,
+    interval,
+    render_folder,
+)
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.plan import LONGEST, archive_bytes, memory
 from packforcing.runtime.rollout import Rollout, encoder
@@ -222,7 +228,6 @@ class Session:
         total = config.frames(seconds)
         blocks = timeline.blocks
         self._check_memory(blocks)
-        check_output(path, total, config.width, config.height)
         began, in_graphs, in_video = time.perf_counter(), self._graph_seconds(), 0.0
         if not 0 < checkpoint_seconds <= LONGEST:
             raise ConfigError(
@@ -239,31 +244,35 @@ class Session:
             "interval": str(every),
             **self._identity(),
         }
-        with render_folder(path, config, request, total, blocks, resume) as folder:
-            first = folder.done.block
-            stream = self._run(timeline, total, seed, clip, on_block, folder)
-            try:
-                for block in range(first, blocks, every):
-                    part = islice(stream, every)
-                    fresh = next(part)  # the checkpoint before it is made before a file is open
-                    segment = folder.segment(block), config.width, config.height, config.fps
-                    with open_video(*segment, folder.then) as video:
-                        for frames in chain((fresh,), part):
-                            opened = time.perf_counter()
-                            video.write(frames)
-                            in_video += time.perf_counter() - opened
-            except RenderStopped as error:
-                raise RenderStopped(f"{error}; {folder.then}") from None
-            opened = time.perf_counter()
-            segments = folder.segments(blocks)
-            size = config.width, config.height, config.fps
-            join(segments, path, folder.path, *size, folder.then)
-            in_video += time.perf_counter() - opened
-            folder.remove()
+        resumed = total
+        if not (resume and conclude(path, request)):
+            check_output(path, total, config.width, config.height)
+            with render_folder(path, config, request, total, blocks, resume) as folder:
+                first = folder.done.block
+                stream = self._run(timeline, total, seed, clip, on_block, folder)
+                try:
+                    for block in range(first, blocks, every):
+                        part = islice(stream, every)
+                        fresh = next(part)  # the checkpoint before it is made before a file is open
+                        segment = folder.segment(block), config.width, config.height, config.fps
+                        with open_video(*segment, folder.then) as video:
+                            for frames in chain((fresh,), part):
+                                opened = time.perf_counter()
+                                video.write(frames)
+                                in_video += time.perf_counter() - opened
+                except RenderStopped as error:
+                    raise RenderStopped(f"{error}; {folder.then}") from None
+                opened = time.perf_counter()
+                segments = folder.segments(blocks)
+                size = config.width, config.height, config.fps
+                folder.place(join(segments, path, folder.path, *size, folder.then))
+                in_video += time.perf_counter() - opened
+                folder.remove()
+            resumed = _frames_before(first, timeline, config)
         return RenderSummary(
             frames=total,
             blocks=blocks,
-            frames_resumed=_frames_before(first, timeline, config),
+            frames_resumed=resumed,
             seconds_total=time.perf_counter() - began,
             seconds_graphs={
                 name: after - in_graphs.get(name, 0.0)

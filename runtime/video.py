@@ -4,7 +4,8 @@ The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and k
 byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
 and takes the target's name when it is whole and on the disk, so whatever stands there can be
 trusted. Frames for an empty folder grow in a partial folder inside, and move up when all are
-there. `join` makes such a video of segments that were written one by one, beside them.
+there. `join` makes such a video of segments that were written one by one, beside them, and `place`
+gives it its name.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ def open_video(
                 _move_up(partial)
             else:
                 partial.replace(target)
-            flush_folder(target.parent)
+            flush_folder(target if filling else target.parent)
     except BaseException:
         if video is not None:
             video.abandon()
@@ -170,12 +171,13 @@ def join(
     height: int,
     fps: int,
     then: str,
-) -> None:
-    """One video of segments in order, frame for frame and without encoding anew.
+) -> Path:
+    """One video of segments in order, frame for frame and without encoding anew, that is on the
+    disk when this returns; `place` is next.
 
     segments: videos that `open_video` wrote, of the kind that `segment_suffix` names for `path`.
-    folder: on the same disk; the video grows there, as `JOINED` with its suffix, and takes the
-    place of an empty folder. Raises `OutputError`, which ends in `then`.
+    folder: on the same disk; the video lies there, as `JOINED` with its suffix. Raises
+    `OutputError`, which ends in `then`.
     """
     import av
 
@@ -190,13 +192,18 @@ def join(
                 with av.open(partial.absolute(), "w", options=options) as joined:
                     _copy_packets(segments, joined, fps, _EARLIEST if kind == "mp4" else 0)
             flush(partial)
-            if target.is_dir():
-                target.rmdir()
-            partial.replace(target)
-            flush_folder(target.parent)
         except BaseException:
             _remove(partial)
             raise
+    return partial
+
+
+def place(video: Path, target: Path) -> None:
+    """Gives a video, or a folder of frames, the name `target`, where an empty folder may be."""
+    if target.is_dir():
+        target.rmdir()
+    video.replace(target)
+    flush_folder(target.parent)
 
 
 def _write_frames(segments: Sequence[Path], folder: _PngFolder) -> None:
@@ -272,6 +279,8 @@ class _Encoder:
         self._stream.width, self._stream.height = width, height
         self._stream.pix_fmt = layout
         self._stream.codec_context.thread_count = _THREADS
+        # opens the file; left to the first frame, PyAV would not close it again if that failed
+        self._container.start_encoding()
 
     def write(self, frames: np.ndarray) -> None:
         import av

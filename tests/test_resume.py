@@ -200,6 +200,232 @@ def test_killed_while_it_joins_it_leaves_nothing_but_the_video(
     assert len(frames_of(Path(path))) == 24
 
 
+@pytest.mark.parametrize("target", ["a.mp4", "frames.v2/", "empty/"])
+@pytest.mark.parametrize("resume", [True, False])
+def test_killed_after_its_video_has_its_name_it_is_finished(
+    plain, tiny_bundle, tmp_path, target, resume
+):
+    """The folder that it had no time to remove goes with the next render: one that resumes has
+    nothing to do, another one begins anew, where no finished frames are in its way."""
+    (tmp_path / "empty").mkdir()
+    path, code = f"{tmp_path}/{target}", CHILD.format(PROMPT, 3, SEED, EVERY)
+    dies = (
+        "import os\nfrom packforcing.runtime import checkpoint\n"
+        "checkpoint.RenderFolder.remove = lambda folder: os._exit(9)\n"
+    )
+    command = [sys.executable, "-c", dies + code, tiny_bundle, path]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 9
+    made = Path(path)
+    assert len(frames_of(made)) == 24 and checkpoint.finished(path)
+    before = made.stat()
+    if resume:
+        summary = render(plain, path, seconds=3, resume=True)
+        assert summary.frames == summary.frames_resumed == 24
+        assert made.stat() == before  # untouched
+    elif made.is_dir():
+        with pytest.raises(OutputError, match="the folder is not empty"):
+            render(plain, path, seconds=3)
+        shutil.rmtree(made)
+        assert not checkpoint.finished(path)  # nothing is, any more
+        render(plain, path, seconds=3)
+    else:
+        assert render(plain, path, seconds=1).frames == 8
+    assert {left.name for left in tmp_path.iterdir()} == {"empty", made.name}
+    assert len(frames_of(made)) == (24 if resume or made.is_dir() else 8)
+
+
+def test_a_video_that_was_announced_but_not_renamed_is_joined_anew(
+    plain, tiny_bundle, truth, tmp_path
+):
+    """Whatever became of it meanwhile, and even if a file of its name is there already."""
+    path, code = tmp_path / "a.mkv", CHILD.format(PROMPT, SECONDS, SEED, EVERY)
+    command = [sys.executable, "-c", DIES.format("Path.replace") + code, tiny_bundle, path]
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 9
+    path.touch()
+    (joined,) = tmp_path.glob("*.render/joined.mkv")
+    joined.write_bytes(b"no video")
+    with pytest.raises(OutputError, match="an unfinished render"):
+        render(plain, path)
+    command[2] = DIES.format("video.flush") + code  # as it joins anew
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 9
+    joined.unlink()
+    assert not checkpoint.finished(path)
+    render(plain, path, resume=True)
+    np.testing.assert_array_equal(frames_of(path), truth)
+    assert [left.name for left in tmp_path.iterdir()] == ["a.mkv"]
+
+
+class Disk:
+    """What power failures leave of a folder, seen at every fsync, renaming and removal in it.
+
+    Of a file, what it held when it was flushed last, and nothing if it never was. Of a folder, the
+    names that it had when it was flushed last or all that it has: either may be.
+    """
+
+    def __init__(self, root: Path, monkeypatch) -> None:
+        self.root, self.states = root, []  # by path, bytes or None for a folder
+        self._files, self._ids = {}, {}  # inodes are used again, these numbers are not
+        self._data, self._names = {}, {}
+        self._flush(root)
+        for name in ("fsync", "replace", "unlink", "rmdir"):
+            monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
+
+    def _watched(self, name, call):
+        def watched(what, *rest, **options):
+            where = Path(os.readlink(f"/proc/self/fd/{what}") if name == "fsync" else what)
+            if options.get("dir_fd") is not None or not where.absolute().is_relative_to(self.root):
+                return call(what, *rest, **options)
+            self.states += [self._left(current) for current in (False, True)]
+            gone = [path for path in (where, *map(Path, rest)) if name != "fsync" and path.exists()]
+            for path in gone[-1:]:  # what is removed, or replaced
+                if name != "replace" or len(gone) == 2:
+                    self._ids.pop(path.stat().st_ino, None)
+            result = call(what, *rest, **options)
+            if name == "fsync":
+                self._flush(where)
+            return result
+
+        return watched
+
+    def _id(self, path):
+        return self._ids.setdefault(path.stat().st_ino, object())
+
+    def _flush(self, path):
+        if path.is_dir():
+            self._names[self._id(path)] = self._listed(path)
+        else:
+            self._data[self._id(path)] = path.read_bytes()
+
+    def _listed(self, folder):
+        return {path.name: (self._id(path), path.is_dir()) for path in folder.iterdir()}
+
+    def _left(self, current):
+        """current: with all the names there are."""
+        found = {}
+
+        def walk(folder, number, path):
+            names = self._listed(path) if current else self._names.get(number, {})
+            for name, (inner, is_folder) in names.items():
+                found[folder / name] = None if is_folder else self._data.get(inner, b"")
+                if is_folder:
+                    walk(folder / name, inner, path / name)
+
+        walk(Path(), self._id(self.root), self.root)
+        return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks names up in /proc")
+@pytest.mark.parametrize("target", ["a.mkv", "frames/"])
+def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target):
+    """Nothing broken has a final name, and the render goes on from its last checkpoint: what
+    counts is on the disk before it is relied on."""
+    asked = {"seconds": 4.5, "checkpoint_seconds": 1.5}  # four blocks, each with a checkpoint
+    wanted = np.concatenate(list(plain.stream(PROMPT, 4.5, SEED)))
+    (tmp_path / "disk").mkdir()
+    with monkeypatch.context() as patch:
+        disk = Disk(tmp_path / "disk", patch)
+        render(plain, f"{disk.root}/{target}", **asked)
+        disk.states.append(disk._left(False))
+    states = [state for i, state in enumerate(disk.states) if state not in disk.states[:i]]
+    resumed, place = [], tmp_path / "after"
+    for state in states:
+        for path, data in state.items():
+            (place / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).mkdir() if data is None else (place / path).write_bytes(data)
+        place.mkdir(exist_ok=True)
+        for segment in place.glob("*.render/segment-*"):
+            assert len(frames_of(segment))
+        path = place / Path(target).name
+        if path.exists():
+            np.testing.assert_array_equal(frames_of(path), wanted)
+        if not path.exists() or checkpoint.finished(path):
+            summary = render(plain, f"{place}/{target}", resume=True, **asked)
+            resumed.append(summary.frames_resumed)
+        np.testing.assert_array_equal(frames_of(path), wanted)
+        shutil.rmtree(place)
+    assert {0, 9, 21, 33, 36} == set(resumed) and len(resumed) > 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """16 MB, in memory."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount here")
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "block", "left"),
+    [
+        ("a.mkv", 1, 0),  # while a block's frames are encoded
+        ("a.mkv", 3, 20_000),
+        ("a.mp4", 3, 1000),  # at the end of a segment: H.264 comes late
+        ("frames/", "joins", 300_000),
+    ],
+)
+def test_a_disk_that_is_full_ends_a_render_that_goes_on_when_there_is_room(
+    plain, truth, tmp_path, small_disk, monkeypatch, target, block, left
+):
+    """A real one, filled by somebody else after so many blocks. No file on it stays open: it can be
+    unmounted."""
+    path, other = small_disk / target, small_disk / "other"
+
+    def fill(_):
+        other.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
+
+    with monkeypatch.context() as patch:
+        if block == "joins":
+            segments = checkpoint.RenderFolder.segments
+            patch.setattr(
+                checkpoint.RenderFolder, "segments",
+                lambda self, blocks: fill(blocks) or segments(self, blocks),
+            )  # fmt: skip
+        with pytest.raises(OutputError, match=r"cannot write .*No space left.*\.render: resume it"):
+            render(
+                plain, f"{small_disk}/{target}",
+                on_block=lambda info: fill(info) if info.index == block else None,
+            )  # fmt: skip
+    assert {found.name for found in small_disk.iterdir()} == {"other", f"{path.name}.render"}
+    for segment in small_disk.glob("*.render/segment-*"):
+        assert len(frames_of(segment))
+    with pytest.raises(OutputError, match=r"cannot write"):  # nothing has changed
+        render(plain, f"{small_disk}/{target}", resume=True)
+    other.unlink()
+    summary = render(plain, f"{small_disk}/{target}", resume=True)
+    assert summary.frames_resumed == {1: 0, 3: 21, "joins": 117}[block]
+    assert [found.name for found in small_disk.iterdir()] == [path.name]
+    if path.suffix == ".mp4":
+        render(plain, tmp_path / "b.mp4")
+        assert path.read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    else:
+        np.testing.assert_array_equal(frames_of(path), truth)
+
+
+def test_a_clock_that_is_set_changes_nothing(plain, tmp_path, monkeypatch):
+    """Back and forth by decades, during a render and before it goes on, when its files are from
+    the future or long ago."""
+    render(plain, tmp_path / "wanted.mp4")
+    moments, infos = random.Random(0), []
+    stop = stop_after(plain, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: moments.uniform(0, 4e9))
+        patch.setattr(time, "time_ns", lambda: moments.randrange(4 * 10**18))
+        with pytest.raises(RenderStopped):
+            render(plain, tmp_path / "a.mp4", on_block=lambda i: (infos.append(i), stop(i)))
+        for path in (tmp_path / "a.mp4.render").iterdir():
+            os.utime(path, (moments.uniform(0, 4e9),) * 2)
+        summary = render(plain, tmp_path / "a.mp4", resume=True, on_block=infos.append)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "wanted.mp4").read_bytes()
+    assert all(0 < info.seconds < 1e6 for info in infos) and 0 < summary.seconds_total < 1e6
+    assert summary.frames_resumed == 69
+
+
 def test_a_folder_that_cannot_give_way_is_refused_at_once(plain, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to("here")
@@ -290,8 +516,8 @@ def test_an_interval_that_is_none_is_refused(plain, tmp_path, seconds):
 
 def test_a_render_of_another_release_is_not_resumed(plain, stopped, tmp_path, monkeypatch):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(checkpoint, "VERSION", 2)
-    with pytest.raises(CheckpointError, match="has version 1, this release reads 2"):
+    monkeypatch.setattr(checkpoint, "VERSION", 3)
+    with pytest.raises(CheckpointError, match="has version 2, this release reads 3"):
         render(plain, tmp_path / "a.mkv", resume=True)
 
 
