@@ -31,7 +31,13 @@ from packforcing.report import save_page, whole_blocks
 from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.checkpoint import discard
 from packforcing.runtime.plan import archive_bytes, make_plan, memory
-from packforcing.runtime.session import BlockInfo, Session, bounded, check_request
+from packforcing.runtime.session import (
+    BlockInfo,
+    Session,
+    bounded,
+    check_memory,
+    check_request,
+)
 from packforcing.runtime.video import check_output
 from packforcing.text import make_prompt, random_attributes, random_tour
 
@@ -167,6 +173,11 @@ def compare(
     finished = {job: pair for job in jobs if (pair := _finished(job))}
     missing = [job for job in jobs if job not in finished]
     frames = config.frames(seconds)
+    for name in dict.fromkeys(job.policy for job in missing):
+        try:
+            check_memory(read_manifest(bundles[name]).config, policies[name], config.blocks(frames))
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
     check_output(videos / f"all{suffix}", len(missing) * frames, config.width, config.height)
     done = itertools.count()
     for name, group in itertools.groupby(missing, lambda job: job.policy):

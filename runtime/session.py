@@ -89,6 +89,23 @@ def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) ->
     return plan_prompts(prompt, config, config.frames(seconds))
 
 
+def check_memory(config: Config, policy: Policy, blocks: int) -> None:
+    """Raises `ConfigError` for what this machine cannot hold: a long video under full history.
+
+    config: of the bundle. policy: that the video is to be made under.
+    """
+    config = msgspec.structs.replace(config, policy=bounded(policy, config.policy, blocks))
+    archive = min(archive_bytes(config, blocks), IN_MEMORY)
+    needed = sum(memory(config).values()) + archive
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > present:
+            raise ConfigError(
+                f"this video needs {needed / 1e9:.1f} GB under its policy, the machine has "
+                f"{present / 1e9:.1f} GB; make it shorter or choose another policy"
+            )
+
+
 class Session:
     """Renders videos with one bundle; use it as a context manager.
 
@@ -190,7 +207,7 @@ class Session:
         timeline = check_request(self.config, prompt, seconds, seed)
         clip = None if start is None else self._check_start(start, timeline)
         frames = self.config.frames(seconds)
-        self._check_memory(timeline.blocks)
+        check_memory(self.manifest.config, self.config.policy, timeline.blocks)
         self._stopped = False
         return self._run(timeline, frames, seed, clip, on_block)
 
@@ -227,7 +244,7 @@ class Session:
         clip = None if start is None else self._check_start(start, timeline)
         total = config.frames(seconds)
         blocks = timeline.blocks
-        self._check_memory(blocks)
+        check_memory(self.manifest.config, self.config.policy, blocks)
         began, in_graphs, in_video = time.perf_counter(), self._graph_seconds(), 0.0
         if not 0 < checkpoint_seconds <= LONGEST:
             raise ConfigError(
@@ -372,21 +389,6 @@ class Session:
     def _require_open(self) -> None:
         if self._closed:
             raise BackendError("the session is closed; open another one")
-
-    def _check_memory(self, blocks: int) -> None:
-        """Refuses what this machine cannot hold: a long video under full history."""
-        config = msgspec.structs.replace(
-            self.config, policy=bounded(self.config.policy, self.manifest.config.policy, blocks)
-        )
-        archive = min(archive_bytes(config, blocks), IN_MEMORY)
-        needed = sum(memory(config).values()) + archive
-        if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
-            present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            if needed > present:
-                raise ConfigError(
-                    f"this video needs {needed / 1e9:.1f} GB under its policy, the machine has "
-                    f"{present / 1e9:.1f} GB; make it shorter or choose another policy"
-                )
 
     def _check_start(self, start: np.ndarray, timeline: Timeline) -> np.ndarray:
         clip = start[None] if start.ndim == 3 else start

@@ -3,6 +3,7 @@
 import html.parser
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -31,7 +32,7 @@ from packforcing.evaluate import Evaluation, Segment, evaluate
 from packforcing.judge import places
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.cache import Cache
-from packforcing.runtime.plan import archive_bytes
+from packforcing.runtime.plan import archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
 from packforcing.selection import affinity, likeness, select
 from packforcing.text import encode_words
@@ -74,6 +75,23 @@ def test_every_pair_is_what_render_and_evaluate_give(compared, tmp_path):
     assert again.values == pytest.approx(pair.evaluation.values, nan_ok=True)
     assert again.frames == pair.evaluation.frames == round(SECONDS * 16)
     assert evaluate(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
+
+
+def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkeypatch):
+    chosen = {name: policies(model_config("demo"))[name] for name in (NAMES[0], "full-history")}
+    sizes = [
+        sum(memory(config).values()) + archive_bytes(config, config.blocks(9600))
+        for config in (compare.planned(model_config("demo"), p, 600) for p in chosen.values())
+    ]
+    assert sizes[0] < sizes[1]
+    present = {"SC_PHYS_PAGES": sum(sizes) // 2, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", present.__getitem__, raising=False)
+    prompts = [Prompt(PROMPTS[0], PROMPTS[0], 0)]
+    with pytest.raises(
+        ConfigError, match=r"^full-history: this video needs .* GB under its policy"
+    ):
+        compare.compare(demo_bundle(), chosen, prompts, 600, tmp_path)
+    assert not any(tmp_path.glob("videos/*"))
 
 
 def test_tokens_read_are_those_the_cache_lays_out(compared):
