@@ -46,6 +46,7 @@ ROWS = {
     "graphs": "weights of graphs that run there",
     "copies": "page-locked copies of inputs and outputs",
     "archive": "archive of compressed blocks",
+    "checkpoint": "a checkpoint, while it is made",
     "streamed_weights": "weights, to stream from",
 }
 # What the picture shows as one part, from left to right

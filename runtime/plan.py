@@ -126,6 +126,16 @@ def host_copies(config: Config) -> int:
     )
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of host memory that a checkpoint takes at most, while it is made: keys and values of
+    the sink and the recent blocks, with those of a whole context for one layer's keys or values
+    beside them, once as they are and once on their way from the card, and the decoder's state."""
+    buffers, policy = memory(config), config.policy
+    tokens = (policy.sink + policy.recent) * config.block_tokens
+    layer = buffers["context"] // (2 * config.layers)
+    return tokens * token_bytes(config) + 2 * layer + buffers["autoencoder_state"] // 2
+
+
 def _bytes(tensors: Mapping[str, int], *names: str) -> int:
     """Sum over the tensors of these names, those of all layers where there is one per layer."""
     return sum(size for name, size in tensors.items() if name.split(".")[0] in names)
@@ -194,6 +204,7 @@ def make_plan(
             "graphs": on_host,
             "copies": host_copies(config) + on_host_only,
             "archive": archive_bytes(config, blocks),
+            "checkpoint": checkpoint_bytes(config),
         },
         host_loading=on_host + max(weights.values()),
     )

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import av
@@ -35,6 +36,7 @@ from packforcing.prompts import Switch
 from packforcing.runtime import Session, buffers, checkpoint
 from packforcing.runtime.bundle import write_manifest
 from packforcing.runtime.device import view
+from packforcing.runtime.plan import make_plan
 from packforcing.runtime.video import partial_path
 
 PROMPT, SEED = "a red star over navy stripes", 5
@@ -589,6 +591,23 @@ def test_a_disk_that_fills_up_is_noticed_before_it_is_full(plain, tmp_path, monk
         render(plain, tmp_path / "a.mkv", on_block=fill)
     monkeypatch.undo()
     assert render(plain, tmp_path / "a.mkv", resume=True).frames_resumed == 21
+
+
+def test_a_checkpoint_takes_the_memory_that_the_plan_states(plain, tmp_path, monkeypatch):
+    """The first one, which holds the sink as well, and a later one, which takes no more."""
+    save, peaks = checkpoint.RenderFolder.save, []
+
+    def measured(folder, rollout):
+        tracemalloc.start()
+        save(folder, rollout)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    monkeypatch.setattr(checkpoint.RenderFolder, "save", measured)
+    render(plain, tmp_path / "a.mkv")
+    stated = make_plan(plain.config, "sm89").host["checkpoint"]
+    hashing = 1 << 18  # a part of a file, and little for names
+    assert 0.7 * stated < max(peaks) - hashing < stated
 
 
 @pytest.mark.parametrize(
