@@ -261,13 +261,14 @@ class Disk:
     """What power failures leave of a folder, seen at every fsync, renaming and removal in it.
 
     Of a file, what it held when it was flushed last, and nothing if it never was. Of a folder, the
-    names that it had when it was flushed last or all that it has: either may be.
+    names that it had when it was flushed last, these and what was renamed last, or all that it has:
+    each may be.
     """
 
     def __init__(self, root: Path, monkeypatch) -> None:
         self.root, self.states = root, []  # by path, bytes or None for a folder
         self._files, self._ids = {}, {}  # inodes are used again, these numbers are not
-        self._data, self._names = {}, {}
+        self._data, self._names, self._renamed = {}, {}, None
         self._flush(root)
         for name in ("fsync", "replace", "unlink", "rmdir"):
             monkeypatch.setattr(os, name, self._watched(name, getattr(os, name)))
@@ -277,7 +278,7 @@ class Disk:
             where = Path(os.readlink(f"/proc/self/fd/{what}") if name == "fsync" else what)
             if options.get("dir_fd") is not None or not where.absolute().is_relative_to(self.root):
                 return call(what, *rest, **options)
-            self.states += [self._left(current) for current in (False, True)]
+            self.states += [self._left(names) for names in ("flushed", "renamed", "all")]
             gone = [path for path in (where, *map(Path, rest)) if name != "fsync" and path.exists()]
             for path in gone[-1:]:  # what is removed, or replaced
                 if name != "replace" or len(gone) == 2:
@@ -285,6 +286,9 @@ class Disk:
             result = call(what, *rest, **options)
             if name == "fsync":
                 self._flush(where)
+            if name == "replace":
+                to = Path(rest[0])
+                self._renamed = where, to, (self._id(to), to.is_dir())
             return result
 
         return watched
@@ -295,18 +299,26 @@ class Disk:
     def _flush(self, path):
         if path.is_dir():
             self._names[self._id(path)] = self._listed(path)
+            if self._renamed and self._renamed[1].parent == path:
+                self._renamed = None
         else:
             self._data[self._id(path)] = path.read_bytes()
 
     def _listed(self, folder):
         return {path.name: (self._id(path), path.is_dir()) for path in folder.iterdir()}
 
-    def _left(self, current):
-        """current: with all the names there are."""
+    def _left(self, kept):
+        """kept: which names are."""
         found = {}
 
         def walk(folder, number, path):
-            names = self._listed(path) if current else self._names.get(number, {})
+            names = self._listed(path) if kept == "all" else dict(self._names.get(number, {}))
+            if kept == "renamed" and self._renamed:
+                old, new, entry = self._renamed
+                if old.parent == path:
+                    names.pop(old.name, None)
+                if new.parent == path:
+                    names[new.name] = entry
             for name, (inner, is_folder) in names.items():
                 found[folder / name] = None if is_folder else self._data.get(inner, b"")
                 if is_folder:
@@ -327,7 +339,7 @@ def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target):
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path / "disk", patch)
         render(plain, f"{disk.root}/{target}", **asked)
-        disk.states.append(disk._left(False))
+        disk.states.append(disk._left("flushed"))
     states = [state for i, state in enumerate(disk.states) if state not in disk.states[:i]]
     resumed, place = [], tmp_path / "after"
     for state in states:
