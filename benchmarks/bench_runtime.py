@@ -30,6 +30,7 @@ import numpy as np
 from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.plan import memory
+from packforcing.runtime.session import BlockInfo
 from packforcing.text import encode_words
 
 PROMPT = "a red star over navy stripes"
@@ -123,6 +124,44 @@ def long() -> dict:
         "percent_slower_per_100_blocks": round(100 * 100 * _slope(times[full:]) / typical, 2),
         "resident_mb_per_100_blocks": round(100 * _slope(resident[full:]) / 1e6, 3),
         "of_which_archive_mb": round(100 * archive / 1e6, 3),
+    }
+
+
+def endless(seconds: float, video: Path) -> dict:
+    """Demo video of this length rendered to h264, with its checkpoints: what grows after its first
+    ten minutes, or its first half, and what its last minute looks like. (Every segment has a new
+    encoder, whose memory settles at some 7 MB within a dozen of them.)"""
+    from packforcing.compare import last
+    from packforcing.evaluate import evaluate
+
+    with Session.open(demo_bundle()) as session:
+        config = session.config
+        blocks = config.blocks(config.frames(seconds))
+        times, resident, starts = np.zeros((3, blocks))  # taken now, so that they do not grow later
+        times += 1
+
+        def note(info: BlockInfo) -> None:
+            times[info.index], resident[info.index] = info.seconds, _resident_bytes()
+            starts[info.index] = session._rollout.cache.layout().start  # of the next block
+
+        summary = session.render(PROMPT, seconds, video, on_block=note)
+        archive = memory(config)["archive_per_block"]
+    ten_minutes = config.blocks(config.frames(600))
+    settled = min(ten_minutes, blocks // 2)
+    tenth = max(1, (blocks - settled) // 10)
+    early, late = (statistics.median(part) for part in (times[settled:][:tenth], times[-tenth:]))
+    grown = _slope(resident[settled:]) - archive
+    return {
+        "frames": summary.frames,
+        "blocks": blocks,
+        "archive_mb": round(summary.archive_bytes / 1e6, 2),
+        "resident_mb_beyond_archive_per_10_minutes": round(ten_minutes * grown / 1e6, 3),
+        "resident_mb_beyond_archive_in_all": round((blocks - settled) * grown / 1e6, 3),
+        "largest_packed_position": float(starts.max()),
+        "ms_per_block_early": round(1000 * early, 2),
+        "ms_per_block_late": round(1000 * late, 2),
+        "times_real_time": round(seconds / summary.seconds_total, 2),
+        "last_minute": last(evaluate(video, PROMPT).segments, 60),
     }
 
 

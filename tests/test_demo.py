@@ -1,6 +1,7 @@
 """The demo model as shipped: the bundle is its weights, and its videos say what was asked."""
 
 import importlib
+import json
 import subprocess
 import sys
 import venv
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from packforcing import judge, model_config
+from packforcing.evaluate import read_frames
 from packforcing.model import load_model
 from packforcing.rollout import rollout
 from packforcing.runtime import Session, demo_bundle
@@ -91,6 +93,26 @@ def test_long_renders_stay_flat():
 
     result = long()
     assert result["resident_mb_per_100_blocks"] <= 1 + result["of_which_archive_mb"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("minutes", "mb"), [(1, 8), (60, 5)])
+def test_an_hour_takes_no_more_than_its_archive(tmp_path, minutes, mb):
+    """Beyond it, less than 1 MB of resident memory per 10 minutes of video, after the first ten; a
+    minute, in which the encoder's memory is still settling, gets 8. No packed position is beyond
+    those that a full context has. Time per block and what the last minute looks like are printed:
+    `-s` shows them."""
+    from benchmarks.bench_runtime import endless
+
+    found = endless(60 * minutes, tmp_path / "video.mp4")
+    print(json.dumps(found, indent=1))
+    config = model_config("demo")
+    whole = config.policy.sink + config.policy.recent
+    full = whole * config.block_frames + config.policy.mid * config.mid_span
+    assert found["frames"] == 60 * minutes * config.fps
+    assert found["largest_packed_position"] == full
+    assert found["resident_mb_beyond_archive_in_all"] < mb
+    assert sum(1 for _ in read_frames(tmp_path / "video.mp4")) == found["frames"]
 
 
 @pytest.mark.full
