@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from packforcing.config import PAPER, Config, with_autoencoder
+from packforcing.config import PAPER, TINY_AUTOENCODERS, Config, with_autoencoder
 from packforcing.errors import CheckpointError, OutputError
 from packforcing.fetch import recorded
 from packforcing.model import mismatch, weight_shapes
@@ -396,7 +396,7 @@ def recognise_autoencoder(files: list[File], asked: str | None) -> str:
             f"{' and '.join(str(file.path) for file in files)} are two autoencoders: name one"
         )
     (layout,) = layouts
-    fitting = ["wan"] if layout == "wan" else ["taehv", "lighttae"]
+    fitting = ["wan"] if layout == "wan" else TINY_AUTOENCODERS
     if asked is not None:
         if asked not in fitting:
             raise CheckpointError(
@@ -406,9 +406,9 @@ def recognise_autoencoder(files: list[File], asked: str | None) -> str:
     if layout == "wan":
         return layout
     name = files[0].path.name
-    for known in ("lighttae", "taehv"):  # the first one's name has the other's in it
-        if AUTOENCODER_PARTS[known] in name:
-            return known
+    named = [known for known in fitting if AUTOENCODER_PARTS[known] in name]
+    if named:  # one's name has the other's in it
+        return max(named, key=lambda known: len(AUTOENCODER_PARTS[known]))
     raise CheckpointError(
         f"{files[0].path} is a tiny autoencoder, and its tensors do not say for latents of which "
         "scale: name it with --vae, taehv (as taew2_1) or lighttae (as lighttaew2_1)"

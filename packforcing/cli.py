@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from packforcing import __version__
-from packforcing.config import AUTOENCODERS
+from packforcing.config import AUTOENCODERS, TINY_AUTOENCODERS
 from packforcing.errors import (
     ConfigError,
     ExportError,
@@ -634,7 +634,7 @@ def quantize(
 )
 @click.option(
     "--vae",
-    type=click.Choice(["taehv", "lighttae"]),
+    type=click.Choice(TINY_AUTOENCODERS),
     help="Which of the tiny autoencoders it is.  [default: as its file is named]",
 )
 @click.option(

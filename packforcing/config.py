@@ -376,6 +376,8 @@ AUTOENCODERS: dict[str, dict[str, Any]] = {
         "vae_encoder_width": 96, "vae_decoder_widths": (384, 384, 192, 96), "vae_strips": 1,
     },
 }  # fmt: skip
+# Those in TAEHV's layout, which their tensors cannot tell apart
+TINY_AUTOENCODERS = [name for name, sizes in AUTOENCODERS.items() if sizes is _TINY]
 
 
 def with_autoencoder(config: Config, name: str) -> Config:

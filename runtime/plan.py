@@ -46,7 +46,7 @@ RESERVE = 128 << 20
 # What the driver takes for itself, beside the budget. A prediction.
 CUDA_CONTEXT = 400 << 20
 STREAMED = 0.1  # the largest part of the denoiser's weights that a plan streams
-AUTOENCODERS = {  # in words
+IN_WORDS = {  # autoencoders
     "taehv": "the tiny autoencoder",
     "lighttae": "the tiny autoencoder",
     "wan": "Wan's autoencoder",
@@ -348,7 +348,7 @@ def describe(plan: Plan) -> str:
         f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks",
         f"{precision.weights} weights",
         f"{precision.cache} cache",
-        AUTOENCODERS[plan.config.vae],
+        IN_WORDS[plan.config.vae],
     ]
     if plan.streamed:
         parts.append(f"{gib(plan.streamed)} GiB of weights streamed")
