@@ -26,12 +26,13 @@ from filelock import FileLock, Timeout
 
 from packforcing.errors import CheckpointError, FetchError, OutputError
 from packforcing.models import PARTS, PUBLISHED, UNREAD, Published
+from packforcing.runtime.bundle import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 RECORD, LOCK = "fetched.json", ".lock"
-PIECE = 1 << 22  # bytes copied or hashed at a time
+PIECE = 1 << 22  # bytes copied at a time
 SHA256 = 64  # digits
 
 
@@ -132,9 +133,9 @@ def fetch(offer: Offer, out: Path, bar: Callable[..., Any]) -> Record:
                 (out / path).parent.mkdir(parents=True, exist_ok=True)
                 _get(offer, path, file, out / path, bar)
             for path, file in offer.files.items():
-                sha256 = _sha256(out / path) if len(file.checksum) != SHA256 else file.checksum
+                digest = file_sha256(out / path) if len(file.checksum) != SHA256 else file.checksum
                 record[path] = Fetched(
-                    bytes=file.bytes, sha256=sha256, source=offer.source, revision=offer.revision,
+                    bytes=file.bytes, sha256=digest, source=offer.source, revision=offer.revision,
                     licence=offer.licence,
                 )  # fmt: skip
             partial = out / f"{RECORD}.partial"
@@ -196,7 +197,7 @@ def recorded(path: Path) -> Fetched | None:
             raise
         if not said:
             continue
-        if path.stat().st_size != said.bytes or _sha256(path) != said.sha256:
+        if path.stat().st_size != said.bytes or file_sha256(path) != said.sha256:
             raise CheckpointError(
                 f"{path} is damaged or was replaced (its SHA-256 is not the one in "
                 f"{folder / RECORD}): fetch it again"
@@ -362,16 +363,11 @@ def _intact(path: Path, file: Offered) -> bool:
 
 def _matches(path: Path, checksum: str) -> bool:
     if len(checksum) == SHA256:
-        return _sha256(path) == checksum
+        return file_sha256(path) == checksum
     if not checksum:
         return True
     content = path.read_bytes()  # the hub keeps no more than a few MB so
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == checksum
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_space(out: Path, files: dict[str, Offered]) -> None:

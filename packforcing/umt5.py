@@ -31,8 +31,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from packforcing.checkpoints import Stored, check_formats, contents, parts, reader
 from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
-from packforcing.fetch import PIECE
 from packforcing.model import mismatch
+from packforcing.runtime.bundle import file_sha256
 
 LONGEST = 512  # tokens, Wan's
 DECODERS = ("decoder.", "lm_head.")  # tensors of the whole model that encoding does without
@@ -205,12 +205,8 @@ def _sha256(files: list[Path], bar: Callable[..., Any]) -> str:
     digest, size = hashlib.sha256(), sum(path.stat().st_size for path in files)
     with bar(total=size, desc="which encoder", unit="B", unit_scale=True) as progress:
         for path in files:
-            one = hashlib.sha256()
-            with path.open("rb") as file:
-                while piece := file.read(PIECE):
-                    one.update(piece)
-                    progress.update(len(piece))
-            digest.update(path.name.encode() + one.digest())
+            one = file_sha256(path, progress.update)
+            digest.update(path.name.encode() + bytes.fromhex(one))
     return digest.hexdigest()
 
 

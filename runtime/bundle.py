@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -48,6 +49,7 @@ from packforcing.runtime import wan_vae
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
+PART = 1 << 18  # bytes of a file that are read at a time to hash it
 ENGINE_FOLDER = "engines"  # the folder of what was built from the graphs (runtime/engines.py)
 # how arrays call the number formats of `Precision`
 DTYPES = {
@@ -197,9 +199,18 @@ def graph_file(name: str) -> str:
 
 def file_record(path: Path) -> FileRecord:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileRecord(digest, path.stat().st_size)
+    return FileRecord(file_sha256(path), path.stat().st_size)
+
+
+def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of a file; on_bytes is told of each part how large it is."""
+    digest, part = hashlib.sha256(), memoryview(bytearray(PART))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(part):
+            digest.update(part[:size])
+            if on_bytes:
+                on_bytes(size)
+    return digest.hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
