@@ -31,6 +31,8 @@ def _require(condition: bool, message: str) -> None:
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which blocks of the history are read, in blocks (PackForcing, sections 3.2 to 3.5).
 
+    `selection` of the mid blocks is made when a block is committed; "first-step" is affinity that
+    is asked again with the queries of the next block's first step, as the paper does.
     `mid_span` is how many latent frames a compressed block takes up in packed positions
     (fractions allowed); None means as many as it stands for. `branches`: what a compressed block
     is made of, the sum of both branches of the compressor or one alone (section 3.3).
@@ -45,7 +47,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     sink: int
     mid: int
     recent: int
-    selection: Literal["affinity", "likeness", "recency", "random"] = "affinity"
+    selection: Literal["affinity", "first-step", "likeness", "recency", "random"] = "affinity"
     positions: Literal["packed", "absolute"] = "packed"
     mid_span: float | None = None
     branches: Literal["both", "high", "low"] = "both"
@@ -416,6 +418,7 @@ def policies(config: Config) -> dict[str, Policy]:
     )
     packed = own if own.mid else paper
     changes: dict[str, dict[str, Any]] = {
+        "first-step": {"selection": "first-step"},
         "likeness": {"selection": "likeness"},
         "recency": {"selection": "recency"},
         "random": {"selection": "random"},

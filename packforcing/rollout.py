@@ -100,8 +100,11 @@ def rollout(
         else:
             x = torch.from_numpy(noise(index, 0))[None]
             for step, (told, now, then) in enumerate(schedule(config, index - scene)):
-                flow = call(x, told, block_positions(config, start))[0]
+                flow, _, asked, _ = call(x, told, block_positions(config, start))
                 first_flow = flow[0] if step == 0 else first_flow
+                if step == 0 and policy.selection == "first-step" and replay is None:
+                    chosen = choose(config, history, asked[0].numpy(), seed, index)
+                    call, start = reading(model, cross, history, chosen)
                 fresh = None
                 if config.sampler == "renoise" and then > 0:
                     fresh = torch.from_numpy(noise(index, step + 1))[None]

@@ -48,7 +48,7 @@ def select(
     """The block indices to read after `block` was committed, oldest first.
 
     candidates: indices of selectable blocks, ascending; scores: one per candidate, needed by
-    "affinity" and "likeness" (ties go to the newer block).
+    all but "recency" and "random" (ties go to the newer block).
     """
     count = min(policy.mid, len(candidates))
     if count == len(candidates) or policy.selection == "recency":

@@ -80,6 +80,7 @@ class Rollout:
         """Forgets the past. The cache and the archive count blocks from here on."""
         self.scene = block
         self.cache = Cache(self.config)
+        self.read: list[int] = []  # the archived blocks that the last block read
         self._decoded = 0
         self.buffers.clear()
 
@@ -159,6 +160,10 @@ class Rollout:
             self._call(told)
             self._device.download(flow)
             self._require_finite(flow, "denoiser", f"step {step + 1} of {len(steps)}")
+            if step == 0 and config.policy.selection == "first-step":
+                self._device.download(self.buffers.denoiser["q_pool"])
+                self._read()
+                self.place()
             fresh = None
             if config.sampler == "renoise" and then > 0:
                 fresh = draw_noise(config, self.seed, self.scene + block, step + 1)
@@ -176,6 +181,7 @@ class Rollout:
     def commit(self) -> None:
         """The call at t = 0, the mid pass, and only then the history: slot, archive, selection."""
         buffers, cache, device = self.buffers, self.cache, self._device
+        self.read = sorted(cache.mids)
         self._call(0)
         device.download(buffers.denoiser["q_pool"])
         self._require_finite(buffers.denoiser["q_pool"], "denoiser", "its commit")
@@ -194,7 +200,12 @@ class Rollout:
         first = cache.commit()
         if first is not None:
             device.copy_tokens(buffers.new, buffers.context, first)
-        self._load(cache.read(self.select(block, cache.candidates()).tolist()))
+        self._read()
+
+    def _read(self) -> None:
+        """Selects what to read from now on, and brings it to the context."""
+        chosen = self.select(self.cache.committed - 1, self.cache.candidates())
+        self._load(self.cache.read(chosen.tolist()))
 
     def _require_finite(self, array: Array, graph: str, where: str) -> None:
         # a sum takes no memory, and that of finite numbers is finite in float64
@@ -221,14 +232,14 @@ class Rollout:
         self._denoise()
 
     def select(self, block: int, candidates: range) -> np.ndarray:
-        """The archived blocks to read next, after `block` was committed, oldest first."""
+        """The archived blocks to read after `block`, the last that was committed, oldest first."""
         policy, scores = self.config.policy, None
-        if policy.selection in ("affinity", "likeness") and len(candidates) > policy.mid:
+        if policy.selection not in ("recency", "random") and len(candidates) > policy.mid:
             keys = self.archive.keys(candidates)
-            if policy.selection == "affinity":
-                scores = affinity(self.buffers.denoiser["q_pool"].host, keys)
-            else:
+            if policy.selection == "likeness":
                 scores = likeness(self.archive.keys(range(block, block + 1))[0], keys)
+            else:
+                scores = affinity(self.buffers.denoiser["q_pool"].host, keys)
         return select(policy, np.asarray(candidates), scores, self.seed, self.scene + block)
 
     def _table(self, arrays: Arrays, name: str, positions: np.ndarray) -> None:

@@ -354,9 +354,9 @@ class Session:
                 switch = switches.get(index)
                 if switch and index:
                     rollout.switch(encode(switch.prompt, self.config), switch.history)
-                read = sorted(rollout.scene + mid for mid in rollout.cache.mids)
                 skip = self.config.trimmed_frames if not rollout.cache.committed else 0
                 rollout.next_block(given.get(index))
+                read = [rollout.scene + mid for mid in rollout.read]
                 if folder and index not in noted:
                     folder.note(index, rollout.buffers.latents.host[0])
                 ends = rollout.cache.committed == self.config.policy.restart
