@@ -36,7 +36,7 @@ GROUND_RGB = {  # the ground's colour and its second tone
     "maroon": ((92, 18, 36), (130, 44, 62)),
     "teal": ((8, 100, 100), (30, 138, 136)),
 }
-MIN_AREA = 350  # pixels; the smallest subject drawn covers 480
+MIN_AREA = 400  # pixels; the smallest subject drawn covers 630
 FPS = 16
 ELSEWHERE = 0.02  # share of the other place's ground up to which a frame shows one place alone
 MOST = 0.4  # share of its own ground from which it is seen to be there: landmarks hide some

@@ -39,8 +39,8 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
            ) -> dict[str, Tensor]:  # fmt: skip
     """Tensors of `clips` new clips of T latent frames:
 
-    latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, P], the low branch of the two
-    latent frames from each on; words bool [clips, text_len, text_dim]; cover uint8
+    latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, N_c, P], the low branch of the
+    two latent frames from each on; words bool [clips, text_len, text_dim]; cover uint8
     [clips, T, grid rows, grid columns], the subject's share of each token, 0 to 255.
     """
     config = compressor.config
@@ -61,7 +61,7 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
     words = np.concatenate([encode_words(clip.prompt, config) for clip in drawn])
     return {
         "latents": latents.half(),
-        "low": torch.cat(low, 1).half(),
+        "low": torch.stack(low, 1).half(),
         "words": torch.from_numpy(words).bool(),
         "cover": cover.round().to(torch.uint8),
     }

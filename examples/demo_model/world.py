@@ -1,4 +1,4 @@
-"""The demo world: one swaying, bouncing subject over a drifting two-tone ground, or on a tour.
+"""The demo world: one bouncing subject over a drifting two-tone ground, or on a tour.
 
 On a tour the camera pans between two places and back, again and again, and the subject travels
 along. Each place has a ground of its own, which the prompt names, and landmarks, which it does
@@ -19,12 +19,10 @@ from packforcing.judge import GROUND_RGB, SUBJECT_RGB
 from packforcing.text import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
 
 SIZE = 128  # pixels, both ways
-RADIUS = (20.0, 28.0)  # pixels; a subject covers about a tenth of the picture
+RADIUS = (22.0, 28.0)  # pixels; a subject covers about a tenth of the picture
 SPEED = (1.2, 2.4)  # pixels per frame
-TILT = 0.35  # radians either way from upright, at most
-SWAY = (0.02, 0.06)  # radians per frame, of the swing's phase
 DRIFT = (0.2, 0.6)  # pixels per frame, the ground's
-PERIOD = 32  # pixels; half a period is as wide as one latent cell, so a pattern survives
+PERIOD = 32  # pixels; half a period is as wide as one token, so a pattern survives
 PAN = (5.0, 6.5)  # pixels per frame: 63 to 75 frames there and back, with halts
 HALT = 12  # frames at each place
 LANDMARKS = 2  # at each place
@@ -71,11 +69,10 @@ def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
 
 
 class _Path(NamedTuple):
-    """A subject's radius, centres [T, 2] in pixels and angles [T], 0 upright."""
+    """A subject's radius and centres [T, 2], in pixels."""
 
     radius: float
     centres: np.ndarray
-    angles: np.ndarray
 
 
 def _subject_path(rng: np.random.Generator, frames: int) -> _Path:
@@ -85,8 +82,7 @@ def _subject_path(rng: np.random.Generator, frames: int) -> _Path:
     velocity = speed * np.array([np.cos(heading), np.sin(heading)])
     times = np.arange(frames)
     centres = _bounce(start + velocity * times[:, None], radius, SIZE - radius)
-    phase = rng.uniform(0, 2 * np.pi) + rng.uniform(*SWAY) * times
-    return _Path(radius, centres, rng.uniform(0, TILT) * np.sin(phase))
+    return _Path(radius, centres)
 
 
 def _film(
@@ -99,7 +95,7 @@ def _film(
     for t, offset in enumerate(offsets):
         middle = tuple(float(v) + (SIZE - 1) / 2 for v in offset)
         ground = cv2.getRectSubPix(scene, (SIZE, SIZE), middle)
-        _draw(masks[t], words["shape"], path.centres[t], path.radius, path.angles[t])
+        _draw(masks[t], words["shape"], path.centres[t], path.radius)
         cover = masks[t][..., None].astype(np.float32) / 255
         pictures[t] = np.rint(ground + cover * (ink - ground))
     return pictures, masks
@@ -117,7 +113,7 @@ def _place(rng: np.random.Generator, ground: str, others: list[str]) -> np.ndarr
             continue
         standing.append((centre, radius))
         mask = np.zeros((SIZE, SIZE), np.uint8)
-        _draw(mask, str(rng.choice(["circle", "square"])), centre, radius, 0.0)
+        _draw(mask, str(rng.choice(["circle", "square"])), centre, radius)
         cover = mask[..., None].astype(np.float32) / 255
         picture += cover * (np.float32(GROUND_RGB[str(rng.choice(others))][0]) - picture)
     return picture
@@ -166,8 +162,8 @@ def _second_tone(pattern: str) -> np.ndarray:
     return np.clip(distance + 0.5, 0, 1)
 
 
-def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float, angle: float) -> None:
-    """Fills the shape, turned by an angle from upright, with 255, anti-aliased."""
+def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float) -> None:
+    """Fills the upright shape with 255, anti-aliased."""
     if shape == "circle":
         corner = np.rint(centre * 2**_SHIFT).astype(int)
         size = round(radius * 2**_SHIFT)
@@ -175,7 +171,7 @@ def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float, angle
         return
     count = {"square": 4, "triangle": 3, "star": 10}[shape]
     upright = np.pi / 4 if shape == "square" else -np.pi / 2
-    around = upright + angle + 2 * np.pi * np.arange(count) / count
+    around = upright + 2 * np.pi * np.arange(count) / count
     reach = np.full(count, radius)
     if shape == "star":
         reach[1::2] *= 0.45
