@@ -211,8 +211,11 @@ def finish(model: TinyAutoencoder, out: Path, fold: bool = True) -> None:
 
 
 def load_autoencoder(path: Path) -> TinyAutoencoder:
-    model = TinyAutoencoder(model_config("demo"))
-    model.load_state_dict(load_file(path))
+    """From a file of its own, or of a whole model."""
+    model, prefix = TinyAutoencoder(model_config("demo")), "autoencoder."
+    state = load_file(path)
+    of_model = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    model.load_state_dict(of_model or state)
     return model.eval().requires_grad_(False)
 
 

@@ -36,7 +36,7 @@ from train_autoencoder import load_autoencoder
 from packforcing import model_config
 from packforcing.compressor import Compressor
 from packforcing.config import Config
-from packforcing.model import Model, save_model
+from packforcing.model import Model, load_model, save_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.transformer import Transformer, patchify, rotate
 
@@ -224,6 +224,10 @@ def train(rank: int, args: argparse.Namespace) -> None:
     autoencoder = load_autoencoder(args.autoencoder)
     model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder))
     initialise(model.transformer)
+    if args.start:
+        begun = load_model(config, args.start)
+        model.transformer.load_state_dict(begun.transformer.state_dict())
+        model.compressor.load_state_dict(begun.compressor.state_dict())
     parts = nn.ModuleDict({"transformer": model.transformer, "compressor": model.compressor})
     average = {name: p.detach().clone() for name, p in parts.named_parameters()}
     muon = [p for name, p in parts.named_parameters()
@@ -357,6 +361,7 @@ def save_average(model: Model, parts: nn.Module, average: dict[str, Tensor], out
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--autoencoder", type=Path, required=True, help="trained weights")
+    parser.add_argument("--start", type=Path, help="weights to go on from, instead of from nothing")
     parser.add_argument("--data", type=Path, required=True, help="folder of encode_dataset.py")
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
     parser.add_argument("--minutes", type=float, default=50, help="of computing, the whole run")
