@@ -46,7 +46,7 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
 from packforcing.runtime import wan_vae
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
 PART = 1 << 18  # bytes of a file that are read at a time to hash it
