@@ -137,7 +137,7 @@ def finished(path: str | os.PathLike[str]) -> bool:
     folder is no render any more. Raises `CheckpointError` for a damaged record."""
     folder, target = _places(path)
     done = _read_record(folder)
-    return bool(done) and _placed(folder, done) and target.exists()
+    return done is not None and _placed(folder, done) and target.exists()
 
 
 def conclude(path: str | os.PathLike[str], request: Mapping[str, str]) -> bool:
