@@ -44,7 +44,7 @@ from packforcing.text import make_prompt, random_attributes, random_tour
 END = 20.0  # seconds: what is left of a video at its end
 CLOSE = 5.0  # seconds at the beginning over which videos of several bundles are told apart
 RESAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
-TARGET = "sm86"  # that device bytes are planned for
+TARGET = "sm89"  # that device bytes are planned for; it has every number format
 
 
 class Prompt(NamedTuple):

@@ -90,27 +90,28 @@ def table(found: Comparison) -> Iterator[str]:
         yield f"{policy:<{width}}" + "".join(f"{cell:>{len(h) + 3}}" for h, cell in cells.items())
     if found.fidelity:
         yield ""
-        yield f"first {CLOSE:g} s against {next(iter(found.costs))}, mean over prompts, and least"
+        yield f"first {CLOSE:g} s against {next(iter(found.costs))}, mean over prompts, and worst"
         for policy, both in _fidelity(found).items():
             yield f"{policy:<{width}}" + "".join(f"   {cell}" for cell in both)
 
 
 def _fidelity(found: Comparison) -> dict[str, tuple[str, ...]]:
-    """PSNR and SSIM of each bundle: mean with its interval, and the least of a prompt."""
+    """PSNR, SSIM and GMSD of each bundle: mean with its interval, and the worst of a prompt."""
     cells: dict[str, tuple[str, ...]] = {}
     for name, given in found.fidelity.items():
-        both = []
-        for head, unit, values in (
-            ("PSNR", " dB", [one.psnr for one in given if one.psnr is not None]),
-            ("SSIM", "", [one.ssim for one in given]),
+        parts = []
+        for head, unit, values, worst in (
+            ("PSNR", " dB", [one.psnr for one in given if one.psnr is not None], min),
+            ("SSIM", "", [one.ssim for one in given], min),
+            ("GMSD", "", [one.gmsd for one in given], max),
         ):
             mean = estimate(values)
-            both.append(
-                f"{head} {mean.mean:.4g}{unit}{_interval(mean, '.4g')}, least {min(values):.4g}"
+            parts.append(
+                f"{head} {mean.mean:.4g}{unit}{_interval(mean, '.4g')}, worst {worst(values):.4g}"
                 if mean
                 else f"{head}: equal"
             )
-        cells[name] = tuple(both)
+        cells[name] = tuple(parts)
     return cells
 
 
@@ -178,7 +179,8 @@ def _quantised(found: Comparison) -> str:
     prompts = {pair.number: pair.prompt for pair in found.pairs if pair.policy == first}
     each = {
         f"{number}: {prompt}": tuple(
-            f"{'equal' if one.psnr is None else f'{one.psnr:.1f} dB'}, {one.ssim:.4f}"
+            f"{'equal' if one.psnr is None else f'{one.psnr:.1f} dB'}, {one.ssim:.4f}, "
+            f"{one.gmsd:.4f}"
             for one in (given[number] for given in found.fidelity.values())
         )
         for number, prompt in prompts.items()
@@ -379,12 +381,13 @@ small { display: block; color: var(--faint); font-size: .75rem; white-space: now
 
 _QUANTISED = """<h2>How near the videos are to those of {first}</h2>
 <p>The first {close} seconds, frames before they are encoded: PSNR of the mean squared error over
-all of them, SSIM (Wang et al., 2004) of luma, mean over frames. A rollout amplifies any difference.
-</p>
+all of them; SSIM (Wang et al., 2004) and GMSD (Xue et al., 2014; 0 is equal) of luma, mean over
+frames. A rollout amplifies any difference.</p>
 <table>{means}</table>
 <div class="wide"><table class="results"><tr><th></th>{names}</tr>{each}</table></div>
 <h2>What lost most when quantised</h2>
-<p>Signal-to-noise ratio of each bundle's {count} worst matrices.</p>
+<p>Signal-to-noise ratio of each bundle's {count} worst matrices: of what they give, where the
+bundle was quantised with statistics, else of their weights.</p>
 {worst}"""
 
 _PAGE = """<!doctype html>

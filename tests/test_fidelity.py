@@ -1,4 +1,4 @@
-"""PSNR and SSIM against their definitions; bundles compared, from frames to the page."""
+"""PSNR, SSIM and GMSD against their definitions; bundles compared, from frames to the page."""
 
 import json
 
@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from packforcing.calibration.quantize import quantize_bundle
 from packforcing.cli import main
 from packforcing.compare import Comparison
-from packforcing.fidelity import compare_frames, ssim
+from packforcing.fidelity import compare_frames, gmsd, ssim
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest
 from tests.test_cli import assert_one_line
@@ -29,7 +29,8 @@ def test_psnr_is_that_of_all_frames_and_equal_frames_have_none():
     found = compare_frames(a, b)
     assert found.psnr == pytest.approx(cv2.PSNR(a[1], b[1]) + 10 * np.log10(2))
     assert found.ssim == pytest.approx((1 + ssim(a[1], b[1])) / 2)
-    assert compare_frames(a, a) == (None, 1)
+    assert found.gmsd == pytest.approx(gmsd(a[1], b[1]) / 2)
+    assert compare_frames(a, a) == (None, 1, 0)
     with pytest.raises(ValueError, match="shorter"):
         compare_frames(a, b[:1])
 
@@ -54,6 +55,30 @@ def test_ssim_is_the_formula_in_every_window():
             )  # fmt: skip
     assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-6)
     assert 0.5 < ssim(a, b) < 1
+
+
+def test_gmsd_is_the_formula_in_every_window():
+    """Prewitt gradients of luma at half the size, one by one; an odd row or column is left out."""
+    a, b = frames(4, 1)[0][:37, :51], frames(5, 1)[0][:37, :51]
+    b = (0.6 * a + 0.4 * b).astype(np.uint8)
+    magnitudes = []
+    for picture in (a, b):
+        luma = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY).astype(float)
+        half = np.array([
+            [luma[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean() for j in range(25)]
+            for i in range(18)
+        ])  # fmt: skip
+        magnitudes.append([
+            np.hypot(
+                (half[i - 1 : i + 2, j - 1] - half[i - 1 : i + 2, j + 1]).sum() / 3,
+                (half[i - 1, j - 1 : j + 2] - half[i + 1, j - 1 : j + 2]).sum() / 3,
+            )
+            for i in range(1, 17)
+            for j in range(1, 24)
+        ])  # fmt: skip
+    x, y = map(np.array, magnitudes)
+    assert gmsd(a, b) == pytest.approx(np.std((2 * x * y + 170) / (x * x + y * y + 170)))
+    assert gmsd(a, b) > 0.05
 
 
 def run(*args):
