@@ -1,12 +1,14 @@
-"""Quantised bundles: standard ONNX, whole numbers with a DequantizeLinear before each product.
+"""Quantised bundles: standard ONNX, small numbers with a DequantizeLinear before each product.
 
-A weight [inputs, outputs] becomes int8 or int4 with a scale per output channel [outputs] or per
-block [inputs / block, outputs]; the node's output is what the MatMul had before. No weight is read
-before its matrix is at work, and the whole numbers are made while they are written, so memory stays
-small whatever the size of the model. In int4 each feed-forward layer becomes a sum of two: `halve`.
+A weight [inputs, outputs] becomes int8, int4 or fp8 with a scale per output channel [outputs] or
+per block [inputs / block, outputs]; the node's output is what the MatMul had before. No weight is
+read before its matrix is at work, and the small numbers are made while they are written, so memory
+stays small whatever the size of the model. In int4 each feed-forward layer becomes a sum of two:
+`halve`. What fp8 weights are multiplied with is rounded to fp8 as well, with a fixed scale per
+tensor, so that the product can be made in fp8.
 
-A cache in int8 has fixed scales per layer, head and channel; the two channels of a RoPE pair of a
-key share one. New keys and values are divided by them, rounded and handed out; those of the
+A cache in 8 bits has fixed scales per layer, head and channel; the two channels of a RoPE pair of
+a key share one. New keys and values are divided by them, rounded and handed out; those of the
 context are multiplied by them as they are read. A block's own keys and values stay exact for
 itself. Q/DQ nodes know scales along one axis only, so theirs is 1 and the scale is a product of
 its own.
@@ -18,34 +20,43 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from packforcing.calibration.recipes import CACHE, SNR, WEIGHTS, Recipe, quantised_layers
-from packforcing.calibration.statistics import MIDDLES, Statistics, statistics_for
-from packforcing.config import Config
+from packforcing.calibration.products import SHARED, initializer, known, matrices, stored
+from packforcing.calibration.recipes import (
+    ACTIVATIONS,
+    CACHE,
+    SNR,
+    WEIGHTS,
+    Recipe,
+    quantised_layers,
+)
+from packforcing.calibration.statistics import (
+    MIDDLES,
+    Statistics,
+    largest_input,
+    mean_squares,
+    statistics_for,
+)
 from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export.bundle import complete, save, writing
 from packforcing.export.lint import lint
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
-from packforcing.runtime.estimate import INT4_BLOCK, layer_matrices, weight_block
+from packforcing.runtime.estimate import INT4_BLOCK, weight_block
 
-T = TypeVar("T")
 DENOISER = graph_file("denoiser")
-# a layer's matrices, as `layer_matrices` lists their shapes
-NAMES = (
-    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.o",
-    "ffn.0", "ffn.2",
-)  # fmt: skip
 
 
 class Quantised(msgspec.Struct, frozen=True, kw_only=True):
     """What `quantize_bundle` did: signal-to-noise ratio of every matrix in dB, worst first, and
-    bytes of the denoiser before and after."""
+    bytes of the denoiser before and after. With statistics the ratio is of what the matrix gives,
+    without of its weights."""
 
     snr: dict[str, float]
     before: int
@@ -55,19 +66,20 @@ class Quantised(msgspec.Struct, frozen=True, kw_only=True):
 def quantize_bundle(
     source: str | Path,
     directory: str | Path,
-    weights: Literal["int8", "int4"] | None = None,
-    cache: Literal["int8"] | None = None,
+    weights: Literal["int8", "int4", "fp8"] | None = None,
+    cache: Literal["int8", "fp8"] | None = None,
     calibration: str | Path | None = None,
     on_matrix: Callable[[int, int], None] | None = None,
 ) -> Quantised:
     """Writes the bundle `source` with quantised weights, a quantised cache or both into
     `directory`, whole or not at all.
 
-    calibration: statistics of `source`, for the cache. `on_matrix` is told how many matrices are
-    done, and of how many. Raises `BundleError` for a damaged bundle, a weight that is no number, or
-    a denoiser of other matrices than its config calls for, `ConfigError` for nothing to do or a
-    bundle that is quantised already, `CalibrationError` for statistics that are missing or of
-    another model and `OutputError` if the folder cannot be written.
+    calibration: statistics of `source`, for the cache and for weights: fp8 ones need them, others
+    are fitted to what they are multiplied with, where they are given. `on_matrix` is told how many
+    matrices are done, and of how many. Raises `BundleError` for a damaged bundle, a weight that is
+    no number, or a denoiser of other matrices than its config calls for, `ConfigError` for nothing
+    to do or a bundle that is quantised already, `CalibrationError` for statistics that are missing
+    or of another model and `OutputError` if the folder cannot be written.
     """
     source = Path(source)
     manifest = read_manifest(source)
@@ -82,14 +94,20 @@ def quantize_bundle(
                 f"{source} has {what} in {getattr(config.precision, what)} already; name the "
                 "bundle that it was made of"
             )
-    if cache and calibration is None:
+    if calibration is None and (cache or weights == "fp8"):
+        needs = "a quantised cache needs to know its keys and values"
+        if not cache:
+            needs = "fp8 needs to know what weights are multiplied with"
         raise CalibrationError(
-            "a quantised cache needs to know its keys and values: make a file with "
-            "'packforcing calibrate' and name it with --calibration"
+            f"{needs}: make a file with 'packforcing calibrate' and name it with --calibration"
         )
     if Path(directory).resolve() == source.resolve():
         raise ConfigError(f"{directory} is the bundle to be quantised; choose another folder")
-    steps = cache_steps(statistics_for(calibration, manifest)) if calibration and cache else {}
+    found = statistics_for(calibration, manifest) if calibration else None
+    steps = cache_steps(found, CACHE[cache]) if found and cache else {}
+    layers = quantised_layers(config)
+    if weights and not layers:
+        raise ConfigError(f"{config.name} has no layer between its first and its last")
     check_files(source, manifest)
     config = msgspec.structs.replace(
         config, precision=msgspec.structs.replace(config.precision, **asked)
@@ -99,20 +117,24 @@ def quantize_bundle(
             if not name.startswith(DENOISER):
                 shutil.copyfile(source / name, folder / name)
         model = ir.load(source / DENOISER)
-        found = matrices(model.graph, config) if weights else {}
+        products = matrices(model.graph, config, layers) if weights else {}
         if weights == "int4":
-            found = halve(found)
+            products = halve(products)
         snr = {}
-        for number, (name, product) in enumerate(found.items()):
+        for number, (name, product) in enumerate(products.items()):
+            read = what_it_reads(found, name, product) if found else None
             try:
-                snr[name] = quantize_product(product, name, config.precision.weights)
+                snr[name] = quantize_product(product, name, config.precision.weights, read)
             except ValueError as error:
                 raise BundleError(f"{source / DENOISER}: {error}") from error
             if on_matrix:
-                on_matrix(number + 1, len(found))
+                on_matrix(number + 1, len(products))
+        if weights in ACTIVATIONS and found:
+            quantize_inputs(products, found, ACTIVATIONS[weights])
         for kind, by_layer in steps.items():
             for layer, step in enumerate(by_layer):
-                quantize_cache(model.graph, f"{kind}_new.{layer}", f"{kind}_ctx.{layer}", step)
+                names = f"{kind}_new.{layer}", f"{kind}_ctx.{layer}"
+                quantize_cache(model.graph, *names, step, config.precision.cache)
         common.RemoveUnusedNodesPass()(model)  # what was read before, casts of it included
         lint("denoiser", model, contract(config)["denoiser"])
         save(model, folder / DENOISER)
@@ -127,44 +149,21 @@ def quantize_bundle(
     return Quantised(snr=worst_first, before=sizes[0], after=sizes[1])
 
 
-def matrices(graph: ir.Graph, config: Config) -> dict[str, ir.Node]:
-    """The products that are quantised, by their matrix's name in a checkpoint.
+def what_it_reads(found: Statistics, name: str, product: ir.Node) -> np.ndarray:
+    """Mean squares of what a product's matrix is multiplied with, float32 [inputs], by statistics.
 
-    Told by their order: the layers' matrices come last but for the head's. Raises `BundleError`
-    where shapes say otherwise.
+    Raises `CalibrationError` if that was zero throughout.
     """
-    products = [
-        node
-        for node in graph
-        if node.op_type == "MatMul" and stored(known(node.inputs[1])).const_value is not None
-    ]
-    shapes = layer_matrices(config) * config.layers
-    products = products[-len(shapes) - 1 : -1]
-    weights = [stored(known(node.inputs[1])) for node in products]
-    if [tuple(known(weight.shape)) for weight in weights] != shapes:
-        raise BundleError(
-            f"the denoiser's matrices are not those of {config.name}; export the bundle anew"
+    _, layer, matrix = name.split(".", 2)
+    matrix, _, half = matrix.partition(".half")
+    mean = mean_squares(found, int(layer), matrix)
+    if not mean.any():
+        raise CalibrationError(
+            f"what {name} is multiplied with was zero throughout: calibrate with more prompts, or "
+            "check the model's weights"
         )
-    named = {
-        f"blocks.{layer}.{name}": products[layer * len(NAMES) + number]
-        for layer in quantised_layers(config)
-        for number, name in enumerate(NAMES)
-    }
-    if not named:
-        raise ConfigError(f"{config.name} has no layer between its first and its last")
-    return named
-
-
-def stored(value: ir.Value) -> ir.Value:
-    """What a weight is read from: itself, or what is cast to it."""
-    cast = value.producer()
-    return known(cast.inputs[0]) if cast is not None and cast.op_type == "Cast" else value
-
-
-def known(value: T | None) -> T:
-    """What a finished graph has, though the library's types leave it open."""
-    assert value is not None
-    return value
+    inputs = known(known(product.inputs[1]).shape).numpy()[0]
+    return mean[-inputs:] if half == "1" else mean[:inputs]
 
 
 def halve(products: dict[str, ir.Node]) -> dict[str, ir.Node]:
@@ -229,17 +228,22 @@ def cut_out(tensor: ir.TensorProtocol, where: Any, dtype: ir.DataType) -> ir.Laz
     return ir.LazyTensor(part, dtype, ir.Shape(shape))
 
 
-def quantize_product(product: ir.Node, name: str, kind: str) -> float:
-    """Quantises the matrix of a MatMul in its graph; returns the signal-to-noise ratio in dB."""
+def quantize_product(
+    product: ir.Node, name: str, kind: str, read: np.ndarray | None = None
+) -> float:
+    """Quantises the matrix of a MatMul in its graph; returns the signal-to-noise ratio in dB.
+
+    read: mean squares of what it is multiplied with, [inputs].
+    """
     graph, weight, recipe = known(product.graph), known(product.inputs[1]), WEIGHTS[kind]
     tensor = known(stored(weight).const_value)
     inputs, outputs = shape = tensor.shape.numpy()
     block = weight_block(kind, inputs, outputs)
     matrix = tensor.numpy().astype(np.float32)
-    scale, snr = scales(matrix, block, recipe, known(weight.dtype).numpy(), name)
-    number = ir.DataType[kind.upper()]
+    scale, snr = scales(matrix, block, recipe, known(weight.dtype).numpy(), name, read)
+    number = ir.DataType[recipe.format]
 
-    def whole() -> ir.TensorProtocol:
+    def small() -> ir.TensorProtocol:
         values = rounded(tensor.numpy().astype(np.float32), block, scale, recipe)
         return ir.tensor(values.reshape(shape).astype(number.numpy()))
 
@@ -247,43 +251,38 @@ def quantize_product(product: ir.Node, name: str, kind: str) -> float:
         scale_in_graph, axes = scale[0], {"axis": 1}
     else:
         scale_in_graph, axes = scale, {"axis": 0, "block_size": block}
-    read = ir.node(
+    dequantize = ir.node(
         "DequantizeLinear",
         [
-            initializer(graph, f"{name}.{kind}", ir.LazyTensor(whole, number, ir.Shape(shape))),
+            initializer(graph, f"{name}.{kind}", ir.LazyTensor(small, number, ir.Shape(shape))),
             initializer(graph, f"{name}.scale", ir.tensor(scale_in_graph)),
         ],
         attributes=axes,
     )
-    (value,) = read.outputs
+    (value,) = dequantize.outputs
     value.name, value.shape, value.dtype = f"{name}.read", weight.shape, known(weight.dtype)
-    graph.insert_before(product, read)
+    graph.insert_before(product, dequantize)
     product.replace_input_with(1, value)
     return snr
 
 
-def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    """A constant of this name in a graph."""
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(tensor.shape.numpy()),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    tensor.name = name
-    graph.register_initializer(value)
-    return value
-
-
 def scales(
-    matrix: np.ndarray, block: int, recipe: Recipe, dtype: np.dtype, name: str
+    matrix: np.ndarray,
+    block: int,
+    recipe: Recipe,
+    dtype: np.dtype,
+    name: str,
+    read: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
     """Scales [inputs / block, outputs] in `dtype` of a matrix [inputs, outputs], float32, and the
-    signal-to-noise ratio with them in dB.
+    signal-to-noise ratio with them in dB: of what the matrix gives, if `read` has the mean squares
+    of what it is multiplied with, [inputs], taken as uncorrelated; else of its weights.
 
     Raises `ValueError` for a weight that is no number.
     """
     parts = matrix.reshape(-1, block, matrix.shape[1])
+    root = np.sqrt(np.ones(len(matrix), np.float32) if read is None else read)
+    root = root.reshape(-1, block, 1)
     largest = np.abs(parts).max(1)
     if not np.isfinite(largest).all():
         raise ValueError(f"{name} holds weights that are no numbers; export from sound weights")
@@ -295,28 +294,57 @@ def scales(
         difference = rounded(matrix, block, tried, recipe)
         difference *= tried[:, None].astype(np.float32)
         difference -= parts
+        difference *= root
         squared = np.einsum("ibo,ibo->io", difference, difference)
         best = squared < error
         scale = np.where(best, tried, scale) if scale.size else tried
         error = np.where(best, squared, error)
-    signal, noise = np.square(matrix, dtype=np.float64).sum(), error.sum(dtype=np.float64)
+    signal, noise = np.square(parts * root, dtype=np.float64).sum(), error.sum(dtype=np.float64)
     return scale, 10 * math.log10(signal / noise) if noise else math.inf
 
 
 def rounded(matrix: np.ndarray, block: int, scale: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """A matrix in steps of its scales, [inputs / block, block, outputs]; whole, in float32."""
+    """A matrix in steps of its scales, [inputs / block, block, outputs]: the nearest numbers that
+    the recipe's format has, in float32."""
     parts = matrix.reshape(-1, block, matrix.shape[1]) / scale[:, None].astype(np.float32)
-    return np.clip(np.rint(parts, out=parts), recipe.low, recipe.high, out=parts)
+    np.clip(parts, recipe.low, recipe.high, out=parts)
+    if recipe.format.startswith("INT"):
+        return np.rint(parts, out=parts)
+    return parts.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
-def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) -> None:
+def quantize_inputs(products: dict[str, ir.Node], found: Statistics, recipe: Recipe) -> None:
+    """Rounds what products are multiplied with, by the largest magnitude that there was."""
+    number = ir.DataType[recipe.format]
+    done: dict[str, ir.Value] = {}
+    for name, product in products.items():
+        _, layer, matrix = name.split(".", 2)
+        first = f"blocks.{layer}.{SHARED.get(matrix, matrix)}.input"
+        if first not in done:
+            graph, exact = known(product.graph), known(product.inputs[0])
+            dtype = known(exact.dtype)
+            step = np.asarray(largest_input(found, int(layer), matrix) / recipe.high)
+            smallest = np.finfo(dtype.numpy()).smallest_subnormal
+            step = np.maximum(step.astype(dtype.numpy()), smallest)
+            scale = initializer(graph, f"{first}.scale", ir.tensor(step))
+            quantize = ir.node("QuantizeLinear", [exact, scale], {"output_dtype": int(number)})
+            dequantize = ir.node("DequantizeLinear", [*quantize.outputs, scale])
+            for node, end, kind in ((quantize, "rounded", number), (dequantize, "read", dtype)):
+                (value,) = node.outputs
+                value.name, value.shape, value.dtype = f"{first}.{end}", exact.shape, kind
+            graph.insert_before(product, [quantize, dequantize])
+            done[first] = dequantize.outputs[0]
+        product.replace_input_with(0, done[first])
+
+
+def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray, kind: str) -> None:
     """Quantises an output of new keys or values and the input that they come back by, with the
     steps [H, d]."""
     index = next(i for i, value in enumerate(graph.outputs) if value.name == new)
-    exact, whole = graph.outputs[index], ir.DataType.INT8
+    exact, number = graph.outputs[index], ir.DataType[CACHE[kind].format]
     cached = next(value for value in graph.inputs if value.name == context)
-    kind = known(exact.dtype)
-    dtype = kind.numpy()
+    full = known(exact.dtype)
+    dtype = full.numpy()
     smallest = 2 / float(np.finfo(dtype).max)  # one whose inverse is a number
     step = np.maximum(step, smallest).astype(dtype)[None, :, None]
     one = graph.initializers.get("cache.step") or initializer(
@@ -325,20 +353,20 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) ->
     exact.name = f"{new}.exact"
     inverse = initializer(graph, f"{new}.inverse", ir.tensor((1 / step.astype("f")).astype(dtype)))
     divide = ir.node("Mul", [exact, inverse])
-    quantize = ir.node("QuantizeLinear", [divide.outputs[0], one], {"output_dtype": int(whole)})
+    quantize = ir.node("QuantizeLinear", [divide.outputs[0], one], {"output_dtype": int(number)})
     dequantize = ir.node("DequantizeLinear", [cached, one])
     multiply = ir.node(
         "Mul", [dequantize.outputs[0], initializer(graph, f"{context}.step", ir.tensor(step))]
     )
     for node, name, like, held in (
-        (divide, f"{new}.steps", exact, kind),
-        (quantize, new, exact, whole),
-        (dequantize, f"{context}.steps", cached, kind),
-        (multiply, f"{context}.exact", cached, kind),
+        (divide, f"{new}.steps", exact, full),
+        (quantize, new, exact, number),
+        (dequantize, f"{context}.steps", cached, full),
+        (multiply, f"{context}.exact", cached, full),
     ):
         (value,) = node.outputs
         value.name, value.shape, value.dtype = name, like.shape, held
-    cached.dtype = whole
+    cached.dtype = number
     for node, position in list(cached.uses()):
         if node is not dequantize:
             node.replace_input_with(position, multiply.outputs[0])
@@ -347,7 +375,7 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray) ->
     graph.outputs[index] = quantize.outputs[0]
 
 
-def cache_steps(found: Statistics) -> dict[str, np.ndarray]:
+def cache_steps(found: Statistics, recipe: Recipe) -> dict[str, np.ndarray]:
     """The steps of keys and values, "k" and "v", float32 [L, H, d]: of the recipe's ends of the
     range the one whose squared error, summed over the histogram, is least.
 
@@ -367,9 +395,9 @@ def cache_steps(found: Statistics) -> dict[str, np.ndarray]:
             )
         best = np.full(largest.shape, np.inf)
         steps[kind] = np.zeros((*largest.shape, shared), np.float32)
-        for clip in CACHE["int8"].clips:
+        for clip in recipe.clips:
             end = (largest * np.float32(clip))[..., None]
-            step = end / CACHE["int8"].high
+            step = end / recipe.high
             error = np.where(end < MIDDLES, (MIDDLES - end) ** 2, step**2 / 12)
             squared = (error * counts).sum(-1)
             steps[kind] = np.where((squared < best)[..., None], step, steps[kind])

@@ -1,8 +1,13 @@
-"""What keys and values look like: statistics that the scales of an 8-bit cache come from.
+"""What a model computes with in rollouts: statistics that scales come from. Memory does not grow
+with the rollouts.
 
-Collected are those that a cache keeps, of the calls at t = 0: commits and mid passes. Keys are
-taken before RoPE. For each layer, head and channel there are the largest magnitude and a
-histogram of magnitudes with bins of equal ratio, so memory does not grow with the rollouts.
+Of keys (before RoPE) and values those that a cache keeps, of the calls at t = 0: commits and mid
+passes. For each layer, head and channel there are the largest magnitude and a histogram of
+magnitudes with bins of equal ratio.
+
+Of what each matrix of a layer is multiplied with, all tokens of all calls: for each channel the
+sum of squares and the largest magnitude, by the place of the call in a block (`calls`). The
+denoiser itself gives them, as outputs that its graph is given for this.
 """
 
 from __future__ import annotations
@@ -14,14 +19,25 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx_ir as ir
 
-from packforcing.errors import CalibrationError, OutputError
+from packforcing.calibration.products import NAMES, SHARED, initializer, known, matrices
+from packforcing.config import Config
+from packforcing.errors import BundleError, CalibrationError, OutputError
 from packforcing.prompts import encode
-from packforcing.runtime.backend import Bindable, open_backend
+from packforcing.runtime.backend import Graph, open_backend
 from packforcing.runtime.buffers import Arrays
-from packforcing.runtime.bundle import Manifest, read_manifest
-from packforcing.runtime.device import view
+from packforcing.runtime.bundle import (
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    contract,
+    graph_file,
+    read_manifest,
+)
+from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.engines import graph_files
+from packforcing.runtime.estimate import layer_matrices
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.session import bounded, check_request
 
@@ -30,7 +46,7 @@ OCTAVE, LOWEST, BINS = 8, -10, 160  # bins per factor of two; the first begins a
 MIDDLES = np.float32(2) ** ((np.arange(BINS, dtype=np.float32) + 0.5) / OCTAVE + LOWEST)
 SOURCE = "source"  # of the file's metadata
 
-Statistics = dict[str, np.ndarray]  # k.largest, v.largest [L,H,d]; k.counts, v.counts [L,H,d,BINS]
+Statistics = dict[str, np.ndarray]  # by the names of `forms`
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +57,30 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     prompts: list[str]  # words, or the SHA-256 of an embedding
     seed: int  # of the first prompt; each next one has the next
     blocks: int  # per prompt
+    calls: list[str]  # of the denoiser for a block, by their place in the statistics
     done: int  # prompts that are in the statistics
+
+
+def calls(config: Config) -> list[str]:
+    """The denoiser's calls for a block, in order."""
+    steps = max(len(config.timesteps), len(config.first_timesteps))
+    return [*(f"step {step + 1}" for step in range(steps)), "commit", "mid pass"]
+
+
+def forms(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each array of the statistics: k and v by layer, head and channel; what a
+    matrix of a layer reads by call, layer and channel; and how many tokens each call had."""
+    channels = (config.layers, config.heads, config.head_dim)
+    places = len(calls(config))
+    found: dict[str, tuple[tuple[int, ...], str]] = {"tokens": ((places,), "int64")}
+    for kind in "kv":
+        found[f"{kind}.largest"] = channels, "float32"
+        found[f"{kind}.counts"] = (*channels, BINS), "uint32"
+    for name, (inputs, _) in zip(NAMES, layer_matrices(config)):
+        if name not in SHARED:
+            found[f"{name}.squares"] = (places, config.layers, inputs), "float64"
+            found[f"{name}.largest"] = (places, config.layers, inputs), "float32"
+    return found
 
 
 def calibrate(
@@ -57,17 +96,18 @@ def calibrate(
 
     prompts: words or embeddings, float [T, text_dim]. A file that holds part of the same
     rollouts is gone on with. `on_block` is told how many blocks are done, and of how many. Raises
-    `CalibrationError` for a key or value that is no number or a file of other rollouts, and what
-    opening a bundle and reading a prompt raise, or `OutputError`.
+    `CalibrationError` for a bundle that is quantised, for what is no number or a file of other
+    rollouts, and what opening a bundle and reading a prompt raise, or `OutputError`.
     """
     directory, path = Path(directory), Path(path)
     manifest = read_manifest(directory)
     config = manifest.config
-    if config.precision.cache != config.precision.compute:
-        raise CalibrationError(
-            f"the cache of {directory} is {config.precision.cache} already; name the bundle that "
-            "it was made of"
-        )
+    for what in ("weights", "cache"):
+        kind = getattr(config.precision, what)
+        if kind != config.precision.compute:
+            raise CalibrationError(
+                f"{directory} has {what} in {kind} already; name the bundle that it was made of"
+            )
     if not prompts:
         raise CalibrationError("no prompts to roll out: name one per line")
     if not path.parent.is_dir():
@@ -85,21 +125,24 @@ def calibrate(
         prompts=names,
         seed=seed,
         blocks=blocks,
+        calls=calls(config),
         done=0,
     )
-    found: Statistics = {}
+    found = {name: np.zeros(*form) for name, form in forms(config).items()}
     if path.exists():
-        known, found = read(path)
-        if msgspec.structs.replace(known, done=0) != source:
+        begun, found = read(path)
+        if msgspec.structs.replace(begun, done=0) != source:
             raise CalibrationError(
                 f"{path} holds statistics of another model or other prompts; choose another name"
             )
-        source = known
+        _check_forms(path, found, config)
+        source = begun
     policy = bounded(config.policy, config.policy, blocks)
     config = msgspec.structs.replace(config, policy=policy)
     backend = open_backend("onnxruntime", directory, manifest, config, None)
     try:
-        watched = _Watched(backend.graphs["denoiser"], found)
+        del backend.graphs["denoiser"]  # the one that takes its place holds the same weights
+        watched = _Watched(directory / graph_file("denoiser"), config, found)
         backend.graphs["denoiser"] = watched
         rollout = Rollout(config, backend)
         for number in range(source.done, len(prompts)):
@@ -129,7 +172,15 @@ def statistics_for(path: str | Path, manifest: Manifest) -> Statistics:
             f"{path} holds {source.done} of {len(source.prompts)} rollouts; run the same "
             "'packforcing calibrate' again to go on"
         )
+    _check_forms(path, found, manifest.config)
     return found
+
+
+def _check_forms(path: str | Path, found: Statistics, config: Config) -> None:
+    if {name: (array.shape, array.dtype.name) for name, array in found.items()} != forms(config):
+        raise CalibrationError(
+            f"{path} does not hold what it says; make it anew with 'packforcing calibrate'"
+        )
 
 
 def read(path: str | Path) -> tuple[Source, Statistics]:
@@ -147,7 +198,7 @@ def read(path: str | Path) -> tuple[Source, Statistics]:
         ) from error
 
 
-def add(found: Statistics, kind: str, layer: int, layers: int, tokens: np.ndarray) -> None:
+def add(found: Statistics, kind: str, layer: int, tokens: np.ndarray) -> None:
     """Adds tokens [H, n, d] of keys or values ("k" or "v") of a layer.
 
     Raises `ValueError` for one that is no number.
@@ -158,43 +209,123 @@ def add(found: Statistics, kind: str, layer: int, layers: int, tokens: np.ndarra
     if not np.isfinite(largest).all():
         head, channel = np.argwhere(~np.isfinite(largest))[0]
         raise ValueError(f"{kind} of layer {layer}, head {head}, channel {channel}")
-    all_largest = found.setdefault(f"{kind}.largest", np.zeros((layers, heads, size), np.float32))
-    np.maximum(all_largest[layer], largest, out=all_largest[layer])
-    counts = found.setdefault(f"{kind}.counts", np.zeros((layers, heads, size, BINS), np.uint32))
+    all_largest = found[f"{kind}.largest"][layer]
+    np.maximum(all_largest, largest, out=all_largest)
     with np.errstate(divide="ignore"):
         bins = np.clip((np.log2(magnitude) - LOWEST) * OCTAVE, 0, BINS - 1).astype(np.int64)
     bins += np.arange(heads * size).reshape(heads, 1, size) * BINS
-    counts[layer] += np.bincount(bins.ravel(), minlength=heads * size * BINS).reshape(
-        heads, size, BINS
-    ).astype(np.uint32)  # fmt: skip
+    found[f"{kind}.counts"][layer] += np.bincount(
+        bins.ravel(), minlength=heads * size * BINS
+    ).reshape(heads, size, BINS).astype(np.uint32)  # fmt: skip
+
+
+def add_inputs(found: Statistics, place: int, name: str, values: np.ndarray) -> None:
+    """Adds what a call gave of a matrix's input: an output of `observed` and its values [inputs].
+
+    Raises `ValueError` for one that is no number.
+    """
+    key, _, layer = name.rpartition(".")
+    if not np.isfinite(values).all():
+        channel = np.argwhere(~np.isfinite(values))[0, 0]
+        matrix = f"blocks.{layer}.{key.rpartition('.')[0]}"
+        raise ValueError(f"channel {channel} of what {matrix} is multiplied with")
+    total = found[key][place, int(layer)]
+    (np.add if key.endswith(".squares") else np.maximum)(total, values, out=total)
+
+
+def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]:
+    """A denoiser's graph that also gives what its layers' matrices are multiplied with, summed up:
+    for each channel the sum of squares and the largest magnitude, float32 [inputs].
+
+    Returns it and these outputs, self_attn.q.squares.0 and so on. Raises `BundleError` for a
+    denoiser of other matrices than its config calls for.
+    """
+    model = ir.load(path)
+    graph, outputs = model.graph, []
+    axes = initializer(graph, "observed.axes", ir.tensor([0, 1], dtype=ir.DataType.INT64))
+    products = matrices(graph, config, range(config.layers))
+    for name, product in products.items():
+        _, layer, matrix = name.split(".", 2)
+        given = known(product.inputs[0])
+        if matrix in SHARED:
+            if given is not products[f"blocks.{layer}.{SHARED[matrix]}"].inputs[0]:
+                raise BundleError(f"{path}: {name} has an input of its own; export the bundle anew")
+            continue
+        exact = ir.node("Cast", [given], {"to": int(ir.DataType.FLOAT)})
+        magnitude = ir.node("Abs", exact.outputs)
+        squares = ir.node("ReduceSumSquare", [*exact.outputs, axes], {"keepdims": 0})
+        largest = ir.node("ReduceMax", [*magnitude.outputs, axes], {"keepdims": 0})
+        graph.insert_before(product, [exact, magnitude, squares, largest])
+        for what, node in (("squares", squares), ("largest", largest)):
+            (value,) = node.outputs
+            inputs = known(known(product.inputs[1]).shape).numpy()[0]
+            spec = TensorSpec(f"{matrix}.{what}.{layer}", (inputs,))
+            value.name, value.dtype = spec.name, ir.DataType.FLOAT
+            value.shape = ir.Shape(spec.shape)
+            graph.outputs.append(value)
+            outputs.append(spec)
+    return ir.to_proto(model).SerializeToString(), tuple(outputs)
+
+
+def mean_squares(found: Statistics, layer: int, matrix: str) -> np.ndarray:
+    """Of each channel that a matrix is multiplied with, over all calls, float32 [inputs]."""
+    squares = found[f"{SHARED.get(matrix, matrix)}.squares"][:, layer].sum(0)
+    return (squares / found["tokens"].sum()).astype(np.float32)
+
+
+def largest_input(found: Statistics, layer: int, matrix: str) -> float:
+    """The largest magnitude that a matrix is multiplied with."""
+    return float(found[f"{SHARED.get(matrix, matrix)}.largest"][:, layer].max())
 
 
 class _Watched:
-    """A denoiser whose new keys and values are added to the statistics at t = 0."""
+    """A denoiser whose calls are added to the statistics."""
 
-    def __init__(self, graph: Bindable, found: Statistics) -> None:
-        self.graph, self.found, self.where = graph, found, ""
-        self.seconds = 0.0
+    def __init__(self, path: Path, config: Config, found: Statistics) -> None:
+        self.config, self.found, self.where, self.step = config, found, "", 0
+        model, self.extra = observed(path, config)
+        spec = contract(config)["denoiser"]
+        spec = GraphSpec(spec.inputs, (*spec.outputs, *self.extra))
+        self.graph = Graph(path, spec, None, model=model)
+
+    @property
+    def seconds(self) -> float:
+        return self.graph.seconds
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
-        call = self.graph.bind(arrays)
-        layers = sum(name.startswith("k_new.") for name in arrays)
+        host, tokens = HostDevice(), arrays["tokens"].shape[1]
+        seen = {
+            tensor.name: host.allocate("statistics", tensor.shape, tensor.dtype, host=True)
+            for tensor in self.extra
+        }
+        call = self.graph.bind({**arrays, **seen})
 
         def run() -> None:
             call()
-            if view(arrays["timestep"])[0] != 0:
-                return
-            for layer in range(layers):
-                for kind in "kv":
-                    try:
-                        add(self.found, kind, layer, layers, view(arrays[f"{kind}_new.{layer}"])[0])
-                    except ValueError as error:
-                        raise CalibrationError(
-                            f"no number in {self.where}: {error}; the bundle is not sound, try "
-                            "'packforcing verify'"
-                        ) from error
+            clean = view(arrays["timestep"])[0] == 0
+            place = self._place(clean, tokens)
+            try:
+                self.found["tokens"][place] += tokens
+                for name, array in seen.items():
+                    add_inputs(self.found, place, name, array.host)
+                for layer in range(self.config.layers if clean else 0):
+                    for kind in "kv":
+                        add(self.found, kind, layer, view(arrays[f"{kind}_new.{layer}"])[0])
+            except ValueError as error:
+                raise CalibrationError(
+                    f"no number in {calls(self.config)[place]} of {self.where}: {error}; the "
+                    "bundle is not sound, try 'packforcing verify'"
+                ) from error
 
         return run
+
+    def _place(self, clean: bool, tokens: int) -> int:
+        """Where a call stands among those of its block, as `calls` lists them."""
+        if clean:
+            self.step = 0
+            return -2 if tokens == self.config.block_tokens else -1
+        self.step += 1
+        return self.step - 1
 
 
 def _write(path: Path, source: Source, found: Statistics) -> None:

@@ -18,15 +18,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError
-from packforcing.runtime.backend import Backend
+from packforcing.runtime.backend import FP8, Backend
 from packforcing.runtime.buffers import Arrays
-from packforcing.runtime.bundle import GraphSpec, Shape
+from packforcing.runtime.bundle import DTYPES, GraphSpec, Shape
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.rollout import Rollout
 from packforcing.text import encode_words
@@ -75,9 +76,20 @@ class Oracle:
 
     def run(self, inputs: Tensors) -> Tensors:
         """Outputs by name, fp32; inputs may be in another precision."""
-        given = {t.name: inputs[t.name].astype(t.dtype, copy=False) for t in self.spec.inputs}
+        from onnxruntime import OrtValue
+
+        def value(array: np.ndarray) -> OrtValue:
+            if array.dtype == DTYPES["fp8"]:  # the library takes it by its bytes alone
+                return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), FP8)
+            return OrtValue.ortvalue_from_numpy(array)
+
+        given = {
+            tensor.name: value(np.ascontiguousarray(inputs[tensor.name], tensor.dtype))
+            for tensor in self.spec.inputs
+        }
         names = [tensor.name for tensor in self.spec.outputs]
-        return dict(zip(names, self._session.run(names, given)))
+        found = self._session.run_with_ort_values(names, given)
+        return {t.name: out.numpy().view(t.dtype) for t, out in zip(self.spec.outputs, found)}
 
 
 def widen(model: ir.Model, rounded: bool = False) -> None:
@@ -258,7 +270,7 @@ def with_garbage(spec: GraphSpec, inputs: Tensors, seed: int) -> Tensors:
     changed = dict(inputs)
     for name, valid, rest in context(spec, inputs):
         array = changed[name] = inputs[name].copy()
-        limits = np.iinfo if array.dtype.kind == "i" else np.finfo
+        limits = np.iinfo if array.dtype.kind == "i" else ml_dtypes.finfo
         largest = GARBAGE * float(np.abs(array[valid], dtype=np.float64).max(initial=1))
         largest = min(largest, float(limits(array.dtype).max))
         array[rest] = rng.uniform(-largest, largest, array[rest].shape)

@@ -537,10 +537,11 @@ def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None
 def calibrate(
     bundle: str, prompts: str, out: str, seconds: float, seed: int, as_json: bool
 ) -> None:
-    """Collect what `packforcing quantize --cache` needs to know of BUNDLE.
+    """Collect what `packforcing quantize` needs to know of BUNDLE: its keys and values, and what
+    its matrices are multiplied with.
 
     Renders every prompt without keeping a picture. The file is written after each, and the same
-    command goes on where it was interrupted.
+    command goes on where it was interrupted. Needs `pip install ".[calibration]"` in the checkout.
 
     \b
     Example:
@@ -548,7 +549,13 @@ def calibrate(
     """
     import msgspec
 
-    from packforcing.calibration import statistics
+    try:
+        from packforcing.calibration import statistics
+    except ModuleNotFoundError as error:
+        raise ExportError(
+            f"calibrating needs {error.name}, which is not installed: "
+            "pip install '.[calibration]' in the checkout"
+        ) from error
     from packforcing.compare import read_prompts
 
     wanted = [prompt.given for prompt in read_prompts(Path(prompts), seed)]
@@ -566,27 +573,34 @@ def calibrate(
 @click.argument("bundle")
 @click.option(
     "--weights",
-    type=click.Choice(["int8", "int4"]),
+    type=click.Choice(["int8", "int4", "fp8"]),
     help="Number format of the matrices of all layers but the first and the last.",
 )
-@click.option("--cache", type=click.Choice(["int8"]), help="Number format of keys and values.")
-@click.option("--calibration", metavar="FILE", help="What calibrate wrote of BUNDLE, for --cache.")
+@click.option(
+    "--cache", type=click.Choice(["int8", "fp8"]), help="Number format of keys and values."
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="What calibrate wrote of BUNDLE: for --cache and fp8 weights, and for better int4 ones.",
+)
 @click.option("--out", metavar="DIR", required=True, help="Folder for the quantised bundle.")
 @_json_option
 def quantize(
     bundle: str,
-    weights: Literal["int8", "int4"] | None,
-    cache: Literal["int8"] | None,
+    weights: Literal["int8", "int4", "fp8"] | None,
+    cache: Literal["int8", "fp8"] | None,
     calibration: str | None,
     out: str,
     as_json: bool,
 ) -> None:
     """Write BUNDLE again with smaller weights, a smaller cache or both.
 
-    The denoiser's weights become whole numbers with scales, in standard ONNX, and take a half
-    (int8) or a quarter (int4) of what they took in fp16; so do the keys and values that it writes
-    and reads, and the archive of them. The rest is copied. Needs `pip install ".[calibration]"`
-    in the checkout; rendering does not.
+    The denoiser's weights become small numbers with scales, in standard ONNX, and take a half
+    (int8, fp8) or a quarter (int4) of what they took in fp16; so do the keys and values that it
+    writes and reads, and the archive of them. The rest is copied. fp8 is for RTX 40 and later: what
+    weights are multiplied with becomes fp8 as well. Needs `pip install ".[calibration]"` in the
+    checkout; rendering does not.
 
     \b
     Examples:

@@ -17,7 +17,14 @@ from typing import Any, Protocol
 from packforcing.config import Config
 from packforcing.errors import BackendError, BundleError
 from packforcing.runtime.buffers import Arrays
-from packforcing.runtime.bundle import GraphSpec, Manifest, check_files, contract, graph_file
+from packforcing.runtime.bundle import (
+    DTYPES,
+    GraphSpec,
+    Manifest,
+    check_files,
+    contract,
+    graph_file,
+)
 from packforcing.runtime.device import CudaDevice, HostDevice
 from packforcing.runtime.engines import shapes
 from packforcing.runtime.estimate import CARD
@@ -36,7 +43,11 @@ TYPES = {  # as the library names them
     "float16": "tensor(float16)",
     "int8": "tensor(int8)",
     "int64": "tensor(int64)",
+    DTYPES["fp8"]: "tensor(float8e4m3fn)",
 }
+FP8 = 17  # ONNX's number for fp8, which the library does not know by NumPy's type
+# where the weights of a graph lie that is not loaded from a file
+BESIDE = "session.model_external_initializers_file_folder_path"
 
 
 class Bindable(Protocol):
@@ -111,6 +122,7 @@ class Graph:
     """A graph in ONNX Runtime: on the CPU, or on the device of a provider.
 
     calls: for a provider, the sizes of the axes that the graph leaves open, in each of its uses.
+    model: on the CPU, what is loaded in place of the file; its weights are beside that.
     """
 
     def __init__(
@@ -120,6 +132,7 @@ class Graph:
         threads: int | None,
         provider: Provider | None = None,
         calls: Sequence[Mapping[str, int]] = (),
+        model: bytes | None = None,
     ) -> None:
         ort = _onnxruntime()
         cores = os.cpu_count() or 1
@@ -131,15 +144,16 @@ class Graph:
         # products with quantised weights in the activations' own precision, not rounded to int8
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         where: dict[str, Any] = {"providers": ["CPUExecutionProvider"]}
-        model: Path | bytes = path
+        options.add_session_config_entry(BESIDE, str(path.parent))
+        source: Path | bytes = model or path
         if provider:
             # what the provider cannot run is an error, not something for the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             where = provider.place(options, spec, calls)
-            model = provider.graph(options, path, spec)
+            source = provider.graph(path, spec)
         self._device, self._provider = "cuda" if provider else "cpu", provider
         try:
-            self._session = ort.InferenceSession(model, options, enable_fallback=0, **where)
+            self._session = ort.InferenceSession(source, options, enable_fallback=0, **where)
         except Exception as error:  # the library raises its own unrelated types
             raise BackendError(f"ONNX Runtime cannot load {path}: {error}") from error
         self.spec, self.seconds = spec, 0.0
@@ -160,7 +174,8 @@ class Graph:
             for tensor in tensors:
                 array = arrays[tensor.name]
                 assert array.dtype == tensor.dtype, tensor.name
-                bind(tensor.name, self._device, 0, array.dtype, array.shape, array.address)
+                kind = FP8 if tensor.dtype == DTYPES["fp8"] else array.dtype
+                bind(tensor.name, self._device, 0, kind, array.shape, array.address)
         run = self._session.run_with_iobinding
 
         def call(keep_alive: Arrays = arrays) -> None:
@@ -196,14 +211,12 @@ class Provider:
             chain = [(self.name, excluded), (PROVIDERS["onnxruntime-cuda"], self.options)]
         return {"providers": chain}
 
-    def graph(self, options: Any, path: Path, spec: GraphSpec) -> Path | bytes:
+    def graph(self, path: Path, spec: GraphSpec) -> Path | bytes:
         """What the session loads: the file, or the graph with a mask where the parser would drop
         the length."""
         told = any(tensor.name == "kv_len" for tensor in spec.inputs)
         if self.name != PROVIDERS["onnxruntime-rtx"] or not told:
             return path
-        beside = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(beside, str(path.parent))
         return with_mask(path)
 
 

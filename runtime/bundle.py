@@ -40,6 +40,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  makes float8_e4m3fn known to NumPy
 import msgspec
 
 from packforcing.config import TEMPORAL_FACTOR, Config

@@ -40,7 +40,7 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.errors import BackendError, CheckpointError, OutputError
 from packforcing.runtime.buffers import IN_MEMORY, Archive, archive_rows
-from packforcing.runtime.bundle import FileRecord, file_record
+from packforcing.runtime.bundle import DTYPES, FileRecord, file_record
 from packforcing.runtime.cache import Slot
 from packforcing.runtime.plan import archive_bytes, memory, token_bytes
 from packforcing.runtime.rollout import Rollout
@@ -318,7 +318,7 @@ class RenderFolder:
         for kind, part in arrays.items():
             for array in part.values():
                 # as in a rollout, by a sum: it takes no memory
-                if array.dtype.kind == "f" and not math.isfinite(array.sum(dtype=np.float64)):
+                if array.dtype.kind != "i" and not math.isfinite(array.sum(dtype=np.float64)):
                     raise BackendError(
                         f"block {block - 1}: its keys, values or decoder state ({kind}) hold NaN "
                         "or infinity; begin anew with another backend or precision, or look for "
@@ -470,7 +470,10 @@ class RenderFolder:
         self._check(name)
         try:
             loaded = load_file(self.path / name)
-        except (OSError, SafetensorError) as error:
+            for key, (_, dtype) in wanted.items():
+                if dtype == DTYPES["fp8"]:
+                    loaded[key] = loaded[key].view(dtype)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise self._damaged(name) from error
         if {key: (array.shape, array.dtype) for key, array in loaded.items()} != dict(wanted):
             raise self._damaged(name)
@@ -595,9 +598,14 @@ def _by_block(slots: Sequence[Slot], tokens: np.ndarray) -> dict[int, np.ndarray
 
 
 def _write_tensors(path: Path, arrays: Arrays) -> None:
+    """fp8, which safetensors has no NumPy type for, as its bytes."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
+    arrays = {
+        name: array.view(np.uint8) if array.dtype == DTYPES["fp8"] else array
+        for name, array in arrays.items()
+    }
     try:
         save_file(arrays, path)
     except SafetensorError as error:  # what the system says is in its text

@@ -171,12 +171,12 @@ def weight_block(kind: str, inputs: int, outputs: int) -> int:
     """Weights of an output channel that share a scale, in a matrix of int8, fp8 or int4.
 
     int4: 128 of them, or the largest power of two below that divides them. 8 bits: all of them;
-    half where a matrix widens, since TensorRT-RTX 1.7 writes such a one out in fp16, into
-    scratch, if a channel has one scale.
+    in int8 half where a matrix widens, since TensorRT-RTX 1.7 writes such a one out in fp16, into
+    scratch, if a channel has one scale. In fp8 it takes no more than one.
     """
     if kind == "int4":
         return math.gcd(inputs, INT4_BLOCK)
-    return inputs // 2 if outputs > inputs else inputs
+    return inputs // 2 if kind == "int8" and outputs > inputs else inputs
 
 
 def parameters(config: Config) -> dict[str, int]:
@@ -287,11 +287,16 @@ def seconds_per_block(config: Config, card: CardFigures) -> float:
     """The roofline of a block once the context is full: a lower bound, predicted.
 
     Per call the larger of operations / peak rate and bytes / bandwidth, where bytes are weights,
-    inputs and outputs, each moved once. Quantised weights are multiplied as fp16. Left out: the
-    host's part, copies to and from the card, streamed weights.
+    inputs and outputs, each moved once. Weights of whole numbers are multiplied as fp16; where they
+    are fp8, all of the denoiser is counted at fp8's rate, which is twice that. Left out: the host's
+    part, copies to and from the card, streamed weights.
     """
     rate = card.tflops * 1e12 * (2 if config.precision.compute == "fp16" else 1)
     work, moved, weights = operations(config), tensor_bytes(config), weight_bytes(config)
+    if config.precision.weights == "fp8":
+        work = {
+            call: count // 2 if CALLS[call] == "denoiser" else count for call, count in work.items()
+        }
     return sum(
         times
         * max(

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from packforcing.config import policies
 from packforcing.errors import BackendError
-from packforcing.runtime.backend import Provider, open_backend, profile
+from packforcing.runtime.backend import BESIDE, Provider, open_backend, profile
 from packforcing.runtime.bundle import contract, graph_file, read_manifest
 from packforcing.runtime.engines import shapes
 from packforcing.runtime.masked import with_mask
@@ -111,14 +111,15 @@ def test_tensorrt_rtx_takes_the_masked_denoiser_whole(tiny_half_bundle, tmp_path
 
 def test_weights_beside_a_graph_stay_there(tiny_bundle, tmp_path):
     """The session is told where; at full size they are gigabytes."""
-    model = onnx.load(tiny_bundle / graph_file("denoiser"))
+    model, path = onnx.load(tiny_bundle / graph_file("denoiser")), tmp_path / "denoiser.onnx"
     onnx.save(
-        model, tmp_path / "denoiser.onnx", save_as_external_data=True,
+        model, path, save_as_external_data=True,
         location="denoiser.onnx.data", size_threshold=256,
     )  # fmt: skip
     provider, options = Provider(RTX, cuda_device(Cuda())), onnxruntime.SessionOptions()
+    options.add_session_config_entry(BESIDE, str(path.parent))
     spec = contract(read_manifest(tiny_bundle).config)["denoiser"]
-    graph = provider.graph(options, tmp_path / "denoiser.onnx", spec)
+    graph = provider.graph(path, spec)
     assert len(graph) < (tmp_path / "denoiser.onnx.data").stat().st_size / 2
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     assert [tensor.name for tensor in session.get_inputs()] == [t.name for t in spec.inputs]
@@ -136,10 +137,11 @@ def test_weights_outside_the_bundle_are_not_read(tiny_bundle, tmp_path):
     path.with_name("inside").rename(tmp_path / "outside")
     path.write_bytes(model.SerializeToString())
     provider, options = Provider(RTX, cuda_device(Cuda())), onnxruntime.SessionOptions()
+    options.add_session_config_entry(BESIDE, str(path.parent))
     spec = contract(read_manifest(tiny_bundle).config)["denoiser"]
     with pytest.raises(Exception, match=r"external|directory|path"):
         onnxruntime.InferenceSession(
-            provider.graph(options, path, spec), options, providers=["CPUExecutionProvider"]
+            provider.graph(path, spec), options, providers=["CPUExecutionProvider"]
         )
 
 

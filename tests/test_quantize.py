@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -13,44 +14,59 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save_file
 
 from packforcing import MODELS
+from packforcing.calibration.products import matrices, stored
 from packforcing.calibration.quantize import (
     cache_steps,
-    matrices,
     quantize_bundle,
     quantize_cache,
+    rounded,
     scales,
-    stored,
 )
-from packforcing.calibration.recipes import WEIGHTS
+from packforcing.calibration.recipes import CACHE, WEIGHTS, quantised_layers
 from packforcing.calibration.statistics import (
     BINS,
     LOWEST,
     OCTAVE,
+    SOURCE,
+    Source,
     add,
     calibrate,
+    calls,
+    forms,
+    mean_squares,
     read,
     statistics_for,
 )
 from packforcing.cli import main
-from packforcing.errors import BundleError, CalibrationError, ConfigError, OutputError
+from packforcing.errors import (
+    BundleError,
+    CalibrationError,
+    ConfigError,
+    OutputError,
+    RenderStopped,
+)
 from packforcing.export.oracle import Oracle, in_full, record
 from packforcing.export.verify import verify
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import (
+    DTYPES,
     contract,
     file_record,
     graph_file,
     read_manifest,
     write_manifest,
 )
+from packforcing.runtime.engines import graph_files
 from packforcing.runtime.estimate import layer_matrices, weight_block
 from tests.conftest import TINY
 
 DENOISER = graph_file("denoiser")
 DEEP = msgspec.structs.replace(TINY, name="deep", layers=4, ffn_dim=384)
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "fp8")
+PROMPTS = ("a red star", "a blue square over sand")
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +83,18 @@ def half_bundle(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def calibrated(half_bundle, tmp_path_factory):
+    """Statistics of two videos."""
+    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
+    calibrate(half_bundle, PROMPTS, path, seconds=3)
+    return path
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def quantised(request, half_bundle, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("bundles") / request.param
-    quantize_bundle(half_bundle, directory, request.param)
+def quantised(request, half_bundle, calibrated, tmp_path_factory):
+    directory, kind = tmp_path_factory.mktemp("bundles") / request.param, request.param
+    quantize_bundle(half_bundle, directory, kind, None, calibrated if kind == "fp8" else None)
     return directory
 
 
@@ -81,7 +105,7 @@ def weights(bundle) -> dict[str, np.ndarray]:
     config = read_manifest(bundle).config
     found = {}
     for node in graph:
-        if node.op_type == "DequantizeLinear":
+        if node.op_type == "DequantizeLinear" and node.inputs[0].const_value is not None:
             numbers, scale = (value.const_value.numpy().astype(np.float32) for value in node.inputs)
             if node.attributes["axis"].as_int() == 0:
                 scale = np.repeat(scale, node.attributes["block_size"].as_int(), axis=0)
@@ -94,18 +118,22 @@ def weights(bundle) -> dict[str, np.ndarray]:
         return found
     return {
         name: stored(node.inputs[1]).const_value.numpy().astype(np.float32)
-        for name, node in matrices(graph, config).items()
+        for name, node in matrices(graph, config, quantised_layers(config)).items()
     }
 
 
-def test_int8_is_off_by_half_a_step_at_most_and_int4_only_where_it_clips(half_bundle, quantised):
+def test_8_bits_are_off_by_half_a_step_at_most_and_int4_only_where_it_clips(half_bundle, quantised):
+    """A step of fp8 is an eighth of the power of two below the number."""
     kind = read_manifest(quantised).config.precision.weights
     exact, found = weights(half_bundle), weights(quantised)
     assert exact.keys() == found.keys() and len(exact) == 8 * (DEEP.layers - 2)
     for name, matrix in exact.items():
         read, step = found[name]
         assert not np.array_equal(read, matrix)
-        within = np.abs(read - matrix) <= step * 0.5001
+        if kind == "fp8":
+            _, exponent = np.frexp(matrix / step)
+            step = step * np.maximum(2.0 ** (exponent - 4), 2**-9)
+        within = np.abs(read - matrix) <= step * 0.501
         if kind == "int4":
             recipe = WEIGHTS[kind]
             numbers = np.rint(read / step)
@@ -117,7 +145,7 @@ def test_int8_is_off_by_half_a_step_at_most_and_int4_only_where_it_clips(half_bu
 def test_all_else_is_what_it_was(half_bundle, quantised):
     before, after = (ir.load(path / DENOISER).graph for path in (half_bundle, quantised))
     names = before.initializers.keys() & after.initializers.keys()
-    changed = set(matrices(before, read_manifest(half_bundle).config).values())
+    changed = matrices(before, DEEP, quantised_layers(DEEP))
     kind = read_manifest(quantised).config.precision.weights
     halved = DEEP.layers - 2 if kind == "int4" else 0  # biases that widen are cut as well
     assert len(names) == len(before.initializers) - len(changed) - halved
@@ -163,16 +191,23 @@ def test_verify_passes_and_would_notice_activations_in_int8(quantised):
     assert found.missed == []
 
 
-@pytest.mark.parametrize(("kind", "least"), [("int8", 35), ("int4", 15)])
+@pytest.mark.parametrize(("kind", "least"), [("int8", 35), ("int4", 15), ("fp8", 25)])
 def test_the_demo_model_renders_with_quantised_weights(kind, least, tmp_path):
-    out = tmp_path / kind
-    result = CliRunner().invoke(
-        main, ["quantize", str(demo_bundle()), "--weights", kind, "--out", str(out), "--json"]
-    )
+    out, prompts, statistics = (tmp_path / name for name in (kind, "prompts", "s.safetensors"))
+    command = ["quantize", str(demo_bundle()), "--weights", kind, "--out", str(out), "--json"]
+    if kind == "fp8":
+        prompts.write_text("a red star over navy stripes\n")
+        result = CliRunner().invoke(
+            main, ["calibrate", str(demo_bundle()), "--prompts", str(prompts), "--seconds", "1",
+                   "--out", str(statistics)],
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        command += ["--calibration", str(statistics), "--cache", kind]
+    result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     ratios = list(said["snr"].values())
-    assert ratios == sorted(ratios) and len(ratios) == {"int8": 32, "int4": 40}[kind]
+    assert ratios == sorted(ratios) and len(ratios) == {"int8": 32, "int4": 40, "fp8": 32}[kind]
     assert said["after"] < said["before"]
     videos = []
     for bundle in (demo_bundle(), out):
@@ -186,28 +221,32 @@ def test_the_demo_model_renders_with_quantised_weights(kind, least, tmp_path):
 # The cache
 
 
-@pytest.fixture(scope="module")
-def calibrated(half_bundle, tmp_path_factory):
-    """Statistics of two videos."""
-    path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
-    calibrate(half_bundle, ["a red star", "a blue square over sand"], path, seconds=3)
-    return path
-
-
-@pytest.fixture(scope="module")
-def small_cache(half_bundle, calibrated, tmp_path_factory):
+@pytest.fixture(scope="module", params=CACHE)
+def small_cache(request, half_bundle, calibrated, tmp_path_factory):
     directory = tmp_path_factory.mktemp("bundles") / "cache"
-    quantize_bundle(half_bundle, directory, None, "int8", calibrated)
+    quantize_bundle(half_bundle, directory, None, request.param, calibrated)
     return directory
+
+
+def nothing(*channels: int) -> dict[str, np.ndarray]:
+    """Statistics of keys and values that none were added to, by layer, head and channel."""
+    return {
+        f"{kind}.{what}": array
+        for kind in "kv"
+        for what, array in (
+            ("largest", np.zeros(channels, np.float32)),
+            ("counts", np.zeros((*channels, BINS), np.uint32)),
+        )
+    }
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_statistics_are_those_of_all_tokens_whatever_the_calls(calls, tokens, seed):
     rng = np.random.default_rng(seed)
     drawn = rng.standard_normal((calls, 2, tokens, 4)).astype(np.float32) * 10 ** rng.uniform(-4, 2)
-    found: dict[str, np.ndarray] = {}
+    found = nothing(3, 2, 4)
     for part in drawn:
-        add(found, "k", 1, 3, part)
+        add(found, "k", 1, part)
     magnitude = np.abs(drawn).transpose(1, 3, 0, 2).reshape(2, 4, -1)
     np.testing.assert_array_equal(found["k.largest"][1], magnitude.max(-1))
     edges = 2.0 ** (np.arange(1, BINS) / OCTAVE + LOWEST)
@@ -219,35 +258,36 @@ def test_statistics_are_those_of_all_tokens_whatever_the_calls(calls, tokens, se
 def test_a_scale_is_one_for_a_rope_pair_of_keys_and_reaches_the_largest_without_outliers():
     rng = np.random.default_rng(0)
     tokens = rng.uniform(-1, 1, (2, 1000, 4)) * [1, 3, 0.1, 20]
-    found: dict[str, np.ndarray] = {}
+    found = nothing(1, 2, 4)
     for kind in "kv":
-        add(found, kind, 0, 1, tokens.astype(np.float32))
-    steps = cache_steps(found)
+        add(found, kind, 0, tokens.astype(np.float32))
+    steps = cache_steps(found, CACHE["int8"])
     largest = np.abs(tokens).max(1)
     np.testing.assert_allclose(steps["v"][0] * 127, largest, rtol=1e-6)
     pairs = largest.reshape(2, 2, 2).max(-1).repeat(2, -1)
     np.testing.assert_allclose(steps["k"][0] * 127, pairs, rtol=1e-6)
 
 
-def test_a_cache_in_int8_is_the_rounded_one(half_bundle, small_cache, calibrated):
+def test_a_cache_in_8_bits_is_the_rounded_one(half_bundle, small_cache, calibrated):
     """A step's new keys and values, times their steps, are the exact ones to half a step; and the
-    flow from a context given as whole numbers is the flow from what these stand for."""
+    flow from a context given in 8 bits is the flow from what these stand for."""
     config = read_manifest(small_cache).config
+    number, recipe = np.dtype(DTYPES[config.precision.cache]), CACHE[config.precision.cache]
     plain, whole = contract(in_full(DEEP)), contract(config)["denoiser"]
     exact = Oracle(half_bundle / DENOISER, plain["denoiser"])
     spec = contract(in_full(config))["denoiser"]
     rounded = Oracle(small_cache / DENOISER, spec)
     rng = np.random.default_rng(1)
     sizes = {"N": DEEP.block_tokens, "C": 20}
-    steps = cache_steps(statistics_for(calibrated, read_manifest(half_bundle)))
+    steps = cache_steps(statistics_for(calibrated, read_manifest(half_bundle)), recipe)
     inputs, meant = {}, {}
     for tensor in whole.inputs:
         shape = [sizes.get(str(n), n) for n in tensor.shape]
-        if tensor.dtype == "int8":
-            inputs[tensor.name] = rng.integers(-127, 128, shape, np.int8)
+        if tensor.dtype == number:
+            inputs[tensor.name] = rng.integers(-127, 128, shape).astype(number)
             kind, layer = tensor.name[0], int(tensor.name.rpartition(".")[2])
             step = steps[kind][layer].astype(np.float16)[:, None].astype(np.float32)
-            meant[tensor.name] = inputs[tensor.name] * step
+            meant[tensor.name] = inputs[tensor.name].astype(np.float32) * step
         else:
             meant[tensor.name] = inputs[tensor.name] = rng.standard_normal(shape).astype(
                 tensor.dtype
@@ -260,16 +300,20 @@ def test_a_cache_in_int8_is_the_rounded_one(half_bundle, small_cache, calibrated
     for layer in range(DEEP.layers):
         for kind in "kv":
             name, step = f"{kind}_new.{layer}", steps[kind][layer][:, None]
-            assert found[name].dtype == np.int8
-            ideal = np.clip(wanted[name] / step, -128, 127)
-            assert np.abs(found[name] - ideal).max() <= 0.5 + 0.002 * 127  # the inverse, in fp16
+            assert found[name].dtype == number
+            lowest = -128 if number == np.int8 else recipe.low  # the node's own
+            ideal = np.clip(wanted[name] / step, lowest, recipe.high)
+            # to half a step, of fp8 a sixteenth of the number; and the inverse is one in fp16
+            allowed = 0.5 if number == np.int8 else np.maximum(np.abs(ideal) / 16, 2**-10)
+            off = np.abs(found[name].astype(np.float32) - ideal)
+            assert (off <= allowed + 0.002 * recipe.high).all()
 
 
-def test_the_runtime_keeps_a_cache_and_an_archive_of_int8(half_bundle, small_cache):
+def test_the_runtime_keeps_a_cache_and_an_archive_of_8_bits(half_bundle, small_cache):
     from packforcing.runtime.plan import memory
 
     config = read_manifest(small_cache).config
-    assert config.precision.cache == "int8"
+    number = DTYPES[config.precision.cache]
     sizes = [
         memory(read_manifest(bundle).config)["context"] for bundle in (half_bundle, small_cache)
     ]
@@ -278,10 +322,80 @@ def test_the_runtime_keeps_a_cache_and_an_archive_of_int8(half_bundle, small_cac
         frames = list(session.stream("a red star", seconds=4))
         rollout = session._rollout
         assert rollout is not None
-        assert rollout.archive.key_values.dtype == np.int8 and rollout.archive.key_values.any()
-        assert rollout.buffers.context.dtype == np.int8
+        assert rollout.archive.key_values.dtype == number
+        assert rollout.archive.key_values.view(np.int8).any()
+        assert rollout.buffers.context.dtype == number
     assert len(np.concatenate(frames)) == config.frames(4)
     assert verify(small_cache).missed == []
+
+
+def test_a_render_with_an_8_bit_cache_goes_on_where_it_was_stopped(small_cache, tmp_path):
+    asked = {"prompt": "a red star", "seconds": 9, "checkpoint_seconds": 3.0}
+    with Session.open(small_cache) as session:
+        session.render(path=tmp_path / "whole.mp4", **asked)
+
+        def stop(info):
+            if info.index == 4:
+                session.stop()
+
+        path = tmp_path / "parts.mp4"
+        with pytest.raises(RenderStopped):
+            session.render(path=path, on_block=stop, **asked)
+        summary = session.render(path=path, resume=True, **asked)
+    assert summary.frames_resumed > 0
+    assert path.read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_what_matrices_are_multiplied_with_is_what_the_reference_multiplies(
+    tiny_model, tiny_bundle, tmp_path
+):
+    """By hooks on the PyTorch model's own rollout, matrix by matrix."""
+    import torch
+
+    from packforcing.rollout import rollout
+    from packforcing.sampler import draw_noise
+    from packforcing.text import encode_words
+
+    prompt, seed, seconds = "a red star", 4, 11
+    path = tmp_path / "s.safetensors"
+    source = calibrate(tiny_bundle, [prompt], path, seconds=seconds, seed=seed)
+    found = statistics_for(path, read_manifest(tiny_bundle))
+    squares, largest, tokens = {}, {}, []
+
+    def hook(name, module, inputs):
+        rows = inputs[0][0].numpy()
+        if name == "blocks.0.ffn.0":
+            tokens.append(len(rows))
+        squares[name] = squares.get(name, 0) + np.square(rows, dtype=np.float64).sum(0)
+        largest[name] = np.maximum(largest.get(name, 0), np.abs(rows).max(0))
+
+    modules = [
+        module.register_forward_pre_hook(partial(hook, name))
+        for name, module in tiny_model.transformer.named_modules()
+        if name.startswith("blocks.") and not name.endswith(("cross_attn.k", "cross_attn.v"))
+        if isinstance(module, torch.nn.Linear)
+    ]
+    text = torch.from_numpy(encode_words(prompt, TINY))
+    noise = lambda block, step: draw_noise(TINY, seed, block, step)  # noqa: E731
+    with torch.no_grad():
+        list(rollout(tiny_model, text, source.blocks, noise, seed=seed))
+    for module in modules:
+        module.remove()
+    assert len(squares) == 8 * TINY.layers
+    for name, wanted in squares.items():
+        _, layer, matrix = name.split(".", 2)
+        mean = mean_squares(found, int(layer), matrix)
+        np.testing.assert_allclose(mean, wanted / sum(tokens), rtol=1e-2, err_msg=name)
+        read_by = matrix if f"{matrix}.largest" in found else "self_attn.q"
+        np.testing.assert_allclose(
+            found[f"{read_by}.largest"][:, int(layer)].max(0), largest[name], rtol=1e-2
+        )
+    steps, blocks = len(TINY.timesteps), source.blocks
+    full, small = blocks * TINY.block_tokens, (blocks - TINY.policy.sink) * TINY.compressed_tokens
+    assert blocks > TINY.policy.capacity
+    assert found["tokens"].tolist() == [full] * (steps + 1) + [small]
+    assert source.calls == calls(TINY) and len(source.calls) == steps + 2
+    assert sum(tokens) == found["tokens"].sum()
 
 
 def test_calibration_goes_on_where_it_was_interrupted(half_bundle, calibrated, tmp_path):
@@ -291,13 +405,12 @@ def test_calibration_goes_on_where_it_was_interrupted(half_bundle, calibrated, t
         if done == total - 1:
             raise KeyboardInterrupt
 
-    prompts = ["a red star", "a blue square over sand"]
     with pytest.raises(KeyboardInterrupt):
-        calibrate(half_bundle, prompts, path, seconds=3, on_block=stop)
+        calibrate(half_bundle, PROMPTS, path, seconds=3, on_block=stop)
     assert read(path)[0].done == 1
     with pytest.raises(CalibrationError, match="1 of 2 rollouts"):
         statistics_for(path, read_manifest(half_bundle))
-    calibrate(half_bundle, prompts, path, seconds=3)
+    calibrate(half_bundle, PROMPTS, path, seconds=3)
     (one, found), (two, wanted) = read(path), read(calibrated)
     assert one == two
     for name, array in wanted.items():
@@ -316,7 +429,8 @@ def test_a_cache_keeps_channels_of_any_size(largest):
         ir.node("Identity", [context], outputs=[seen]),
     ]
     graph = ir.Graph([given, context], [new, seen], nodes=nodes, opset_imports={"": 24}, name="g")
-    quantize_cache(graph, "k_new.0", "k_ctx.0", np.full((1, 2), largest / 127, np.float32))
+    step = np.full((1, 2), largest / 127, np.float32)
+    quantize_cache(graph, "k_new.0", "k_ctx.0", step, "int8")
     session = onnxruntime.InferenceSession(
         ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     )
@@ -338,6 +452,8 @@ def test_calibrating_into_no_folder_is_refused_at_once(half_bundle, tmp_path):
 def test_statistics_that_will_not_do_are_refused(half_bundle, calibrated, tmp_path):
     with pytest.raises(CalibrationError, match="--calibration"):
         quantize_bundle(half_bundle, tmp_path / "out", None, "int8")
+    with pytest.raises(CalibrationError, match=r"what weights are multiplied .* --calibration"):
+        quantize_bundle(half_bundle, tmp_path / "out", "fp8")
     with pytest.raises(CalibrationError, match="cannot read statistics"):
         quantize_bundle(half_bundle, tmp_path / "out", None, "int8", tmp_path / "none.safetensors")
     with pytest.raises(CalibrationError, match="of another model"):
@@ -348,18 +464,27 @@ def test_statistics_that_will_not_do_are_refused(half_bundle, calibrated, tmp_pa
         calibrate(half_bundle, [], tmp_path / "s.safetensors")
     with pytest.raises(ConfigError, match="nothing to quantise"):
         quantize_bundle(half_bundle, tmp_path / "out")
-    _, found = read(calibrated)
+    source, found = read(calibrated)
+    path = tmp_path / "s.safetensors"
+    about = {SOURCE: msgspec.json.encode(source).decode()}
+    save_file({**found, "tokens": found["tokens"][1:]}, path, about)
+    with pytest.raises(CalibrationError, match="does not hold what it says"):
+        quantize_bundle(half_bundle, tmp_path / "out", "int4", None, path)
+    found["cross_attn.o.squares"][:, 2] = 0
+    save_file(found, path, about)
+    with pytest.raises(CalibrationError, match=r"what blocks\.2\.cross_attn\.o is mul.* was zero"):
+        quantize_bundle(half_bundle, tmp_path / "out", "int4", None, path)
     found["v.largest"][1, 0, 3] = 0
     with pytest.raises(CalibrationError, match="v of layer 1, head 0, channel 3 was zero"):
-        cache_steps(found)
+        cache_steps(found, CACHE["int8"])
     with pytest.raises(ValueError, match="k of layer 0, head 1, channel 2"):
         tokens = np.zeros((2, 5, 4), np.float32)
         tokens[1, 3, 2] = np.nan
-        add({}, "k", 0, 1, tokens)
+        add(nothing(1, 2, 4), "k", 0, tokens)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_rollout_that_is_no_number_names_the_block(half_bundle, tmp_path):
+def test_a_rollout_that_is_no_number_names_call_and_matrix(half_bundle, tmp_path):
     broken = shutil.copytree(half_bundle, tmp_path / "broken")
     model = ir.load(broken / DENOISER)
     name = next(n for n in model.graph.initializers if "blocks.2.self_attn.v.bias" in n)
@@ -378,7 +503,8 @@ def test_a_rollout_that_is_no_number_names_the_block(half_bundle, tmp_path):
         main, ["calibrate", str(broken), "--prompts", str(prompts), "--out", str(out)]
     )
     assert result.exit_code == 2
-    assert "block 0, step 1 of 4: the graph 'denoiser' gave NaN" in result.stderr
+    where = "step 1 of block 0 of 'a red star': channel 1 of what blocks.2.self_attn.o is multip"
+    assert f"no number in {where}" in result.stderr
     assert not out.exists()
 
 
@@ -387,7 +513,7 @@ def test_a_rollout_that_is_no_number_names_the_block(half_bundle, tmp_path):
 
 @given(
     hnp.arrays(np.float32, (8, 3), elements=st.floats(-100, 100, width=32)),
-    st.sampled_from(KINDS),
+    st.sampled_from(["int8", "int4"]),
     st.sampled_from([4, 8]),
 )
 def test_no_weight_has_a_larger_error_than_the_least_clipping_leaves(matrix, kind, block):
@@ -405,10 +531,47 @@ def test_no_weight_has_a_larger_error_than_the_least_clipping_leaves(matrix, kin
     assert snr > 0 or not matrix.any() or np.abs(matrix).max() < 1e-5
 
 
+def test_every_number_in_fp8_is_rounded_to_the_nearest_that_there_is():
+    """The format by its definition: a sign, 4 bits of exponent less 7, 3 of mantissa; OCP 8-bit
+    floating point specification, E4M3."""
+    codes = np.arange(127)  # the last one is NaN
+    exponent, mantissa = codes >> 3, codes & 7
+    normal = 2.0 ** (exponent - 7) * (1 + mantissa / 8)
+    known = np.where(exponent == 0, mantissa * 2.0**-9, normal)
+    known = np.concatenate([-known[::-1], known])
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.uniform(-500, 500, 400), rng.normal(0, 0.05, 400), known])
+    found = rounded(
+        values[:, None].astype(np.float32), len(values), np.ones((1, 1)), WEIGHTS["fp8"]
+    ).ravel()
+    nearest = np.abs(np.clip(values, -448, 448)[:, None] - known).min(1)
+    assert np.isin(found, known).all()
+    np.testing.assert_allclose(np.abs(found - np.clip(values, -448, 448)), nearest, atol=1e-6)
+
+
+def test_int4_fits_what_it_is_multiplied_with(tmp_path):
+    """Channels of very different size: the error of the products, on the very inputs that the
+    mean squares are of, is less than with scales that fit the weights alone."""
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_t(3, (256, 64)).astype(np.float32)
+    given_ = rng.standard_normal((4000, 256)).astype(np.float32) * np.exp(rng.normal(0, 2, 256))
+    squares = np.square(given_).mean(0)
+    noise = {}
+    for name, read_ in (("weights", None), ("products", squares)):
+        scale, snr = scales(matrix, 128, WEIGHTS["int4"], np.dtype(np.float32), "w", read_)
+        error = rounded(matrix, 128, scale, WEIGHTS["int4"]) * scale[:, None]
+        error = error.reshape(matrix.shape) - matrix
+        noise[name] = np.square(given_ @ error).mean()
+    exact = np.square(given_ @ matrix).mean()
+    assert noise["products"] < 0.8 * noise["weights"]
+    assert snr == pytest.approx(10 * math.log10(exact / noise["products"]), abs=0.5)
+
+
 def test_blocks_are_never_cut():
     assert [weight_block("int4", *shape) for shape in ((192, 640), (640, 192))] == [64, 128]
     assert [weight_block("int4", *shape) for shape in ((1536, 8960), (8960, 1536))] == [128, 128]
     assert [weight_block("int8", *shape) for shape in ((192, 640), (640, 192))] == [96, 640]
+    assert [weight_block("fp8", *shape) for shape in ((192, 640), (640, 192))] == [192, 640]
 
 
 def test_a_graph_with_its_weights_beside_it_can_become_one_without(
@@ -434,15 +597,18 @@ def test_a_graph_with_its_weights_beside_it_can_become_one_without(
 
 
 def test_mistakes_are_explained(half_bundle, quantised, tiny_bundle, tmp_path):
-    with pytest.raises(ConfigError, match=r"has weights in int[48] already"):
+    with pytest.raises(ConfigError, match=r"has weights in (int|fp)[48] already"):
         quantize_bundle(quantised, tmp_path / "out", "int8")
+    with pytest.raises(CalibrationError, match=r"has weights in (int|fp)[48] already"):
+        calibrate(quantised, PROMPTS, tmp_path / "s.safetensors")
     with pytest.raises(ConfigError, match="choose another folder"):
         quantize_bundle(half_bundle, half_bundle, "int8")
     with pytest.raises(ConfigError, match="no layer between its first and its last"):
         quantize_bundle(tiny_bundle, tmp_path / "out", "int8")
     broken = shutil.copytree(half_bundle, tmp_path / "broken")
     model = ir.load(broken / DENOISER)
-    value = stored(next(iter(matrices(model.graph, DEEP).values())).inputs[1])
+    product = matrices(model.graph, DEEP, quantised_layers(DEEP))["blocks.1.self_attn.q"]
+    value = stored(product.inputs[1])
     array = value.const_value.numpy().copy()
     array[3, 5] = np.nan
     value.const_value = ir.tensor(array, name=value.name)
@@ -464,6 +630,40 @@ def test_mistakes_are_explained(half_bundle, quantised, tiny_bundle, tmp_path):
 # Against the builder
 
 
+def test_fp8_is_built_for_cards_that_have_it_and_refused_for_others(
+    half_bundle, calibrated, tmp_path
+):
+    pytest.importorskip("tensorrt_rtx")
+    from packforcing.export.engines import build_engines
+
+    quantize_bundle(half_bundle, tmp_path / "eight", "fp8", "fp8", calibrated)
+    with pytest.raises(ConfigError, match="sm86 has no fp8 for the weights; it has fp32, fp16, in"):
+        build_engines(tmp_path / "eight")
+    assert not (tmp_path / "eight" / "engines").exists()
+    built = build_engines(tmp_path / "eight", ["sm89", "sm120"])
+    assert built["denoiser"].key.targets == ("sm89", "sm120")
+
+
+def made_up(bundle, path):
+    """Statistics of a model that is too large to be rolled out here."""
+    manifest, rng = read_manifest(bundle), np.random.default_rng(0)
+    source = Source(
+        model=manifest.config.name,
+        denoiser=graph_files(manifest, "denoiser"),
+        prompts=["none"],
+        seed=0,
+        blocks=1,
+        calls=calls(manifest.config),
+        done=1,
+    )
+    found = {
+        name: rng.uniform(1, 4, shape).astype(dtype)
+        for name, (shape, dtype) in forms(manifest.config).items()
+    }
+    save_file(found, path, {SOURCE: msgspec.json.encode(source).decode()})
+    return path
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layers", [4, 30])
 def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tmp_path, capsys):
@@ -475,11 +675,13 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
 
     config = msgspec.structs.replace(MODELS["wan-1.3b"], layers=layers)
     export_bundle(config, random_weights(config), tmp_path / "fp16")
+    statistics = made_up(tmp_path / "fp16", tmp_path / "s.safetensors")
     built = {}
     for kind in ("fp16", *KINDS):
         if kind != "fp16":
-            quantize_bundle(tmp_path / "fp16", tmp_path / kind, kind)
-        built[kind] = build_engines(tmp_path / kind)["denoiser"]
+            quantize_bundle(tmp_path / "fp16", tmp_path / kind, kind, None, statistics)
+        targets = ["sm89", "sm120"] if kind == "fp8" else None  # not the third one
+        built[kind] = build_engines(tmp_path / kind, targets)["denoiser"]
     count = sum(map(math.prod, layer_matrices(config))) * (layers - 2)
     rest = built["fp16"].weights - 2 * count
     scratch = {kind: max(record.scratch.values()) for kind, record in built.items()}
@@ -487,5 +689,6 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     with capsys.disabled():
         print(f"\n{layers} layers: bytes per quantised weight {taken}, scratch {scratch}")
     assert taken["int8"] == pytest.approx(1, rel=0.02)
+    assert taken["fp8"] == pytest.approx(1, rel=0.02)
     assert taken["int4"] == pytest.approx(0.52, rel=0.02)
     assert max(scratch.values()) == scratch["fp16"]
