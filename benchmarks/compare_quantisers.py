@@ -1,0 +1,306 @@
+"""The error of our weight-only int8 and int4 beside other tools', on the same matrices and data.
+
+    python -m benchmarks.compare_quantisers [BUNDLE] [--modelopt PYTHON] [--prompts 2] [--seconds 5]
+
+What the matrices of a bundle are multiplied with is taken from rollouts through the runtime: of
+some prompts to fit with, of others to measure with. Every matrix is a product in a graph of its
+own, in fp32, which each tool quantises; the error is that of its outputs, with activations as they
+are, against the exact ones: sum of squares over sum of squares, in dB. All scales are symmetric,
+one per output channel (int8) or per block of our width (int4).
+
+- onnxruntime.quantization: `quantize_dynamic` per channel (int8; of which only the weights are
+  taken), `MatMulNBitsQuantizer` by rounding to nearest (int4).
+- NVIDIA ModelOpt, in an environment of its own whose interpreter is given: INT8_WEIGHT_ONLY_CFG of
+  modelopt.torch (int8), `awq_clip` of modelopt.onnx (int4), on its CPU path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from packforcing.calibration.products import SHARED, known, matrices, stored
+from packforcing.calibration.quantize import quantize_product
+from packforcing.calibration.recipes import quantised_layers
+from packforcing.compare import Prompt, draw_prompts
+from packforcing.errors import ConfigError, PackForcingError
+from packforcing.prompts import encode
+from packforcing.runtime import demo_bundle
+from packforcing.runtime.backend import Graph, open_backend
+from packforcing.runtime.buffers import Arrays
+from packforcing.runtime.bundle import (
+    GraphSpec,
+    TensorSpec,
+    contract,
+    graph_file,
+    read_manifest,
+)
+from packforcing.runtime.device import HostDevice
+from packforcing.runtime.estimate import weight_block
+from packforcing.runtime.rollout import Rollout
+
+ROWS = 8  # tokens that are taken of each call
+Data = dict[str, np.ndarray]  # by matrix: its input [rows, inputs], its output, or itself
+
+MODELOPT_INT4 = """
+import sys
+import numpy as np
+import onnx
+from modelopt.onnx.quantization.int4 import quantize
+source, data, target, block = sys.argv[1:]
+class Reader:
+    def __init__(self): self.rewind()
+    def rewind(self): self.left = [dict(np.load(data))]
+    def get_next(self): return self.left.pop() if self.left else None
+    def get_first(self): return dict(np.load(data))
+onnx.save(quantize(source, "awq_clip", Reader(), ["cpu"], False, block_size=int(block)), target)
+"""
+MODELOPT_INT8 = """
+import sys
+import numpy as np
+import torch
+import modelopt.torch.quantization as mtq
+source, target = sys.argv[1:]
+found = {}
+for name, weight in np.load(source).items():
+    linear = torch.nn.Linear(*weight.shape, bias=False)
+    linear.weight.data = torch.from_numpy(weight.T.copy())
+    model = mtq.quantize(torch.nn.Sequential(linear), mtq.INT8_WEIGHT_ONLY_CFG)
+    found[name] = model[0].weight_quantizer(model[0].weight).detach().numpy().T
+np.savez(target, **found)
+"""
+
+
+class Watched:
+    """A denoiser that keeps `ROWS` tokens of what each matrix is multiplied with in each call."""
+
+    def __init__(self, bundle: Path, seed: int = 0) -> None:
+        config, path = read_manifest(bundle).config, bundle / graph_file("denoiser")
+        model, self.seen, self.rng = ir.load(path), {}, np.random.default_rng(seed)
+        outputs, self.rows = [], {}
+        for name, product in matrices(model.graph, config, quantised_layers(config)).items():
+            _, _, matrix = name.split(".", 2)
+            if matrix in SHARED:
+                continue
+            value, weight = known(product.inputs[0]), known(product.inputs[1])
+            shape = (1, "N", known(weight.shape).numpy()[0])
+            value.shape = ir.Shape(shape)
+            model.graph.outputs.append(value)
+            outputs.append(TensorSpec(str(value.name), shape, known(value.dtype).numpy().name))
+            self.rows[outputs[-1].name] = name
+        spec = contract(config)["denoiser"]
+        self.outputs, self.kept = outputs, {name: [] for name in self.rows.values()}
+        self.graph = Graph(
+            path,
+            GraphSpec(spec.inputs, (*spec.outputs, *outputs)),
+            None,
+            model=ir.to_proto(model).SerializeToString(),
+        )
+
+    @property
+    def seconds(self) -> float:
+        return self.graph.seconds
+
+    def bind(self, arrays: Arrays) -> Callable[[], None]:
+        host, tokens = HostDevice(), arrays["tokens"].shape[1]
+        seen = {
+            tensor.name: host.allocate(
+                "inputs", (1, tokens, int(tensor.shape[2])), tensor.dtype, host=True
+            )
+            for tensor in self.outputs
+        }
+        call = self.graph.bind({**arrays, **seen})
+
+        def run() -> None:
+            call()
+            chosen = self.rng.choice(tokens, min(ROWS, tokens), replace=False)
+            for output, array in seen.items():
+                self.kept[self.rows[output]].append(array.host[0, chosen].astype(np.float32))
+
+        return run
+
+
+def inputs_of(bundle: Path, prompts: list[Prompt], seconds: float) -> Data:
+    """What each matrix is multiplied with in rollouts."""
+    manifest = read_manifest(bundle)
+    config = manifest.config
+    backend = open_backend("onnxruntime", bundle, manifest, config, None)
+    watched = Watched(bundle)
+    backend.graphs["denoiser"] = watched
+    rollout, blocks = Rollout(config, backend), config.blocks(config.frames(seconds))
+    for prompt in prompts:
+        rollout.begin(encode(prompt.given, config), blocks, prompt.seed)
+        for _ in range(blocks):
+            rollout.next_block()
+    backend.close()
+    kept = {name: np.concatenate(rows) for name, rows in watched.kept.items()}
+    for name in list(kept):
+        layer, _, matrix = name.partition(".")[2].partition(".")
+        for other, first in SHARED.items():
+            if matrix == first:
+                kept[f"blocks.{layer}.{other}"] = kept[name]
+    return kept
+
+
+def products(weights: Data) -> ir.Model:
+    """A graph of one product for each matrix, x.NAME times it gives y.NAME."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="products")
+    for name, weight in weights.items():
+        given = ir.Value(
+            name=f"x.{name}",
+            shape=ir.Shape(["rows", weight.shape[0]]),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
+        matrix = ir.Value(
+            name=name,
+            shape=ir.Shape(weight.shape),
+            type=ir.TensorType(ir.DataType.FLOAT),
+            const_value=ir.tensor(weight, name=name),
+        )
+        graph.register_initializer(matrix)
+        node = ir.node("MatMul", [given, matrix], name=name)
+        out = node.outputs[0]
+        out.name, out.dtype, out.shape = (
+            f"y.{name}",
+            given.dtype,
+            ir.Shape(["rows", weight.shape[1]]),
+        )
+        graph.append(node)
+        graph.inputs.append(given)
+        graph.outputs.append(out)
+    return ir.Model(graph, ir_version=10)
+
+
+def run(model: bytes, given: Data) -> Data:
+    """What a graph of products gives, as nearly as it can be computed."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    found = session.run(names, {v.name: given[v.name[2:]] for v in session.get_inputs()})
+    return {name[2:]: out for name, out in zip(names, found)}
+
+
+def ours(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+    model = products(weights)
+    for node in list(model.graph):
+        quantize_product(node, str(node.name), kind, np.square(fit[str(node.name)]).mean(0))
+    model.graph.opset_imports[""] = 24
+    return run(ir.to_proto(model).SerializeToString(), given)
+
+
+def onnxruntime_int8(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.disable(logging.WARNING)  # it advises to prepare a graph that has one operation
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "a.onnx"), Path(folder, "b.onnx")
+        ir.save(products(weights), source)
+        quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
+        constants = ir.load(target).graph.initializers
+        read = {
+            name: tuple(
+                known(constants[f"{name}_{part}"].const_value).numpy().astype(np.float32)
+                for part in ("quantized", "zero_point", "scale")
+            )
+            for name in weights
+        }
+    return {
+        name: given[name] @ ((whole - zero) * scale) for name, (whole, zero, scale) in read.items()
+    }
+
+
+def onnxruntime_int4(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    how = nbits.DefaultWeightOnlyQuantConfig(block, is_symmetric=True, accuracy_level=1)
+    quantizer = nbits.MatMulNBitsQuantizer(ir.to_proto(products(weights)), algo_config=how)
+    quantizer.process()
+    return run(quantizer.model.model.SerializeToString(), given)
+
+
+def modelopt(interpreter: str) -> Callable[[Data, Data, Data, str, int], Data]:
+    def quantised(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+        with tempfile.TemporaryDirectory() as folder:
+            source, data, target = (Path(folder, name) for name in ("a.onnx", "a.npz", "b.onnx"))
+            if kind == "int8":
+                np.savez(data, **weights)
+                target = target.with_suffix(".npz")
+                command = [MODELOPT_INT8, str(data), str(target)]
+            else:
+                ir.save(products(weights), source)
+                np.savez(data, **{f"x.{name}": rows for name, rows in fit.items()})
+                command = [MODELOPT_INT4, str(source), str(data), str(target), str(block)]
+            done = subprocess.run([interpreter, "-c", *command], capture_output=True, text=True)
+            if done.returncode:
+                raise ConfigError(f"ModelOpt does not run: {done.stderr.strip().splitlines()[-1]}")
+            if kind == "int4":
+                return run(target.read_bytes(), given)
+            return {name: given[name] @ weight for name, weight in np.load(target).items()}
+
+    return quantised
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("bundle", type=Path, nargs="?", default=demo_bundle())
+    options.add_argument("--modelopt", metavar="PYTHON", help="of an environment that has it")
+    options.add_argument("--prompts", type=int, default=2, help="as many again to measure with")
+    options.add_argument("--seconds", type=float, default=5.0)
+    args = options.parse_args()
+    config = read_manifest(args.bundle).config
+    prompts = draw_prompts(config, 2 * args.prompts, seed=0)
+    fit = inputs_of(args.bundle, prompts[: args.prompts], args.seconds)
+    given = inputs_of(args.bundle, prompts[args.prompts :], args.seconds)
+    graph = ir.load(args.bundle / graph_file("denoiser")).graph
+    weights = {
+        name: known(stored(known(node.inputs[1])).const_value).numpy().astype(np.float32)
+        for name, node in matrices(graph, config, quantised_layers(config)).items()
+    }
+    exact = {name: given[name] @ weight for name, weight in weights.items()}
+    tools = {
+        "int8": {"ours": ours, "onnxruntime": onnxruntime_int8},
+        "int4": {"ours": ours, "onnxruntime": onnxruntime_int4},
+    }
+    if args.modelopt:
+        for by_name in tools.values():
+            by_name["modelopt"] = modelopt(args.modelopt)
+    print(f"{config.name}: output error of {len(weights)} matrices, dB (more is better)")
+    print(f"{'':6}{'':14}{'mean':>8}{'worst':>8}   worst matrix")
+    for kind, by_name in tools.items():
+        for tool, quantised in by_name.items():
+            ratios = {}
+            for block in sorted({weight_block(kind, *weight.shape) for weight in weights.values()}):
+                part = {
+                    name: weight
+                    for name, weight in weights.items()
+                    if weight_block(kind, *weight.shape) == block
+                }
+                some = ({name: data[name] for name in part} for data in (fit, given))
+                for name, out in quantised(part, *some, kind, block).items():
+                    noise = np.square(out - exact[name], dtype=np.float64).sum()
+                    signal = np.square(exact[name], dtype=np.float64).sum()
+                    ratios[name] = 10 * math.log10(signal / noise)
+            worst = min(ratios, key=lambda name: ratios[name])
+            mean = sum(ratios.values()) / len(ratios)
+            print(f"{kind:6}{tool:14}{mean:8.2f}{ratios[worst]:8.2f}   {worst}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PackForcingError as error:
+        sys.exit(f"error: {error}")
