@@ -99,17 +99,17 @@ class Watched:
             outputs.append(TensorSpec(str(value.name), shape, known(value.dtype).numpy().name))
             self.rows[outputs[-1].name] = name
         spec = contract(config)["denoiser"]
-        self.outputs, self.kept = outputs, {name: [] for name in self.rows.values()}
+        self.seconds, self.outputs, self.kept = (
+            0.0,
+            outputs,
+            {name: [] for name in self.rows.values()},
+        )
         self.graph = Graph(
             path,
             GraphSpec(spec.inputs, (*spec.outputs, *outputs)),
             None,
             model=ir.to_proto(model).SerializeToString(),
         )
-
-    @property
-    def seconds(self) -> float:
-        return self.graph.seconds
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         host, tokens = HostDevice(), arrays["tokens"].shape[1]

@@ -283,19 +283,18 @@ class _Watched:
 
     def __init__(self, path: Path, config: Config, found: Statistics) -> None:
         self.config, self.found, self.where, self.step = config, found, "", 0
+        self.seconds = 0.0
         model, self.extra = observed(path, config)
         spec = contract(config)["denoiser"]
         spec = GraphSpec(spec.inputs, (*spec.outputs, *self.extra))
         self.graph = Graph(path, spec, None, model=model)
 
-    @property
-    def seconds(self) -> float:
-        return self.graph.seconds
-
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         host, tokens = HostDevice(), arrays["tokens"].shape[1]
         seen = {
-            tensor.name: host.allocate("statistics", tensor.shape, tensor.dtype, host=True)
+            tensor.name: host.allocate(
+                "statistics", tuple(map(int, tensor.shape)), tensor.dtype, host=True
+            )
             for tensor in self.extra
         }
         call = self.graph.bind({**arrays, **seen})
