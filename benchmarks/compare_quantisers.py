@@ -283,12 +283,11 @@ def main() -> None:
     for kind, by_name in tools.items():
         for tool, quantised in by_name.items():
             ratios = {}
-            for block in sorted({weight_block(kind, *weight.shape) for weight in weights.values()}):
-                part = {
-                    name: weight
-                    for name, weight in weights.items()
-                    if weight_block(kind, *weight.shape) == block
-                }
+            by_block: dict[int, Data] = {}
+            for name, weight in weights.items():  # int8 has a scale per output, all at once
+                block = weight_block(kind, *weight.shape) if kind == "int4" else 0
+                by_block.setdefault(block, {})[name] = weight
+            for block, part in by_block.items():
                 some = ({name: data[name] for name in part} for data in (fit, given))
                 for name, out in quantised(part, *some, kind, block).items():
                     noise = np.square(out - exact[name], dtype=np.float64).sum()
