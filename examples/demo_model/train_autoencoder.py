@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="weights to refine: the decoder alone, so that "
                         "data encoded with them stays good")  # fmt: skip
     parser.add_argument("--encoder", action="store_true", help="the encoder too: encode anew")
-    parser.add_argument("--minutes", type=float, default=22, help="of computing, the whole run")
-    parser.add_argument("--clips", type=int, default=4, help="crops per step and worker")
+    parser.add_argument("--minutes", type=float, default=20, help="of computing, the whole run")
+    parser.add_argument("--clips", type=int, default=3, help="crops per step and worker")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes")
     parser.add_argument("--lr", type=float, default=2e-3, help="Muon's; AdamW's is half")
     parser.add_argument("--noise", type=float, default=0.1, help="added to latents in training")

@@ -364,13 +364,13 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="weights to go on from, instead of from nothing")
     parser.add_argument("--data", type=Path, required=True, help="folder of encode_dataset.py")
     parser.add_argument("--out", type=Path, required=True, help="weights, .safetensors")
-    parser.add_argument("--minutes", type=float, default=50, help="of computing, the whole run")
-    parser.add_argument("--clips", type=int, default=2, help="clips per step and worker")
+    parser.add_argument("--minutes", type=float, default=66, help="of computing, the whole run")
+    parser.add_argument("--clips", type=int, default=1, help="clips per step and worker")
     parser.add_argument("--copies", type=int, default=2,
                         help="noised copies of each block of a clip, on one history")  # fmt: skip
-    parser.add_argument("--lone", type=int, default=32, help="lone blocks per step and worker")
+    parser.add_argument("--lone", type=int, default=20, help="lone blocks per step and worker")
     parser.add_argument("--lone-share", type=float, default=0.4, help="of the loss")
-    parser.add_argument("--lone-first", type=float, default=0.2,
+    parser.add_argument("--lone-first", type=float, default=0.33,
                         help="share of the run that trains lone blocks only")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a clip")
     parser.add_argument("--subject-weight", type=float, default=3.0)
