@@ -139,7 +139,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 def main(ctx: click.Context) -> None:
     """Long videos from text, in fixed memory plus a small archive of the past.
 
-    Start with `packforcing demo`: it needs no download, no GPU and a few seconds.
+    Start with `packforcing demo`: it needs no download, no GPU and about a minute.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -152,7 +152,7 @@ def main(ctx: click.Context) -> None:
     show_default=True,
     help="What to show. An unknown word makes the command list the known ones.",
 )
-@click.option("--seconds", default=8.0, show_default=True, help="Length of the video.")
+@click.option("--seconds", default=120.0, show_default=True, help="Length of the video.")
 @_seed_option
 @click.option(
     "--out", metavar="DIR", default="out/demo", show_default=True, help="Folder for the results."
@@ -161,14 +161,15 @@ def main(ctx: click.Context) -> None:
 def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -> None:
     """Render a first video, with a report about it.
 
-    Uses the small model that comes along, which draws a coloured shape over a ground.
+    Uses the small model that comes along, which draws a coloured shape over a ground: two minutes
+    of it, from a model that was trained on 5 seconds.
 
     Writes demo.mp4 and demo.html (a page to open in a browser: pictures from the video, speed,
     memory, and which past blocks each block looked at).
 
     \b
     Example:
-      packforcing demo --prompt "a green circle over sand dots" --seconds 12
+      packforcing demo --prompt "a green circle over sand dots" --seconds 20
     """
     from packforcing.report import write_report
     from packforcing.runtime.plan import memory

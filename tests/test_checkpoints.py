@@ -549,10 +549,11 @@ def test_an_imported_checkpoint_exports_and_renders_training_free(
 @pytest.mark.full
 @pytest.mark.parametrize("kind", [kind for kind, row in PUBLISHED.items() if not row.refused])
 def test_every_layout_exports_and_renders(kind, tiny_autoencoder, tmp_path, monkeypatch):
-    """Two layers; under its own policy and under PackForcing's."""
-    config = msgspec.structs.replace(MODELS[kind], layers=2, text_encoder="words")
+    """With every one of its layers; under its own policy and under PackForcing's."""
+    config = msgspec.structs.replace(MODELS[kind], text_encoder="words")
     monkeypatch.setitem(MODELS, kind, config)
-    whole = {name: 0.2 * torch.randn(shape) for name, shape in wan_shapes(24, 16, 24, 8, 2).items()}
+    shapes = wan_shapes(24, 16, 24, 8, config.layers)
+    whole = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
     model, bundle, out = tmp_path / "model", tmp_path / "bundle", tmp_path / "star.mkv"
     run("import-checkpoint", *LAYOUTS[kind](tmp_path, whole), tiny_autoencoder, "--out", model)
     run("export", "--weights", model, "--out", bundle)

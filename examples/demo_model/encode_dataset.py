@@ -4,11 +4,16 @@ Long clips and tours (21 latent frames) teach motion and memory; short ones (one
 empty past) teach the first block of a video, which has no history to lean on. The
 compressor's low branch depends on frozen weights alone, so its tokens are stored instead of
 pixels, for a block starting at any latent frame.
+
+Clips and tours come with a double: the same but for the subject's shape. A rollout that loses
+the shape looks like it, and no noise on the history does.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from train_autoencoder import load_autoencoder
-from world import make_clip, make_tour
+from world import Clip, make_clip, make_tour
 
 from packforcing import model_config
 from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR
-from packforcing.text import encode_words
+from packforcing.text import SHAPES, encode_words
 
 KINDS = {  # who draws them, latent frames
     "long": (make_clip, 21),
@@ -34,34 +39,52 @@ KINDS = {  # who draws them, latent frames
 BATCH = 4  # clips encoded together
 
 
+def draw_pair(make: Callable, rng: np.random.Generator, frames: int) -> tuple[Clip, Clip]:
+    """A new clip and its double."""
+    again = copy.deepcopy(rng)
+    clip = make(rng, frames)
+    others = [shape for shape in SHAPES if shape not in clip.prompt.split()]
+    return clip, make(again, frames, shape=str(rng.choice(others)))
+
+
+def encode_clips(compressor: Compressor, clips: list[Clip]) -> dict[str, Tensor]:
+    """latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, N_c, P], the low branch of the
+    two latent frames from each on."""
+    pixels = torch.from_numpy(np.stack([clip.frames for clip in clips])).permute(0, 1, 4, 2, 3)
+    pixels = pixels.contiguous().float() / 255
+    latents = compressor.encode(pixels)
+    block = compressor.config.block_frames
+    low = [
+        compressor.low_branch(pixels[:, TEMPORAL_FACTOR * s : TEMPORAL_FACTOR * (s + block)])
+        for s in range(latents.shape[1] - block + 1)
+    ]
+    return {"latents": latents.half(), "low": torch.stack(low, 1).half()}
+
+
 @torch.inference_mode()
 def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: int
            ) -> dict[str, Tensor]:  # fmt: skip
-    """Tensors of `clips` new clips of T latent frames:
-
-    latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, N_c, P], the low branch of the
-    two latent frames from each on; words bool [clips, text_len, text_dim]; cover uint8
-    [clips, T, grid rows, grid columns], the subject's share of each token, 0 to 255.
+    """Tensors of `clips` new clips of T latent frames: those of `encode_clips`;
+    double_latents and double_low, of the doubles, where a clip is longer than a block;
+    words bool [clips, text_len, text_dim]; cover uint8 [clips, T, grid rows, grid columns], the
+    subject's share of each token, 0 to 255.
     """
     config = compressor.config
     make, latent_frames = KINDS[kind]
-    drawn = [make(rng, TEMPORAL_FACTOR * latent_frames) for _ in range(clips)]
-    pixels = torch.from_numpy(np.stack([clip.frames for clip in drawn])).permute(0, 1, 4, 2, 3)
-    pixels = pixels.contiguous().float() / 255
-    latents = compressor.encode(pixels)
-    block = config.block_frames
-    starts = range(latent_frames - block + 1)
-    low = [
-        compressor.low_branch(pixels[:, TEMPORAL_FACTOR * s : TEMPORAL_FACTOR * (s + block)])
-        for s in starts
-    ]
+    frames = TEMPORAL_FACTOR * latent_frames
+    if latent_frames > config.block_frames:
+        pairs = [draw_pair(make, rng, frames) for _ in range(clips)]
+        drawn, doubles = [clip for clip, _ in pairs], [double for _, double in pairs]
+        double = encode_clips(compressor, doubles)
+    else:
+        drawn, double = [make(rng, frames) for _ in range(clips)], {}
     masks = torch.from_numpy(np.stack([clip.masks for clip in drawn]))[:, None].float()
     cell = config.spatial_factor * config.patch
     cover = F.avg_pool3d(masks, (TEMPORAL_FACTOR, cell, cell))[:, 0]
     words = np.concatenate([encode_words(clip.prompt, config) for clip in drawn])
     return {
-        "latents": latents.half(),
-        "low": torch.stack(low, 1).half(),
+        **encode_clips(compressor, drawn),
+        **{f"double_{name}": tensor for name, tensor in double.items()},
         "words": torch.from_numpy(words).bool(),
         "cover": cover.round().to(torch.uint8),
     }

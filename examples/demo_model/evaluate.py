@@ -207,10 +207,10 @@ def report(
         mean = f"{np.mean(errors):.3f}" if errors else "unknown"
         print(f"{len(errors)} returns in {sum(bool(r.returns) for r in results)} of the tours, "
               f"loop-closure error {mean}")  # fmt: skip
-    present = np.stack([r.present for r in results]).mean(0)
-    half = config.fps // 2
-    halves = [present[i : i + half].mean() for i in range(0, len(present), half)]
-    print("subject colour seen, by half second: " + " ".join(f"{share:.2f}" for share in halves))
+    frames = {"colour": [r.present for r in results], "shape": [r.shaped for r in results]}
+    for what, seen in frames.items():
+        parts = np.array_split(np.stack(seen).mean(0), 10)
+        print(f"{what} right, by tenth: " + " ".join(f"{part.mean():.2f}" for part in parts))
     if args.list:
         for r in results:
             verdicts = (f"{kind}:{'yes' if ok else 'NO'}" for kind, ok in r.right.items())

@@ -8,8 +8,8 @@ noised blocks; the compressor learns through what they read.
 
 Each step also trains blocks without any history: a rollout begins with one, and a subject that
 is missing there stays missing. For the same reason tokens that the subject covers weigh more,
-and the history is noised, at times strongly, or another clip's, so that the prompt stays worth
-reading. A share of the clips are tours, which only memory continues rightly.
+and what a block reads is wrong as a rollout's history may be (`mistaken`). A share of the clips
+are tours, which only memory continues rightly.
 
 The schedule counts minutes of computing, not of the clock: a busy machine takes longer and trains
 the same.
@@ -169,21 +169,51 @@ class Data:
             parts = [load_file(file) for file in files]
             self.clips[kind] = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
-    def draw(self, rng: np.random.Generator, kind: str, count: int, blocks: int) -> list[Tensor]:
-        """Latents [count, blocks, B_f, C, h, w], low [count, blocks, N_c, P], text and loss
-        weights' cover [count, blocks, N] in 0..1, each clip from a random latent frame on."""
+    def draw(
+        self, rng: np.random.Generator, kind: str, count: int, blocks: int
+    ) -> dict[str, Tensor]:
+        """latents [count, blocks, B_f, C, h, w], low [count, blocks, N_c, P], the same of the
+        clips' doubles where there are any, text and cover [count, blocks, N] in 0..1, each clip
+        from a random latent frame on."""
         clips, span = self.clips[kind], self.config.block_frames
         frames = blocks * span
         pick = rng.integers(len(clips["latents"]), size=count)
         starts = rng.integers(clips["latents"].shape[1] - frames + 1, size=count)
         where = torch.from_numpy(starts[:, None] + np.arange(frames))
         rows = torch.from_numpy(pick)[:, None]
-        latents = clips["latents"][rows, where].float().unflatten(1, (blocks, span))
-        low = clips["low"][rows, where[:, ::span]].float()
+        out = {
+            name: clips[name][rows, where].float().unflatten(1, (blocks, span))
+            for name in ("latents", "double_latents") if name in clips
+        }  # fmt: skip
+        for name in ("low", "double_low"):
+            if name in clips:
+                out[name] = clips[name][rows, where[:, ::span]].float()
         cover = clips["cover"][rows, where].float().reshape(count, blocks, -1) / 255
         text = clips["words"][torch.from_numpy(pick)].float()
         keep = torch.from_numpy(rng.random(text.shape[:2]) >= 0.1)  # a word in ten is left out
-        return [latents, low, text * keep[..., None], cover]
+        return {**out, "text": text * keep[..., None], "cover": cover}
+
+
+def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
+             ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Latents and low of drawn clips as a history with mistakes: in a share `doubles` of them some
+    blocks show the wrong shape, more or less, and all are noisy, some very."""
+    clips, blocks = drawn["latents"].shape[:2]
+    often = (rng.random(clips) < doubles) * rng.random(clips)
+    wrong = (rng.random((clips, blocks)) < often[:, None]) * rng.uniform(0.3, 1, (clips, blocks))
+    strong = rng.random(clips) < 0.25
+    harm = np.where(strong, rng.uniform(0.2, 0.9, clips), rng.uniform(0, 0.2, clips))
+
+    def spoil(clean: Tensor, double: Tensor) -> Tensor:
+        shape = clips, blocks, *[1] * (clean.ndim - 2)
+        mixed = torch.lerp(clean, double, torch.from_numpy(wrong).float().view(shape))
+        level = torch.from_numpy(harm).float().view(clips, *[1] * (clean.ndim - 1))
+        return torch.lerp(mixed, torch.randn_like(mixed), level)
+
+    return (
+        spoil(drawn["latents"], drawn["double_latents"]),
+        spoil(drawn["low"], drawn["double_low"]),
+    )
 
 
 def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:
@@ -278,7 +308,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
             data.draw(rng, "long", count - fresh - tours[1], 1),
             data.draw(rng, "tour", tours[1], 1),
         ]
-        latents, _, text, cover = (torch.cat(parts) for parts in zip(*drawn))
+        latents, text, cover = (
+            torch.cat([part[name] for part in drawn]) for name in ("latents", "text", "cover")
+        )
         x0 = patchify(latents.flatten(0, 1), config.patch)
         noise, sigma = torch.randn_like(x0), draw_sigma((count,), args.shift)
         noisy = torch.lerp(x0, noise, sigma[:, None, None])
@@ -293,22 +325,17 @@ def train(rank: int, args: argparse.Namespace) -> None:
             if key not in layouts:
                 layouts[key] = Layout.make(config, args.blocks, args.copies, *key)
             kind = "tour" if rng.random() < args.tours else "long"
-            latents, low, text, cover = data.draw(rng, kind, args.clips, args.blocks)
-            x0 = patchify(latents.flatten(0, 1), config.patch)
-            x0 = x0.unflatten(0, latents.shape[:2])[:, :, None].expand(-1, -1, args.copies, -1, -1)
-            cover = cover[:, :, None].expand(-1, -1, args.copies, -1)
+            drawn_clips = data.draw(rng, kind, args.clips, args.blocks)
+            x0 = patchify(drawn_clips["latents"].flatten(0, 1), config.patch)
+            x0 = x0.unflatten(0, (args.clips, -1))[:, :, None].expand(-1, -1, args.copies, -1, -1)
+            cover = drawn_clips["cover"][:, :, None].expand(-1, -1, args.copies, -1)
             noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3], args.shift)
             noisy = torch.lerp(x0, noise, sigma[..., None, None])
-            harm = torch.from_numpy(  # how noisy the history is, per clip
-                np.where(rng.random(args.clips) < 0.25, rng.uniform(0.2, 0.9, args.clips),
-                         rng.uniform(0, 0.2, args.clips))
-            ).float()  # fmt: skip
-            foreign = rng.random(args.clips) < args.foreign  # the history of another clip
-            whose = torch.from_numpy(np.where(foreign, -1, 0) + np.arange(args.clips))
-            latents, low = latents[whose], low[whose]
-            clean = torch.lerp(latents, torch.randn_like(latents), harm.view(-1, 1, 1, 1, 1, 1))
-            low = torch.lerp(low, torch.randn_like(low), harm.view(-1, 1, 1, 1))
-            flow = clip_flow(model, layouts[key], clean, low, noisy, sigma, text)
+            past = drawn_clips
+            if rng.random() < args.foreign:  # so that the prompt stays worth reading
+                past = data.draw(rng, kind, args.clips, args.blocks)
+            history = mistaken(past, rng, args.doubles)
+            flow = clip_flow(model, layouts[key], *history, noisy, sigma, drawn_clips["text"])
             error = weighted_error(flow, noise - x0, cover, args.subject_weight)
             loss = loss + error * (1 - args.lone_share)
             shown["clip"] = 0.98 * shown.get("clip", error.item()) + 0.02 * error.item()
@@ -377,6 +404,8 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels drawn")
     parser.add_argument("--tours", type=float, default=0.3, help="share of tours")
     parser.add_argument("--foreign", type=float, default=0.1, help="share of foreign histories")
+    parser.add_argument("--doubles", type=float, default=0.6,
+                        help="share of histories that show the wrong shape at times")  # fmt: skip
     parser.add_argument("--lr", type=float, default=3e-3, help="Muon's; AdamW's is half")
     parser.add_argument("--decay", type=float, default=0.6, help="share of the run, at the end")
     parser.add_argument("--save", type=float, default=4, help="minutes between checkpoints")
