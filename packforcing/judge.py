@@ -41,7 +41,24 @@ FPS = 16
 ELSEWHERE = 0.02  # share of the other place's ground up to which a frame shows one place alone
 MOST = 0.4  # share of its own ground from which it is seen to be there: landmarks hide some
 EDGE = 5  # pixels
+CONCAVE = 0.85  # of its convex hull: autoencoded stars fill up to 0.78, all else from 0.90 on
+_SHIFT = 6  # OpenCV's fractional bits
 STAY = 4  # frames; a halt is `world.HALT` long
+
+
+def _ring(count: int, first: float) -> np.ndarray:
+    """Points on the unit circle from an angle on, [count, 2]."""
+    angles = first + 2 * np.pi * np.arange(count) / count
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+# corners [n, 2] of the upright shapes, for a radius of 1; y points down
+SHAPE_OUTLINES = {
+    "circle": _ring(64, 0),
+    "square": _ring(4, np.pi / 4),
+    "triangle": _ring(3, -np.pi / 2),
+    "star": _ring(10, -np.pi / 2) * np.tile([1, 0.45], 5)[:, None],
+}
 _PALETTE = np.array(
     [SUBJECT_RGB[name] for name in COLOURS]
     + [tone for name in GROUNDS for tone in GROUND_RGB[name]],
@@ -216,16 +233,24 @@ def matches(
 
 
 def _shape(outline: np.ndarray) -> str:
-    """How well the outline fills the triangle, circle and rectangle around it.
-
-    The thresholds lie between what drawn and what autoencoded (rounder) shapes measure.
-    """
-    area = cv2.contourArea(outline)
-    triangle, _ = cv2.minEnclosingTriangle(outline)
-    _, radius = cv2.minEnclosingCircle(outline)
-    width, height = cv2.minAreaRect(outline)[1]
-    if area > 0.7 * triangle:
-        return "triangle"
-    if area > 0.83 * np.pi * radius**2:
-        return "circle"
-    return "square" if area > 0.8 * width * height else "star"
+    """A star is what fills little of its convex hull. Of the other shapes it is that which
+    covers most of what the outline does and least beside it: by intersection over union with
+    each, upright, of the same centroid and area."""
+    if cv2.contourArea(outline) < CONCAVE * cv2.contourArea(cv2.convexHull(outline)):
+        return "star"
+    x, y, width, height = cv2.boundingRect(outline)
+    margin = max(width, height)  # one of the same area may be wider
+    seen = np.zeros((height + 2 * margin, width + 2 * margin), np.uint8)
+    cv2.fillPoly(seen, [outline - (x - margin, y - margin)], 1)
+    moments = cv2.moments(seen, binaryImage=True)
+    area = moments["m00"]
+    centre = np.array([moments["m10"], moments["m01"]]) / area
+    overlap = {}
+    for name in ("circle", "square", "triangle"):
+        points = SHAPE_OUTLINES[name]
+        radius = np.sqrt(area / cv2.contourArea(points.astype(np.float32)))
+        drawn = np.zeros_like(seen)
+        corners = np.rint((centre + radius * points) * 2**_SHIFT).astype(np.int32)
+        cv2.fillPoly(drawn, [corners], 1, shift=_SHIFT)
+        overlap[name] = np.count_nonzero(seen & drawn) / np.count_nonzero(seen | drawn)
+    return max(overlap, key=lambda name: overlap[name])

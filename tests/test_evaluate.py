@@ -120,6 +120,25 @@ def test_the_detectors_read_drawn_clips_exactly(world):
         assert seen["subject_consistency"] > 0.99
 
 
+@pytest.mark.parametrize("name", judge.SHAPE_OUTLINES)
+def test_an_uneven_outline_is_the_shape_it_is_nearest(name):
+    """As a model draws them, a disc with dents of a tenth of its radius is a circle, not a star,
+    and a star with thick arms is one: wherever it is, and as small as subjects are drawn."""
+    rng = np.random.default_rng(3)
+    corners = judge.SHAPE_OUTLINES[name]
+    sides = zip(corners, np.roll(corners, -1, 0))
+    corners = np.concatenate([np.linspace(a, b, 32, endpoint=False) for a, b in sides])
+    for _ in range(30):
+        dents = np.repeat(rng.uniform(-1, 1, 9), -(-len(corners) // 9))[: len(corners)]
+        dents = 1 + 0.1 * cv2.GaussianBlur(dents[None], (0, 0), len(corners) / 40)[0]
+        thick = np.maximum(np.hypot(*corners.T), 0.6)  # 0.45 between the arms, as drawn
+        outline = corners * (thick / np.hypot(*corners.T) * dents)[:, None]
+        frame = np.full((128, 128, 3), judge.GROUND_RGB["gray"][0], np.uint8)
+        points = rng.uniform(30, 98, 2) + rng.uniform(22, 28) * outline
+        cv2.fillPoly(frame, [np.rint(points).astype(np.int32)], judge.SUBJECT_RGB["red"])
+        assert judge.read(frame).shape == name
+
+
 def test_another_clips_prompt_is_not_what_is_seen(world):
     clip = world.make_clip(np.random.default_rng(1), 20, colour="red", shape="star", ground="navy")
     seen = values(clip.frames, "a blue star over plain sand")

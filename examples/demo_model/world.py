@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from packforcing.judge import GROUND_RGB, SUBJECT_RGB
+from packforcing.judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
 from packforcing.text import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
 
 SIZE = 128  # pixels, both ways
@@ -169,12 +169,6 @@ def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float) -> No
         size = round(radius * 2**_SHIFT)
         cv2.circle(mask, tuple(map(int, corner)), size, 255, -1, cv2.LINE_AA, _SHIFT)
         return
-    count = {"square": 4, "triangle": 3, "star": 10}[shape]
-    upright = np.pi / 4 if shape == "square" else -np.pi / 2
-    around = upright + 2 * np.pi * np.arange(count) / count
-    reach = np.full(count, radius)
-    if shape == "star":
-        reach[1::2] *= 0.45
-    points = centre + reach[:, None] * np.stack([np.cos(around), np.sin(around)], 1)
+    points = centre + radius * SHAPE_OUTLINES[shape]
     points = np.rint(points * 2**_SHIFT).astype(np.int32)
     cv2.fillPoly(mask, [points], 255, cv2.LINE_AA, _SHIFT)
