@@ -118,20 +118,21 @@ class Layout:
 
 
 def clip_flow(
-    model: Model, layout: Layout, clean: Tensor, low: Tensor, noisy: Tensor, sigma: Tensor,
-    text: Tensor,
+    model: Model, layout: Layout, clean: Tensor, packed: Tensor, low: Tensor, noisy: Tensor,
+    sigma: Tensor, text: Tensor,
 ) -> Tensor:  # fmt: skip
     """Flow of every noised block of whole clips, [B, G, copies, N, P].
 
-    clean [B, G, B_f, C, h, w] latents, the history; low [B, G, N_c, P], the compressor's low
-    branch; noisy [B, G, copies, N, P]; sigma [B, G, copies]; text [B, T, text_dim].
+    clean [B, G, B_f, C, h, w] latents, the history; packed, the same, what stands compressed in
+    the place of each, and low [B, G, N_c, P], its low branch; noisy [B, G, copies, N, P]; sigma
+    [B, G, copies]; text [B, T, text_dim].
     """
     config, transformer = model.config, model.transformer
     n, m = config.block_tokens, config.compressed_tokens
     tokens = patchify(clean.flatten(0, 1), config.patch).unflatten(0, clean.shape[:2])
     first = torch.cat((tokens, low), 2)[:, :, None]
     x = torch.cat((first, F.pad(noisy, (0, 0, 0, m))), 2).flatten(0, 2)
-    high = model.compressor.high_branch(clean.flatten(0, 1)).unflatten(0, clean.shape[:2])
+    high = model.compressor.high_branch(packed.flatten(0, 1)).unflatten(0, clean.shape[:2])
     extra = F.pad(high[:, :, None], (0, 0, n, 0, 0, layout.groups - 1)).flatten(0, 2)
     timestep = 1000 * F.pad(sigma, (1, 0)).reshape(-1, 1)
     count = layout.blocks * layout.groups
@@ -195,9 +196,11 @@ class Data:
 
 
 def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
-             ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Latents and low of drawn clips as a history with mistakes: in a share `doubles` of them some
-    blocks show the wrong shape, more or less, and all are noisy, some very."""
+             ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Latents, packed latents and low of drawn clips as a history with mistakes: in a share
+    `doubles` of them some blocks show the wrong shape, more or less, and all are noisy, some very.
+    Every second one has in the place of a compressed block any that is no newer: what a selection
+    reads is older than its place says, and no telling of the time."""
     clips, blocks = drawn["latents"].shape[:2]
     often = (rng.random(clips) < doubles) * rng.random(clips)
     wrong = (rng.random((clips, blocks)) < often[:, None]) * rng.uniform(0.3, 1, (clips, blocks))
@@ -210,10 +213,12 @@ def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
         level = torch.from_numpy(harm).float().view(clips, *[1] * (clean.ndim - 1))
         return torch.lerp(mixed, torch.randn_like(mixed), level)
 
-    return (
-        spoil(drawn["latents"], drawn["double_latents"]),
-        spoil(drawn["low"], drawn["double_low"]),
-    )
+    latents = spoil(drawn["latents"], drawn["double_latents"])
+    low = spoil(drawn["low"], drawn["double_low"])
+    older = rng.integers(np.arange(1, blocks + 1), size=(clips, blocks))
+    kept = np.where(rng.random((clips, 1)) < 0.5, older, np.arange(blocks))
+    rows = np.arange(clips)[:, None]
+    return latents, latents[rows, kept], low[rows, kept]
 
 
 def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:
