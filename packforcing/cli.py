@@ -538,11 +538,11 @@ def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None
 def calibrate(
     bundle: str, prompts: str, out: str, seconds: float, seed: int, as_json: bool
 ) -> None:
-    """Collect what `packforcing quantize` needs to know of BUNDLE: its keys and values, and what
-    its matrices are multiplied with.
+    """Collect the statistics that `quantize` fits scales to.
 
-    Renders every prompt without keeping a picture. The file is written after each, and the same
-    command goes on where it was interrupted. Needs `pip install ".[calibration]"` in the checkout.
+    They are of BUNDLE's keys and values, and of what its matrices are multiplied with. Renders
+    every prompt without keeping a picture. The file is written after each, and the same command
+    goes on where it was interrupted. Needs `pip install ".[calibration]"` in the checkout.
 
     \b
     Example:
@@ -595,7 +595,7 @@ def quantize(
     out: str,
     as_json: bool,
 ) -> None:
-    """Write BUNDLE again with smaller weights, a smaller cache or both.
+    """Write BUNDLE again with smaller weights or cache.
 
     The denoiser's weights become small numbers with scales, in standard ONNX, and take a half
     (int8, fp8) or a quarter (int4) of what they took in fp16; so do the keys and values that it
@@ -668,12 +668,13 @@ def import_checkpoint(
     lora_alpha: float | None,
     as_json: bool,
 ) -> None:
-    """Turn a published checkpoint into a folder to export from.
+    """Turn a published checkpoint into a model's folder.
 
-    FILE is a torch checkpoint, a safetensors file, or the index or folder of a sharded one. Name
-    with it LoRAs to merge, and an autoencoder's weights, which exporting needs: the tiny one's or
-    Wan's. Which model it is, is recognised; nothing in a file is executed. Exit code 2 if a tensor
-    is missing, extra or misshaped, and nothing is written then.
+    `packforcing export --weights` reads it. FILE is a torch checkpoint, a safetensors file, or the
+    index or folder of a sharded one. Name with it LoRAs to merge, and an autoencoder's weights,
+    which exporting needs: the tiny one's or Wan's. Which model it is, is recognised; nothing in a
+    file is executed. Exit code 2 if a tensor is missing, extra or misshaped, and nothing is written
+    then.
 
     \b
     Examples:
@@ -715,7 +716,7 @@ def import_checkpoint(
 @main.command()
 @_json_option
 def models(as_json: bool) -> None:
-    """List the published models that checkpoints can be imported of, and what they need beside.
+    """List the published models, and what they need beside.
 
     \b
     Example:
@@ -851,10 +852,10 @@ def build(
     stream_weights: bool,
     as_json: bool,
 ) -> None:
-    """Build a bundle's engines, for GPUs this machine need not have.
+    """Build a bundle's engines for NVIDIA GPUs.
 
-    They are put into BUNDLE/engines, each with the memory it takes. Those that are up to date
-    are kept.
+    This machine need not have one. Engines are put into BUNDLE/engines, each with the memory it
+    takes; those that are up to date are kept.
 
     \b
     Examples:
@@ -931,7 +932,7 @@ def plan(
     as_json: bool,
     **shape: Any,
 ) -> None:
-    """Show what takes memory on a card, and choose what fits into a budget.
+    """Show what takes memory on a card, and what fits.
 
     Needs no weights, GPU or engine. Given a budget, gives up precision before history until all
     of it fits; several budgets or targets make a table. Of a BUNDLE whose engines are built, the
@@ -1000,7 +1001,7 @@ def plan(
 @main.command()
 @_json_option
 def doctor(as_json: bool) -> None:
-    """Show what this machine can export, build and run, and why not.
+    """Show what this machine can export, build and run.
 
     Every "no" comes with what to do about it. Nothing is changed, no model is loaded.
 
@@ -1084,7 +1085,7 @@ def verify(ctx: click.Context, bundle: str | None, out: str, as_json: bool) -> N
 )
 @_json_option
 def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None:
-    """Measure how well each VIDEO holds, ten seconds at a time.
+    """Measure how each VIDEO holds, ten seconds at a time.
 
     Consistency of subject and background, colour drift, motion, smoothness and flicker, of any
     video; of the demo model's also whether colour, shape and ground are as the PROMPT says, and
@@ -1153,15 +1154,16 @@ def compare(
     backend: str,
     as_json: bool,
 ) -> None:
-    """Render the same prompts under several policies, measure and compare them.
+    """Render and measure prompts under several policies.
 
-    With --with, by several bundles: how much is lost with what was quantised of BUNDLE. Without
-    BUNDLE, of the demo model that comes along. Writes the videos, compare.json and compare.html, a
-    page with tables, curves, pictures and what each block read. What is finished is not rendered
-    again: after an interruption, or with a policy more, the same command goes on.
+    Prompts and seeds are the same for all of them. With --with, by several bundles: how much is
+    lost with what was quantised of BUNDLE. Without BUNDLE, of the demo model that comes along.
+    Writes the videos, compare.json and compare.html, a page with tables, curves, pictures and what
+    each block read. What is finished is not rendered again: after an interruption, or with a policy
+    more, the same command goes on.
 
     \b
-    Example:
+    Examples:
       packforcing compare --policies packforcing,sliding-window --seconds 120 --prompts 16
       packforcing compare half --with eight --seconds 5 --prompts 16
     """

@@ -173,13 +173,18 @@ def test_no_command_shows_the_help():
     assert result.stdout == run("--help").stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["demo", "render", "encode-prompt", "export", "inspect", "import-checkpoint"]
-)
+def test_the_list_of_commands_says_of_each_what_it_does():
+    """In one line of a terminal of 80 columns, which click would end with dots."""
+    commands = run("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert [line for line in commands if not line.endswith(".") or line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("command", main.commands)
 def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
-    assert re.search(rf"Examples?:\n +packforcing {command} ", result.stdout)
+    assert re.search(rf"Examples?:\n +packforcing {command}\b", result.stdout)
 
 
 @pytest.mark.parametrize(
