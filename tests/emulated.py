@@ -192,10 +192,12 @@ def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
 SCRATCH = 4096  # bytes that every emulated engine wants
 
 
-def build_engines(bundle: Path, **changes) -> None:
-    """Engines for `TensorRT` below: they only name the graph that ONNX Runtime is to run.
+def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **changes) -> None:
+    """Engines with records, as a build leaves them: for `TensorRT` below, which runs the graph
+    that they name in ONNX Runtime, and for tests that only read the records.
 
-    changes: parts of the engines' keys that differ from what the bundle calls for.
+    weights, scratch: the builder's figures, in bytes. changes: parts of the engines' keys that
+    differ from what the bundle calls for.
     """
     manifest = read_manifest(bundle)
     for graph in CARD:
@@ -210,8 +212,8 @@ def build_engines(bundle: Path, **changes) -> None:
             "shapes": calls,
         }
         record = EngineRecord(
-            key=Key(**{**key, **changes}), file=file_record(path), weights=1000,
-            scratch=dict.fromkeys(calls, SCRATCH), seconds=1, peak_memory=1,
+            key=Key(**{**key, **changes}), file=file_record(path), weights=weights,
+            scratch=dict.fromkeys(calls, scratch), seconds=1, peak_memory=1,
         )  # fmt: skip
         record_file(bundle, "tensorrt-rtx", graph).write_bytes(msgspec.json.encode(record))
 

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,8 +21,8 @@ from packforcing.compressor import Compressor
 from packforcing.config import Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.runtime.buffers import Buffers
-from packforcing.runtime.bundle import FileRecord, contract, graph_file, read_manifest
-from packforcing.runtime.engines import EngineRecord, Key, graph_files, record_file, shapes
+from packforcing.runtime.bundle import contract, graph_file
+from packforcing.runtime.engines import record_file, shapes
 from packforcing.runtime.estimate import (
     CARD,
     GPUS,
@@ -48,7 +49,7 @@ from packforcing.runtime.plan import (
 )
 from packforcing.transformer import Transformer
 from tests.conftest import TINY
-from tests.emulated import Cuda, cuda_device
+from tests.emulated import Cuda, build_engines, cuda_device
 
 WAN = model_config("wan-1.3b")
 CONFIGS = {
@@ -454,22 +455,9 @@ def test_json_is_complete_and_adds_up():
 
 @pytest.fixture
 def built_bundle(tiny_bundle, tmp_path):
-    """A bundle with records of engines, as `packforcing build` leaves them."""
-    directory = tmp_path / "bundle"
-    shutil.copytree(tiny_bundle, directory)
-    manifest = read_manifest(directory)
-    for graph in CARD:
-        calls = shapes(TINY, graph)
-        key = Key(
-            graph=graph_files(manifest, graph), tool="test 1", targets=("sm86",), shapes=calls
-        )
-        record = EngineRecord(
-            key=key, file=FileRecord("", 1), weights=10**6, scratch=dict.fromkeys(calls, 10**8),
-            seconds=1.0, peak_memory=1,
-        )  # fmt: skip
-        path = record_file(directory, "tensorrt-rtx", graph)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(record))
+    """A bundle with engines, whose builder had other figures than the estimates."""
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    build_engines(directory, weights=10**6, scratch=10**8)
     return directory
 
 

@@ -35,10 +35,11 @@ from packforcing.runtime.bundle import (
     write_manifest,
 )
 from packforcing.runtime.device import HostDevice
-from packforcing.runtime.engines import EngineRecord, Key, engine_file, graph_files, record_file
+from packforcing.runtime.engines import engine_file
 from packforcing.text import encode_words
 from packforcing.verify_report import write_reports
 from tests.conftest import TINY
+from tests.emulated import build_engines
 
 
 @pytest.fixture
@@ -235,16 +236,7 @@ def test_a_graph_whose_weights_are_not_the_oracles_is_missed(
 def built(tiny_bundle, tmp_path):
     """A bundle with engines: files that stand for them, with records as a build writes them."""
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "built"))
-    manifest = read_manifest(bundle)
-    for graph in verifying.CARD:
-        path = engine_file(bundle, "tensorrt-rtx", graph)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"an engine")
-        key = Key(graph=graph_files(manifest, graph), tool="t", targets=("sm86", "sm89"), shapes={})
-        record = EngineRecord(
-            key=key, file=file_record(path), weights=1, scratch={}, seconds=1.0, peak_memory=1
-        )
-        record_file(bundle, "tensorrt-rtx", graph).write_bytes(msgspec.json.encode(record))
+    build_engines(bundle)
     return bundle
 
 
