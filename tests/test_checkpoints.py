@@ -831,6 +831,11 @@ def test_every_damage_to_every_layout_is_refused_by_name(kind, layout, tmp_path,
 
     (tmp_path / "whole").mkdir()
     files = layout(tmp_path / "whole", whole)
+    pack, wrong = "packforcing-unofficial", r"has no entry 'generator_ema'|8 missing.*pack_compr"
+    if kind == pack:  # without an entry of a name, which is the base model's
+        pack, wrong = "wan2.1-t2v-1.3b", "is divided into 'generator', 'generator_ema'"
+    monkeypatch.setitem(MODELS, pack, msgspec.structs.replace(model_config(pack), layers=2))
+    refused(files, tmp_path, wrong, kind=pack)
     for path in (tmp_path / "whole").rglob("*.*"):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
