@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import cv2
 import msgspec
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from packforcing import Policy, compare, model_config
@@ -26,14 +28,19 @@ from packforcing.compare import (
     read_prompts,
     summarise,
 )
+from packforcing.compare_report import FEWEST
 from packforcing.config import policies
 from packforcing.errors import ConfigError
 from packforcing.evaluate import Evaluation, Segment, evaluate
 from packforcing.judge import places
+from packforcing.model import load_model
+from packforcing.rollout import rollout
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.plan import archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
+from packforcing.runtime.video import open_video
+from packforcing.sampler import draw_noise
 from packforcing.selection import affinity, likeness, select
 from packforcing.text import encode_words
 from tests.test_cli import assert_one_line, run_without
@@ -73,14 +80,14 @@ def test_every_pair_is_what_render_and_evaluate_give(compared, tmp_path):
         session.render(pair.prompt, SECONDS, tmp_path / "again.mp4", pair.seed)
     again = evaluate(tmp_path / "again.mp4", pair.prompt)
     assert again.values == pytest.approx(pair.evaluation.values, nan_ok=True)
-    assert again.frames == pair.evaluation.frames == round(SECONDS * 16)
+    assert again.frames == pair.evaluation.frames == found.config.frames(SECONDS)
     assert evaluate(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
 
 
 def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkeypatch):
     chosen = {name: policies(model_config("demo"))[name] for name in (NAMES[0], "full-history")}
     sizes = [
-        sum(memory(config).values()) + archive_bytes(config, config.blocks(9600))
+        sum(memory(config).values()) + archive_bytes(config, config.blocks(config.frames(600)))
         for config in (compare.planned(model_config("demo"), p, 600) for p in chosen.values())
     ]
     assert sizes[0] < sizes[1]
@@ -249,7 +256,7 @@ def test_made_up_prompts_are_the_demo_models_and_every_second_one_a_tour():
 def test_a_line_may_name_an_embedding(tmp_path):
     from packforcing.embeddings import Embedding, save_embedding
 
-    text = np.ones((3, 22), np.float32)
+    text = np.ones((3, model_config("demo").text_dim), np.float32)
     save_embedding(tmp_path / "fox.safetensors", Embedding(text, "a fox", "umt5", "0" * 64))
     (tmp_path / "prompts.txt").write_text("a red star\nfox.safetensors\n")
     plain, fox = read_prompts(tmp_path / "prompts.txt", seed=1)
@@ -338,6 +345,47 @@ def test_a_missing_matplotlib_is_said_before_anything_is_rendered(tmp_path):
     result = run_without("matplotlib", "compare", "--out", tmp_path / "out")
     assert_one_line(result.returncode, result.stdout, result.stderr, r"matplotlib.*\[plot\]")
     assert not (tmp_path / "out").exists()
+
+
+# The runtime and the reference
+
+
+@pytest.mark.full
+def test_the_reference_measures_as_the_runtime_does(tmp_path):
+    """Videos of the same prompts and seeds by PyTorch, whose rollouts part from the runtime's with
+    time: every measure's mean lies in the interval over prompts that the runtime's has, which is
+    taken a percent wider, as where all prompts agree it has no width."""
+    config, count, seconds = model_config("demo"), FEWEST, 20
+    model = load_model(config, demo_bundle().parent / "model.safetensors")
+    frames, found = config.frames(seconds), {"runtime": [], "reference": []}
+    with Session.open(demo_bundle()) as session:
+        for prompt in draw_prompts(config, count, seed=11):
+            session.render(prompt.text, seconds, tmp_path / "runtime.mkv", prompt.seed)
+            text = torch.from_numpy(encode_words(prompt.text, config))
+            noise = partial(draw_noise, config, prompt.seed)
+            size = config.width, config.height, config.fps
+            with open_video(tmp_path / "reference.mkv", *size) as video:
+                left, skip = frames, config.trimmed_frames
+                for block in rollout(model, text, config.blocks(frames), noise, seed=prompt.seed):
+                    fresh = block.frames[skip:][:left].permute(0, 2, 3, 1)
+                    video.write((fresh * 255).round().byte().numpy())
+                    left, skip = left - len(fresh), 0
+            assert left == 0
+            for name, values in found.items():
+                values.append(evaluate(tmp_path / f"{name}.mkv", prompt.text).values)
+    apart = {}
+    for name in found["runtime"][0]:
+        runtime, reference = (
+            estimate([video[name] for video in videos if video[name] is not None])
+            for videos in found.values()
+        )
+        print(f"{name}: runtime {runtime}, reference {reference}")
+        if runtime is None or reference is None or runtime.low is None:
+            continue  # of too few prompts, like loop closure where no camera came back
+        slack = abs(runtime.mean) / 100
+        if not runtime.low - slack <= reference.mean <= runtime.high + slack:
+            apart[name] = runtime, reference
+    assert not apart
 
 
 # What selection is for
