@@ -1,9 +1,10 @@
 """How well a video holds, ten seconds at a time. NumPy, OpenCV and PyAV; no network.
 
 The measures carry the names of VBench's dimensions (https://arxiv.org/abs/2311.17982) where they
-ask the same, but not its networks: colour histograms stand in for DINO and CLIP, DIS optical flow
-for RAFT and for the interpolator AMT. So their values compare videos with each other, not with
-published scores. `MEASURES` defines each; docs/compare.md says it at more length.
+ask the same, but not its networks: histograms of colours and of oriented gradients stand in for
+DINO and CLIP, DIS optical flow for RAFT and for the interpolator AMT. So their values compare
+videos with each other, not with published scores. `MEASURES` defines each; docs/compare.md says it
+at more length.
 
 What the demo model was asked to show is read exactly, by the detectors of its own world
 (`packforcing.judge`); given the prompt, they also say which pixels are the subject. In any other
@@ -35,6 +36,7 @@ DYNAMIC = 6 / 256  # short sides a second / 8: VBench's threshold, on frames 1/8
 TOP = 0.05  # of the flow vectors, the longest: VBench's dynamic degree
 MOVES = 0.25  # pixels a frame, against the camera, from which on something is a subject
 BINS = 32  # of a histogram, for each of L, a, b
+SIDE, CELL, DIRECTIONS = 128, 16, 8  # of oriented gradients: pixels of a frame, of a cell; bins
 LAB = ((0.0, 100.0), (-110.0, 110.0), (-110.0, 110.0))  # what sRGB reaches, about
 
 
@@ -50,6 +52,10 @@ MEASURES = {
         "frame before's, half and half; 0 to 1",
     ),
     "background_consistency": Measure("backgr.", "higher", "the same of all other pixels; 0 to 1"),
+    "structure_consistency": Measure(
+        "struct.", "higher", "likeness of the frame's oriented gradients to the first second's and "
+        "to the frame before's, half and half; 0 to 1",
+    ),
     "colour_drift": Measure(
         "drift", "lower", "distance of the frame's mean colour from the first second's, in CIELAB"
     ),
@@ -212,7 +218,7 @@ def measure(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None)
             rate = fps / min(now.gray.shape)
             values |= _demo_values(seen, before and before.seen, prompt, rate)
             subject = _inside(seen.outline, subject.shape)
-        values |= reference.compare(pixels, subject)
+        values |= reference.compare(now, subject)
         tally.add(index, values)
         earlier, before = before, now
     return tally
@@ -225,7 +231,7 @@ class _Frame(NamedTuple):
 
 
 class _Reference:
-    """Colours of the first frames, which all later ones are compared with."""
+    """Colours and gradients of the first frames, which all later ones are compared with."""
 
     def __init__(self, frames: int) -> None:
         self._frames, self._seen = frames, 0
@@ -233,27 +239,33 @@ class _Reference:
         self._first: dict[str, np.ndarray] = {}
         self._last: dict[str, np.ndarray] = {}
 
-    def compare(self, pixels: np.ndarray, subject: np.ndarray) -> Values:
-        """Consistency of the subject's pixels, bool [H, W], and of the rest; colour drift."""
-        lab = cv2.cvtColor(pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    def compare(self, frame: _Frame, subject: np.ndarray) -> Values:
+        """Consistency of the subject's pixels, bool [H, W], of the rest, and of all gradients;
+        colour drift."""
+        lab = cv2.cvtColor(frame.pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
         begins = self._seen < self._frames
         colour = lab.mean((0, 1))
         self._seen += 1
         if begins:
             self._colour += (colour - self._colour) / self._seen
         values: Values = {"colour_drift": float(np.linalg.norm(colour - self._colour))}
-        for part, where in (("subject", subject), ("background", ~subject)):
-            name = f"{part}_consistency"
-            values[name] = None
-            if not where.any():
+        parts = {
+            "subject": _histogram(lab, subject) if subject.any() else None,
+            "background": None if subject.all() else _histogram(lab, ~subject),
+            "structure": _gradients(frame.gray),
+        }
+        for part, shares in parts.items():
+            values[f"{part}_consistency"] = None
+            if shares is None:
                 continue
-            colours = _histogram(lab, where)
             if begins:
-                self._first[part] = self._first.get(part, np.zeros_like(colours)) + colours
+                self._first[part] = self._first.get(part, np.zeros_like(shares)) + shares
             first, last = self._first.get(part), self._last.get(part)
-            self._last[part] = colours
+            self._last[part] = shares
             if first is not None and last is not None:
-                values[name] = (_likeness(colours, first) + _likeness(colours, last)) / 2
+                like = _cosine if part == "structure" else _likeness
+                both = like(shares, first) + like(shares, last)
+                values[f"{part}_consistency"] = both / 2
         return values
 
 
@@ -271,10 +283,31 @@ def _histogram(lab: np.ndarray, where: np.ndarray) -> np.ndarray:
     return blurred / np.maximum(blurred.sum(1, keepdims=True), 1e-9)
 
 
+def _gradients(gray: np.ndarray) -> np.ndarray:
+    """Histograms of oriented gradients (Dalal and Triggs, 2005) of the frame as `SIDE` x `SIDE`
+    pixels: in every cell, lengths by direction without its sign, [cells x DIRECTIONS].
+
+    A quarter of a grey level a pixel is added throughout, so that frames without any are alike.
+    """
+    small = cv2.resize(gray, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    across, down = (cv2.Sobel(small, cv2.CV_32F, *d, scale=1 / 8) for d in ((1, 0), (0, 1)))
+    length, angle = cv2.cartToPolar(across, down)
+    direction = (angle * (DIRECTIONS / np.pi) + 0.5).astype(int) % DIRECTIONS
+    row, column = np.indices(small.shape) // CELL
+    place = (row * (SIDE // CELL) + column) * DIRECTIONS + direction
+    sums = np.bincount(place.ravel(), length.ravel(), (SIDE // CELL) ** 2 * DIRECTIONS)
+    return sums + CELL**2 / DIRECTIONS / 4
+
+
 def _likeness(a: np.ndarray, b: np.ndarray) -> float:
-    """Bhattacharyya's coefficient of histograms, averaged over channels: 1 for equal ones."""
+    """Bhattacharyya's coefficient of histograms, averaged over rows: 1 for equal ones."""
     a, b = (h / h.sum(1, keepdims=True) for h in (a, b))
     return float(np.minimum(np.sqrt(a * b).sum(1), 1).mean())
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Of the angle between two vectors: 1 where they differ by a factor alone."""
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 def _motion(flow: np.ndarray, fps: float) -> Values:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from packforcing import judge
+from packforcing import judge, model_config
 from packforcing.cli import main
 from packforcing.evaluate import DEMO_MEASURES, MEASURES, SEGMENT, SHORT_SIDE, evaluate, measure
 from packforcing.runtime.video import open_video
@@ -50,8 +50,8 @@ def test_a_still_picture_does_not_change():
     still = values([texture()] * 20)
     assert still.pop("subject_consistency") is None  # nothing moves
     assert still == pytest.approx({
-        "background_consistency": 1, "colour_drift": 0, "motion": 0, "dynamic_degree": 0,
-        "smoothness": 1, "flicker": 0,
+        "background_consistency": 1, "structure_consistency": 1, "colour_drift": 0, "motion": 0,
+        "dynamic_degree": 0, "smoothness": 1, "flicker": 0,
     }, abs=1e-3)  # fmt: skip
 
 
@@ -91,6 +91,14 @@ def test_colour_drift_is_a_distance_in_cielab_from_the_first_second():
     # frame before agrees but once
     expected = (2 / 3 + (2 / 3 + 31) / 32) / 2
     assert after["background_consistency"] == pytest.approx(expected, abs=0.01)
+
+
+def test_structure_is_what_colours_do_not_show():
+    """The same pixels upside down, from half of the video on."""
+    same, turned = values([texture()] * 48), values([texture()] * 24 + [texture()[::-1]] * 24)
+    for name in ("background_consistency", "colour_drift"):
+        assert turned[name] == pytest.approx(same[name], abs=1e-3)
+    assert same["structure_consistency"] > 0.999 > 0.98 > turned["structure_consistency"]
 
 
 def test_the_subject_is_what_moves_against_the_camera():
@@ -233,7 +241,7 @@ def test_the_command_prints_a_row_per_segment_or_json(world, tour, tmp_path):
 
 def test_mistakes_are_explained_in_one_line(tour, tmp_path):
     _, path = tour
-    whole = path.read_bytes()
+    whole, demo = path.read_bytes(), model_config("demo")
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "cut.mkv").write_bytes(b"")
     small, odd, two = tmp_path / "small.mkv", tmp_path / "odd.mkv", tmp_path / "two.mkv"
@@ -255,7 +263,10 @@ def test_mistakes_are_explained_in_one_line(tour, tmp_path):
         ((two,), "has 2 frames: three are needed"),
         ((tmp_path / "cut.mp4",), "damaged after 2.. frames"),
         ((path, "--prompt", "a fox"), "does not know 'fox'"),
-        ((odd, "--prompt", "a red star"), "is 64x64 and the demo model's videos are 128x128"),
+        (
+            (odd, "--prompt", "a red star"),
+            f"is 64x64 and .* are {demo.width}x{demo.height}",
+        ),
     ):
         result = run(*args)
         assert (result.exit_code, result.stdout) == (2, ""), (args, result.output)
