@@ -8,11 +8,13 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import zipfile
 from functools import partial
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from packforcing import MODELS, model_config
 from packforcing.checkpoints import import_checkpoint
 from packforcing.cli import main
 from packforcing.config import AUTOENCODERS, PAPER, Precision, policies, with_autoencoder
+from packforcing.embeddings import Embedding, save_embedding
 from packforcing.errors import CheckpointError, OutputError
 from packforcing.fetch import RECORD
 from packforcing.model import load_model, open_weights, random_weights, weight_shapes
@@ -565,6 +568,39 @@ def test_every_layout_exports_and_renders(kind, tiny_autoencoder, tmp_path, monk
         assert did["training_free"] == (bool(policy) or config.policy.mid > 0)
         pixels = frames_of(out)
         assert len(pixels) == frames and pixels.std() > 0.01 * 255
+
+
+def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, monkeypatch):
+    """Those of docs/checkpoints.md, in order, with two layers in fp16. What the hub and UMT5 would
+    give is here already, and ONNX Runtime stands for the card."""
+    precision = Precision(compute="fp16", weights="fp16", cache="fp16")
+    config = msgspec.structs.replace(MODELS["self-forcing"], layers=2, precision=precision)
+    monkeypatch.setitem(MODELS, "self-forcing", config)
+    monkeypatch.chdir(tmp_path)
+    whole = {name: 0.2 * torch.randn(shape) for name, shape in wan_shapes(24, 16, 24, 8, 2).items()}
+    self_forcing(tmp_path, whole)
+    (tmp_path / "downloads" / "taew2_1").mkdir(parents=True)
+    shutil.copy(tiny_autoencoder, "downloads/taew2_1")
+    text = np.random.default_rng(0).standard_normal((3, config.text_dim), np.float32)
+    save_embedding("cat.safetensors", Embedding(text, "a cat walks on the beach", "umt5", "0" * 64))
+    Path("prompts.txt").write_text("cat.safetensors\n")
+
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    section = page.partition("on an 8 GB card\n")[2].partition("\n## ")[0]
+    (lines,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    commands = [shlex.split(line)[1:] for line in lines.replace("\\\n", "").splitlines()
+                if line.startswith("packforcing ")]  # fmt: skip
+    assert len(commands) == 11
+    for name, *args in commands:
+        if name in ("fetch", "encode-prompt"):
+            main.commands[name].make_context(name, args)  # parses, does not run
+        elif name != "build" or find_spec("tensorrt_rtx"):
+            here = {"tensorrt-rtx": "onnxruntime", "320x192": "80x112", "60": "4"}
+            run(name, *(here.get(arg, arg) for arg in args))
+    bundle = read_manifest("eight")
+    assert bundle.config.precision == msgspec.structs.replace(precision, cache="int8")
+    assert bundle.config.policy == policies(config)["packforcing"]
+    assert len(frames_of(Path("cat.mp4"))) == 4 * config.fps
 
 
 def run(*args) -> str:
