@@ -58,12 +58,8 @@ import numpy as np
 import onnx
 from modelopt.onnx.quantization.int4 import quantize
 source, data, target, block = sys.argv[1:]
-class Reader:
-    def __init__(self): self.rewind()
-    def rewind(self): self.left = [dict(np.load(data))]
-    def get_next(self): return self.left.pop() if self.left else None
-    def get_first(self): return dict(np.load(data))
-onnx.save(quantize(source, "awq_clip", Reader(), ["cpu"], False, block_size=int(block)), target)
+given = [dict(np.load(data))]
+onnx.save(quantize(source, "awq_clip", given, ["cpu"], False, block_size=int(block)), target)
 """
 MODELOPT_INT8 = """
 import sys
