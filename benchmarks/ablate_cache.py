@@ -7,6 +7,7 @@ keys and values are replaced in place by what a quantised cache would give back,
 archive and all later blocks have them. Scales are of other prompts than those measured. For each
 way of quantising there is the signal-to-noise ratio of keys and of values in dB, of all layers and
 of the worst one, and the PSNR of the video against the exact one, mean and least over the prompts.
+A second table has the same for static scales of 1, 2, 4, ... of the prompts to fit with.
 
 Keys that are rounded after RoPE are so once, at the position of their own block, and turned back
 exactly: the best that storing rotated keys could do, as moving them in place would round again.
@@ -212,27 +213,33 @@ def main() -> None:
     measured = range(args.prompts)
     wanted = [video(number) for number in measured]
     denoiser.change = collected = Collected(config)
-    for number in range(args.prompts, len(prompts)):
-        video(number)
-    print(
-        f"{config.name}, {args.bits} bits, {args.prompts} prompts of {args.seconds:g} s, static "
-        f"scales of {args.fit} others\n"
-        f"{'keys':12}{'scale per':18}{'scale':8}{'range':15}"
-        f"{'K dB':>6}{'worst':>7}{'V dB':>6}{'worst':>7}{'PSNR':>7}{'least':>7}"
-    )
-    for way in WAYS:
-        denoiser.change = change = Rounded(
-            way, collected.found, config.layers, 2 ** (args.bits - 1) - 1
-        )
+    after: dict[int, dict[str, np.ndarray]] = {}  # statistics, by the number of prompts
+    for count in range(1, args.fit + 1):
+        video(args.prompts + count - 1)
+        if count & (count - 1) == 0 or count == args.fit:
+            after[count] = {name: array.copy() for name, array in collected.found.items()}
+
+    def cost(way: Way, found: dict[str, np.ndarray]) -> str:
+        """Cells of a row, by rendering all prompts again."""
+        denoiser.change = change = Rounded(way, found, config.layers, 2 ** (args.bits - 1) - 1)
         errors = [np.mean(np.square(video(n) - wanted[n]), dtype=np.float64) for n in measured]
         psnr = [-10 * math.log10(error) for error in errors]
         cells = "".join(f"{ratio:{6 + i % 2}.1f}" for i, ratio in enumerate(change.ratios()))
+        return f"{cells}{np.mean(psnr):7.1f}{min(psnr):7.1f}"
+
+    heads = f"{'K dB':>6}{'worst':>7}{'V dB':>6}{'worst':>7}{'PSNR':>7}{'least':>7}"
+    print(
+        f"{config.name}, {args.bits} bits, {args.prompts} prompts of {args.seconds:g} s, static "
+        f"scales of {args.fit} others\n"
+        f"{'keys':12}{'scale per':18}{'scale':8}{'range':15}{heads}"
+    )
+    for way in WAYS:
         per = f"{way.share_k}, {way.share_v}" if way.scale != "token" else "token"
-        print(
-            f"{way.keys:12}{per:18}{way.scale:8}{way.range:15}{cells}"
-            f"{np.mean(psnr):7.1f}{min(psnr):7.1f}",
-            flush=True,
-        )
+        cells = cost(way, collected.found)
+        print(f"{way.keys:12}{per:18}{way.scale:8}{way.range:15}{cells}", flush=True)
+    print(f"\n{'the first way, with scales of so many prompts':53}{heads}")
+    for count, found in after.items():
+        print(f"{count:<53}{cost(Way(), found)}", flush=True)
     backend.close()
 
 
