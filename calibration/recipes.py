@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import msgspec
+
 from packforcing.config import Config
 
 SNR = "snr.json"  # in a bundle with quantised weights: dB of every matrix, worst first
+
 
 
 class Recipe(NamedTuple):
@@ -36,6 +39,14 @@ CACHE = {
     "int8": Recipe("INT8", -127, 127, (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "fp8": Recipe("FLOAT8E4M3FN", -448, 448, (1.0,)),
 }
+
+
+class Loss(msgspec.Struct, frozen=True):
+    """What an output of a denoiser lost: how far its signal is above its error, in dB (None where
+    there is none), and the error's RMS relative to the signal's."""
+
+    snr: float | None
+    error: float
 
 
 def quantised_layers(config: Config) -> range:

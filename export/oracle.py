@@ -169,8 +169,34 @@ def record(config: Config, oracles: dict[str, Oracle]) -> dict[str, list[Call]]:
     and a commit. A graph of another size than the rollout is given inputs repeated to its own, in
     these two blocks alone, and what it gives is cut.
     """
-    blocks = partly, full = recorded_blocks(config)
+    partly, full = recorded_blocks(config)
     calls: dict[str, dict[str, Call]] = {name: {} for name in oracles}
+
+    def keep(name: str, block: int, inputs: Tensors, outputs: Tensors) -> None:
+        label = f"block {block}"
+        if name == "denoiser" and inputs["tokens"].shape[1] != config.block_tokens:
+            label += ", mid pass"
+        if name == "prompt" or block == full or (block == partly and label not in calls[name]):
+            copies = {tensor: array.copy() for tensor, array in inputs.items()}
+            calls[name][label] = Call(label, copies)
+
+    pixels = roll_out(config, oracles, keep)
+    found = {name: list(by_label.values()) for name, by_label in calls.items()}
+    return {**found, "vae_encoder": encoder_calls(oracles["vae_encoder"], pixels)}
+
+
+def roll_out(
+    config: Config,
+    oracles: dict[str, Oracle],
+    on_call: Callable[[str, int, Tensors, Tensors], None],
+) -> np.ndarray:
+    """A rollout of the oracles up to the first block whose context is full; returns that block's
+    frames, [4 B_f, 3, H, W].
+
+    on_call is told of every call which graph, in which block, and its inputs and outputs, which the
+    next call overwrites; a graph of another size than the rollout is called as `record` says.
+    """
+    blocks = recorded_blocks(config)
 
     def bind(name: str, arrays: Arrays) -> Callable[[], None]:
         def call() -> None:
@@ -179,13 +205,9 @@ def record(config: Config, oracles: dict[str, Oracle]) -> dict[str, list[Call]]:
             resized = any(inputs[tensor].shape != arrays[tensor].shape for tensor in inputs)
             if resized and block not in blocks:
                 return
-            label = f"block {block}"
-            if name == "denoiser" and inputs["tokens"].shape[1] != config.block_tokens:
-                label += ", mid pass"
-            if name == "prompt" or block == full or (block == partly and label not in calls[name]):
-                copies = {tensor: array.copy() for tensor, array in inputs.items()}
-                calls[name][label] = Call(label, copies)
-            for output, result in oracles[name].run(inputs).items():
+            outputs = oracles[name].run(inputs)
+            on_call(name, block, inputs, outputs)
+            for output, result in outputs.items():
                 target = view(arrays[output])
                 target[...] = result[tuple(map(slice, target.shape))]
 
@@ -193,12 +215,11 @@ def record(config: Config, oracles: dict[str, Oracle]) -> dict[str, list[Call]]:
 
     graphs: Any = {name: SimpleNamespace(bind=partial(bind, name)) for name in oracles}
     rollout = Rollout(config, Backend(HostDevice(), graphs, lambda: None))
-    rollout.begin(embedding(config), full + 1, SEED)
-    for _ in range(full + 1):
+    count = blocks[-1] + 1
+    rollout.begin(embedding(config), count, SEED)
+    for _ in range(count):
         rollout.next_block()
-    found = {name: list(by_label.values()) for name, by_label in calls.items()}
-    pixels = view(rollout.buffers.pixels)[0]
-    return {**found, "vae_encoder": encoder_calls(oracles["vae_encoder"], pixels)}
+    return view(rollout.buffers.pixels)[0]
 
 
 def recorded_blocks(config: Config) -> tuple[int, int]:

@@ -202,17 +202,21 @@ class Expected:
         self.outputs = oracle.run(without_rest(spec, self.inputs))
 
 
-def check_memory(directory: Path) -> None:
-    """Refuses a bundle whose weights are too much for the memory that is free."""
-    largest = max(
-        sum(file.stat().st_size for file in directory.glob(f"{path.name}*"))
-        for path in directory.glob("*.onnx")
+def check_memory(*directories: Path) -> None:
+    """Refuses bundles, loaded at once, whose weights are too much for the memory that is free."""
+    largest = sum(
+        max(
+            sum(file.stat().st_size for file in directory.glob(f"{path.name}*"))
+            for path in directory.glob("*.onnx")
+        )
+        for directory in directories
     )
     needed, free = MEMORY * largest + SPARE, free_memory()
     if needed > free:
         raise BackendError(
-            f"verifying {directory} needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB "
-            "are free: close other programs, or use a machine with more"
+            f"verifying {' and '.join(map(str, directories))} needs {needed / 1e9:.1f} GB of "
+            f"memory, {free / 1e9:.1f} GB are free: close other programs, or use a machine with "
+            "more"
         )
 
 

@@ -21,10 +21,10 @@ import msgspec
 import numpy as np
 
 from packforcing import __version__
-from packforcing.calibration.recipes import SNR
+from packforcing.calibration.recipes import SNR, Loss
 from packforcing.config import Config, Policy, Precision, model_config
 from packforcing.embeddings import SUFFIX, load_embedding
-from packforcing.errors import ConfigError, OutputError, PromptError
+from packforcing.errors import BackendError, ConfigError, OutputError, PromptError
 from packforcing.evaluate import Evaluation, Segment, Values, evaluate
 from packforcing.fidelity import Fidelity, fidelity
 from packforcing.report import save_page, whole_blocks
@@ -126,6 +126,8 @@ class Comparison(msgspec.Struct, frozen=True):
     # prompt by prompt, and dB of every quantised matrix, worst first
     fidelity: dict[str, list[Fidelity]]
     snr: dict[str, dict[str, float | None]]
+    outputs: dict[str, dict[str, Loss]]  # of their denoisers, against the first bundle's
+    unmeasured: str  # why there are no `outputs`; "" where there are, or no other bundles
 
 
 def compare(
@@ -191,6 +193,7 @@ def compare(
                 save_page(job.video.with_suffix(".json"), _json(pair))
                 finished[job] = pair
     pairs = [finished[job] for job in jobs]
+    outputs, unmeasured = _outputs(bundle, others) if others else ({}, "")
     result = Comparison(
         bundle=str(bundle),
         config=config,
@@ -210,6 +213,8 @@ def compare(
             for name, path in bundles.items()
             if others and SNR in read_manifest(path).files
         },
+        outputs=outputs,
+        unmeasured=unmeasured,
     )
     save_page(folder / "compare.json", _json(result))
     return result
@@ -235,6 +240,18 @@ def _fidelity(folder: Path, pairs: Sequence[Pair], config: Config) -> dict[str, 
             close = fidelity(folder / pair.video, wanted[pair.number], frames)
             found.setdefault(pair.policy, []).append(close)
     return found
+
+
+def _outputs(bundle: Path, others: Mapping[str, Path]) -> tuple[dict[str, dict[str, Loss]], str]:
+    """The losses, or why there are none: of videos that are rendered nothing is to be withheld."""
+    try:
+        from packforcing.calibration.outputs import output_losses
+
+        return output_losses(bundle, others), ""
+    except ModuleNotFoundError as error:
+        return {}, f"{error.name} is not installed: pip install '.[verify]' in the checkout"
+    except BackendError as error:
+        return {}, str(error)
 
 
 def _tell(

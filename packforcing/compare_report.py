@@ -8,13 +8,14 @@ from __future__ import annotations
 import html
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
+from packforcing.calibration.recipes import Loss
 from packforcing.compare import (
     CLOSE,
     END,
@@ -93,6 +94,29 @@ def table(found: Comparison) -> Iterator[str]:
         yield f"first {CLOSE:g} s against {next(iter(found.costs))}, mean over prompts, and worst"
         for policy, both in _fidelity(found).items():
             yield f"{policy:<{width}}" + "".join(f"   {cell}" for cell in both)
+        yield ""
+        yield f"least signal-to-noise of the denoiser's outputs against {next(iter(found.costs))}'s"
+        if found.unmeasured:
+            yield f"not measured: {found.unmeasured}"
+        for bundle, losses in found.outputs.items():
+            yield f"{bundle:<{width}}" + "".join(
+                f"   {kind} {_decibels(min(ratios, default=None))}"
+                for kind, ratios in _kinds(losses).items()
+            )
+
+
+def _kinds(losses: Mapping[str, Loss]) -> dict[str, list[float]]:
+    """Outputs of all layers together: signal-to-noise ratios of those that have an error."""
+    kinds: dict[str, list[float]] = {}
+    for output, loss in losses.items():
+        ratios = kinds.setdefault(output.partition(".")[0], [])
+        if loss.snr is not None:
+            ratios.append(loss.snr)
+    return kinds
+
+
+def _decibels(ratio: float | None) -> str:
+    return "equal" if ratio is None else f"{ratio:.1f} dB"
 
 
 def _fidelity(found: Comparison) -> dict[str, tuple[str, ...]]:
@@ -179,8 +203,7 @@ def _quantised(found: Comparison) -> str:
     prompts = {pair.number: pair.prompt for pair in found.pairs if pair.policy == first}
     each = {
         f"{number}: {prompt}": tuple(
-            f"{'equal' if one.psnr is None else f'{one.psnr:.1f} dB'}, {one.ssim:.4f}, "
-            f"{one.gmsd:.4f}"
+            f"{_decibels(one.psnr)}, {one.ssim:.4f}, {one.gmsd:.4f}"
             for one in (given[number] for given in found.fidelity.values())
         )
         for number, prompt in prompts.items()
@@ -189,18 +212,28 @@ def _quantised(found: Comparison) -> str:
     worst = "".join(
         f"<h3>{html.escape(name)}</h3><table>"
         + rows({
-            matrix: ("equal" if ratio is None else f"{ratio:.1f} dB",)
+            matrix: (_decibels(ratio),)
             for matrix, ratio in list(ratios.items())[:WORST]
         })
         + "</table>"
         for name, ratios in found.snr.items()
     )  # fmt: skip
+    outputs = {
+        output: tuple(
+            f"{_decibels(losses[output].snr)}, {losses[output].error:.2g}"
+            for losses in found.outputs.values()
+        )
+        for losses in found.outputs.values()
+        for output in losses
+    }
     return _QUANTISED.format(
         close=f"{CLOSE:g}",
         first=html.escape(first),
         means=rows(_fidelity(found)),
         names=names,
         each=rows(each),
+        outputs=rows(outputs),
+        unmeasured=html.escape(f"Not measured: {found.unmeasured}" if found.unmeasured else ""),
         worst=worst or "<p>No weights are quantised.</p>",
         count=WORST,
     )
@@ -385,6 +418,11 @@ all of them; SSIM (Wang et al., 2004) and GMSD (Xue et al., 2014; 0 is equal) of
 frames. A rollout amplifies any difference.</p>
 <table>{means}</table>
 <div class="wide"><table class="results"><tr><th></th>{names}</tr>{each}</table></div>
+<h2>What each output of the denoiser lost</h2>
+<p>Signal-to-noise ratio, and the error's RMS relative to the output's own, against the denoiser of
+{first} on the same inputs: every call of a rollout of {first} up to its first full context, the
+flow of the steps, all else of commits and mid passes. Both are computed in fp32. {unmeasured}</p>
+<div class="wide"><table class="results"><tr><th></th>{names}</tr>{outputs}</table></div>
 <h2>What lost most when quantised</h2>
 <p>Signal-to-noise ratio of each bundle's {count} worst matrices: of what they give, where the
 bundle was quantised with statistics, else of their weights.</p>

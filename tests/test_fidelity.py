@@ -112,8 +112,17 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     quantised = {int(name.split(".")[1]) for name in listed}
     assert quantised == set(range(1, found.config.layers - 1))  # all but the first and the last
     assert "snr.json" in read_manifest(tmp_path / "four").files
+    assert found.unmeasured == ""
+    losses = found.outputs["four"]
+    flow = losses["flow"]
+    assert flow.snr == pytest.approx(-20 * np.log10(flow.error))
+    assert losses["v_new.0"].snr is None  # before any quantised layer
+    least = min(loss.snr for name, loss in losses.items() if name.startswith("v_new.") and loss.snr)
+    assert f"flow {flow.snr:.1f} dB" in result.stdout and f"v_new {least:.1f} dB" in result.stdout
     page = (out / "compare.html").read_text()
-    assert all(text in page for text in (f"{close.psnr:.1f} dB", next(iter(listed)), PROMPT))
+    texts = (f"{close.psnr:.1f} dB", next(iter(listed)), PROMPT, f"{flow.snr:.1f} dB, ")
+    assert all(text in page for text in texts)
+    assert page.count("equal, 0") == 2  # keys and values of the first layer
 
 
 def test_only_bundles_of_one_model_are_compared(tiny_bundle, tmp_path):

@@ -25,7 +25,7 @@ from packforcing.calibration.quantize import (
     rounded,
     scales,
 )
-from packforcing.calibration.recipes import CACHE, WEIGHTS, quantised_layers
+from packforcing.calibration.recipes import CACHE, WEIGHTS, Loss, quantised_layers
 from packforcing.calibration.statistics import (
     BINS,
     LOWEST,
@@ -396,6 +396,64 @@ def test_what_matrices_are_multiplied_with_is_what_the_reference_multiplies(
     assert found["tokens"].tolist() == [full] * (steps + 1) + [small]
     assert source.calls == calls(TINY) and len(source.calls) == steps + 2
     assert sum(tokens) == found["tokens"].sum()
+
+
+def test_losses_of_outputs_are_those_of_the_reference(tmp_path):
+    """Two transformers in PyTorch, side by side on the reference's own rollout: one with the
+    weights that were exported, one with what quantised numbers stand for; what the second reads of
+    the history, and what it leaves behind, is in whole steps."""
+    import torch
+
+    from packforcing.calibration.outputs import output_losses
+    from packforcing.export import export_bundle
+    from packforcing.export.oracle import PROMPT, SEED, recorded_blocks
+    from packforcing.model import random_model
+    from packforcing.rollout import rollout
+    from packforcing.sampler import draw_noise
+    from packforcing.text import encode_words
+
+    exact, rough, eight = random_model(DEEP), random_model(DEEP), tmp_path / "eight"
+    export_bundle(DEEP, exact.weights(), tmp_path / "deep")
+    calibrate(tmp_path / "deep", PROMPTS, tmp_path / "s.safetensors", seconds=3)
+    quantize_bundle(tmp_path / "deep", eight, "int8", "int8", tmp_path / "s.safetensors")
+    steps = cache_steps(read(tmp_path / "s.safetensors")[1], CACHE["int8"])
+    for name, (matrix, _) in weights(eight).items():
+        weight = rough.transformer.get_parameter(f"{name}.weight")
+        weight.copy_(torch.from_numpy(matrix.T.copy()))
+    signal, noise = {}, {}
+
+    def whole(tokens, kind, layer):
+        step = torch.from_numpy(steps[kind][layer][:, None].copy())
+        return (tokens / step).round().clamp(-128, 127) * step
+
+    def beside(module, given_, outputs):
+        tokens, extra, time, cross, rope, context, context_rope = given_
+        read_ = [
+            tuple(map(whole, pair, "kv", (layer, layer))) for layer, pair in enumerate(context)
+        ]
+        found = rough.transformer(tokens, extra, time, cross, rope, read_, context_rope)
+        pairs = {"flow": (outputs[0], found[0])}
+        if time == 0:
+            pairs = {"q_pool": (outputs[2], found[2]), "k_pool": (outputs[3], found[3])}
+            for layer, (new, old) in enumerate(zip(found[1], outputs[1])):
+                for kind, a, b in zip("kv", old, new):
+                    pairs[f"{kind}_new.{layer}"] = a, whole(b, kind, layer)
+        for name, (a, b) in pairs.items():
+            signal[name] = signal.get(name, 0) + a.double().square().sum().item()
+            noise[name] = noise.get(name, 0) + (a - b).double().square().sum().item()
+
+    exact.transformer.register_forward_hook(beside)
+    text, blocks = torch.from_numpy(encode_words(PROMPT, DEEP)), recorded_blocks(DEEP)[1] + 1
+    noise_of = lambda block, step: draw_noise(DEEP, SEED, block, step)  # noqa: E731
+    list(rollout(exact, text, blocks, noise_of, seed=SEED))
+    found = output_losses(tmp_path / "deep", {"eight": eight, "same": tmp_path / "deep"})
+    assert found["eight"].keys() == signal.keys()
+    for name, loss in found["eight"].items():
+        assert loss.snr == pytest.approx(10 * math.log10(signal[name] / noise[name]), abs=0.1), name
+        assert loss.error == pytest.approx((noise[name] / signal[name]) ** 0.5, rel=0.02), name
+    assert all(loss == Loss(None, 0.0) for loss in found["same"].values())
+    backwards = output_losses(eight, {"deep": tmp_path / "deep"})["deep"]
+    assert backwards["flow"].snr == pytest.approx(found["eight"]["flow"].snr, abs=1)
 
 
 def test_calibration_goes_on_where_it_was_interrupted(half_bundle, calibrated, tmp_path):
