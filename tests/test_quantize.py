@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from functools import partial
 
@@ -25,7 +26,7 @@ from packforcing.calibration.quantize import (
     rounded,
     scales,
 )
-from packforcing.calibration.recipes import CACHE, WEIGHTS, Loss, quantised_layers
+from packforcing.calibration.recipes import CACHE, ENOUGH, WEIGHTS, Loss, quantised_layers
 from packforcing.calibration.statistics import (
     BINS,
     LOWEST,
@@ -396,6 +397,27 @@ def test_what_matrices_are_multiplied_with_is_what_the_reference_multiplies(
     assert found["tokens"].tolist() == [full] * (steps + 1) + [small]
     assert source.calls == calls(TINY) and len(source.calls) == steps + 2
     assert sum(tokens) == found["tokens"].sum()
+
+
+def test_a_cache_fitted_to_few_prompts_is_warned_of(half_bundle, calibrated, tmp_path):
+    def stderr(*args):
+        result = CliRunner().invoke(main, list(map(str, args)))
+        assert result.exit_code == 0, result.output
+        return result.stderr
+
+    small = "--cache", "int8", "--calibration", calibrated, "--out", tmp_path / "small"
+    warning = stderr("quantize", half_bundle, *small, "--json")
+    assert re.match(r"warning: statistics of 2 prompts: .* with \d+ or more\n$", warning)
+    source, found = read(calibrated)
+    many = msgspec.structs.replace(source, prompts=["x"] * ENOUGH, done=ENOUGH)
+    save_file(found, tmp_path / "s", {SOURCE: msgspec.json.encode(many).decode()})
+    small = "--cache", "int8", "--calibration", tmp_path / "s", "--out", tmp_path / "other"
+    assert stderr("quantize", half_bundle, *small) == ""
+    few = "--weights", "int4", "--calibration", calibrated, "--out", tmp_path / "four"
+    assert stderr("quantize", half_bundle, *few, "--json") == ""  # of weights alone
+    (tmp_path / "p").write_text("\n".join(PROMPTS))
+    again = "--prompts", tmp_path / "p", "--out", calibrated, "--seconds", 3
+    assert stderr("calibrate", half_bundle, *again, "--json") == warning
 
 
 def test_losses_of_outputs_are_those_of_the_reference(tmp_path):
