@@ -747,19 +747,24 @@ def made_up(bundle, path):
 @pytest.mark.full
 @pytest.mark.parametrize("layers", [4, 30])
 def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tmp_path, capsys):
-    """And no more scratch than in fp16."""
+    """And no more scratch than in fp16. Quantising takes 6 GB of memory at most; how long it took
+    is printed."""
     pytest.importorskip("tensorrt_rtx")
     from packforcing.export import export_bundle
     from packforcing.export.engines import build_engines
     from packforcing.model import random_weights
+    from tests.test_engines import measured
 
     config = msgspec.structs.replace(MODELS["wan-1.3b"], layers=layers)
     export_bundle(config, random_weights(config), tmp_path / "fp16")
     statistics = made_up(tmp_path / "fp16", tmp_path / "s.safetensors")
-    built = {}
+    built, lines = {}, []
     for kind in ("fp16", *KINDS):
         if kind != "fp16":
-            quantize_bundle(tmp_path / "fp16", tmp_path / kind, kind, None, statistics)
+            given_ = "--weights", kind, "--calibration", statistics, "--out", tmp_path / kind
+            _, seconds, peak = measured("quantize", tmp_path / "fp16", *given_)
+            lines.append(f"quantize to {kind}: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
+            assert peak <= 6e9
         targets = ["sm89", "sm120"] if kind == "fp8" else None  # not the third one
         built[kind] = build_engines(tmp_path / kind, targets)["denoiser"]
     count = sum(map(math.prod, layer_matrices(config))) * (layers - 2)
@@ -767,7 +772,8 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     scratch = {kind: max(record.scratch.values()) for kind, record in built.items()}
     taken = {kind: (built[kind].weights - rest) / count for kind in KINDS}
     with capsys.disabled():
-        print(f"\n{layers} layers: bytes per quantised weight {taken}, scratch {scratch}")
+        print("", *lines, sep="\n")
+        print(f"{layers} layers: bytes per quantised weight {taken}, scratch {scratch}")
     assert taken["int8"] == pytest.approx(1, rel=0.02)
     assert taken["fp8"] == pytest.approx(1, rel=0.02)
     assert taken["int4"] == pytest.approx(0.52, rel=0.02)
