@@ -13,7 +13,7 @@ from packforcing.config import Config
 
 SNR = "snr.json"  # in a bundle with quantised weights: dB of every matrix, worst first
 
-ENOUGH = 8  # prompts to fit a cache's scales to, by measurement: docs/quantisation.md
+ENOUGH = 8  # prompts to fit a cache's scales to; benchmarks/ablate_cache.py measures it
 
 
 class Recipe(NamedTuple):
