@@ -570,9 +570,11 @@ def test_every_layout_exports_and_renders(kind, tiny_autoencoder, tmp_path, monk
         assert len(pixels) == frames and pixels.std() > 0.01 * 255
 
 
+@pytest.mark.full
 def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, monkeypatch):
     """Those of docs/checkpoints.md, in order, with two layers in fp16. What the hub and UMT5 would
-    give is here already, and ONNX Runtime stands for the card."""
+    give is here already, ONNX Runtime stands for the card, and engines are not built: the builder
+    takes no matrices as narrow as these, and the real ones are `test_engines`'s."""
     precision = Precision(compute="fp16", weights="fp16", cache="fp16")
     config = msgspec.structs.replace(MODELS["self-forcing"], layers=2, precision=precision)
     monkeypatch.setitem(MODELS, "self-forcing", config)
@@ -592,9 +594,9 @@ def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, 
                 if line.startswith("packforcing ")]  # fmt: skip
     assert len(commands) == 11
     for name, *args in commands:
-        if name in ("fetch", "encode-prompt"):
+        if name in ("fetch", "encode-prompt", "build"):
             main.commands[name].make_context(name, args)  # parses, does not run
-        elif name != "build" or find_spec("tensorrt_rtx"):
+        else:
             here = {"tensorrt-rtx": "onnxruntime", "320x192": "80x112", "60": "4"}
             run(name, *(here.get(arg, arg) for arg in args))
     bundle = read_manifest("eight")
