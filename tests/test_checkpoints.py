@@ -14,7 +14,6 @@ import subprocess
 import sys
 import zipfile
 from functools import partial
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
