@@ -33,7 +33,7 @@ from packforcing.errors import (
     RenderStopped,
 )
 from packforcing.prompts import Switch
-from packforcing.runtime import Session, buffers, checkpoint
+from packforcing.runtime import Session, buffers, checkpoint, demo_bundle
 from packforcing.runtime.bundle import write_manifest
 from packforcing.runtime.device import view
 from packforcing.runtime.plan import make_plan
@@ -150,16 +150,24 @@ with Session.open(sys.argv[1]) as session:
 """
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.full)])
-def test_killed_at_random_moments_it_goes_on(plain, truth, tiny_bundle, tmp_path, kills):
+@pytest.mark.parametrize(
+    ("model", "name", "kills"),
+    [("tiny", "a.mkv", 5), *(
+        pytest.param(*case, marks=pytest.mark.full)
+        for case in (("tiny", "a.mkv", 50), ("demo", "a.mp4", 50))
+    )],
+)  # fmt: skip
+def test_killed_at_random_moments_it_goes_on(tiny_bundle, tmp_path, model, name, kills):
     """SIGKILL, again and again; what has its final name can be played at any time."""
-    began = time.perf_counter()
-    render(plain, tmp_path / "alone.mkv")
-    duration, moments = time.perf_counter() - began, random.Random(0)
-    code = CHILD.format(PROMPT, SECONDS, SEED, EVERY)
-    path, killed = tmp_path / "a.mkv", 0
+    bundle = {"tiny": tiny_bundle, "demo": demo_bundle()}[model]
+    path, alone, killed = tmp_path / name, tmp_path / f"alone-{name}", 0
+    with Session.open(bundle) as session:
+        began = time.perf_counter()
+        render(session, alone)
+        duration, moments = time.perf_counter() - began, random.Random(0)
+    truth, code = frames_of(alone), CHILD.format(PROMPT, SECONDS, SEED, EVERY)
     while not path.exists():
-        command = [sys.executable, "-c", code, tiny_bundle, path]
+        command = [sys.executable, "-c", code, bundle, path]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "begins\n"
             try:
