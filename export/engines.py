@@ -56,6 +56,7 @@ from packforcing.runtime.engines import (
     Length,
     check_engine,
     differences,
+    encode_record,
     graph_files,
     read_record,
     shapes,
@@ -321,7 +322,7 @@ def _build(
         written.unlink(missing_ok=True)  # from here on, no engine counts
         unfinished.replace(engine)
         with (folder / written.name).open("wb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+            file.write(encode_record(record))
             _sync(file)
         (folder / written.name).replace(written)
     finally:

@@ -4,13 +4,15 @@
                              <graph>.json      its record, written last
                              <graph>.log       what the builder said, the last time
 
-An engine is as good as its record: it is not loaded unless there is one, the engine is the file
-it describes byte for byte, and it was built from the graph that the bundle holds. So a build
-that ends at any moment leaves engines that are good or are not loaded.
+An engine is as good as its record: it is not loaded unless there is one, with the SHA-256 that it
+states of itself, the engine is the file it describes byte for byte, and it was built from the graph
+that the bundle holds. So a build that ends at any moment leaves engines that are good or are not
+loaded.
 """
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -114,6 +116,18 @@ def differences(found: Key, wanted: Key) -> list[str]:
     ]
 
 
+class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
+    sha256: str
+    engine: msgspec.Raw
+
+
+def encode_record(record: EngineRecord) -> bytes:
+    """What an engine's JSON file holds: the record and its own SHA-256."""
+    body = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    sealed = _Sealed(hashlib.sha256(body).hexdigest(), msgspec.Raw(body))
+    return msgspec.json.encode(sealed) + b"\n"
+
+
 def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord | None:
     """The record of an engine, or None where none is built; the engine is not looked at.
 
@@ -121,13 +135,17 @@ def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord
     """
     path = record_file(directory, backend, graph)
     try:
-        return msgspec.json.decode(path.read_bytes(), type=EngineRecord)
+        sealed = msgspec.json.decode(path.read_bytes(), type=_Sealed)
+        record = msgspec.json.decode(sealed.engine, type=EngineRecord)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise BackendError(f"cannot read {path}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BackendError(f"{path} is damaged: {_build(directory)}") from error
+    if hashlib.sha256(sealed.engine).hexdigest() != sealed.sha256:
+        raise BackendError(f"{path} is damaged (its SHA-256 differs): {_build(directory)}")
+    return record
 
 
 def check_engine(directory: str | Path, backend: str, graph: str, record: EngineRecord) -> None:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from unittest import mock
 from weakref import WeakValueDictionary
 
-import msgspec
 import numpy as np
 
 from packforcing.runtime.backend import Backend, Graph
@@ -23,6 +22,7 @@ from packforcing.runtime.device import Array, CudaDevice, view
 from packforcing.runtime.engines import (
     EngineRecord,
     Key,
+    encode_record,
     engine_file,
     graph_files,
     record_file,
@@ -215,7 +215,7 @@ def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **c
             key=Key(**{**key, **changes}), file=file_record(path), weights=weights,
             scratch=dict.fromkeys(calls, scratch), seconds=1, peak_memory=1,
         )  # fmt: skip
-        record_file(bundle, "tensorrt-rtx", graph).write_bytes(msgspec.json.encode(record))
+        record_file(bundle, "tensorrt-rtx", graph).write_bytes(encode_record(record))
 
 
 class TensorRT:

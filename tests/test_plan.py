@@ -22,7 +22,7 @@ from packforcing.config import Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import contract, graph_file
-from packforcing.runtime.engines import record_file, shapes
+from packforcing.runtime.engines import encode_record, read_record, record_file, shapes
 from packforcing.runtime.estimate import (
     CARD,
     GPUS,
@@ -478,9 +478,9 @@ def test_a_bundles_built_figures_replace_the_estimates(built_bundle):
 
 def test_engines_of_another_graph_do_not_count(built_bundle):
     path = record_file(built_bundle, "tensorrt-rtx", "denoiser")
-    record = json.loads(path.read_bytes())
-    record["key"]["graph"]["denoiser.onnx"] = "0"
-    path.write_text(json.dumps(record))
+    record = read_record(built_bundle, "tensorrt-rtx", "denoiser")
+    key = msgspec.structs.replace(record.key, graph={"denoiser.onnx": "0"})
+    path.write_bytes(encode_record(msgspec.structs.replace(record, key=key)))
     found = json.loads(run(str(built_bundle), "--json")[0])
     device = found["plans"][0]["device"]
     assert device["weights.denoiser"] == estimates(TINY)["weights.denoiser"]

@@ -25,9 +25,11 @@ from packforcing.prompts import read_schedule
 from packforcing.runtime import bundle
 from packforcing.runtime.backend import Graph
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
+from packforcing.runtime.engines import read_records
 from packforcing.runtime.plan import memory
 from packforcing.runtime.session import check_request
 from tests.conftest import TINY
+from tests.emulated import build_engines
 from tests.test_resume import DAMAGES, link
 
 FUZZ = pytest.mark.parametrize("examples", [60, pytest.param(2500, marks=pytest.mark.full)])
@@ -49,22 +51,27 @@ def damaged(tiny_bundle, tmp_path):
 
 @pytest.mark.parametrize("cases", [40, pytest.param(500, marks=pytest.mark.full)])
 def test_a_damaged_bundle_is_refused(tiny_bundle, tmp_path, cases):
-    """Any file of it, the manifest included: no byte is without a checksum or a meaning."""
+    """Any file of it, manifest, engines and their records included: no byte is without a checksum
+    or a meaning."""
     rng = random.Random(2)
-    files = sorted(path.name for path in tiny_bundle.iterdir())
+    sound = Path(shutil.copytree(tiny_bundle, tmp_path / "sound"))
+    build_engines(sound)
+    files = sorted(str(path.relative_to(sound)) for path in sound.rglob("*") if path.is_file())
+    records = read_records(sound, "tensorrt-rtx")
     for case in range(cases):
-        folder = Path(shutil.copytree(tiny_bundle, tmp_path / "a" / "bundle"))
+        folder = Path(shutil.copytree(sound, tmp_path / "a" / "bundle"))
         name = files[case % len(files)]
         damage = rng.choice(DAMAGES)
         damage(folder / name, folder / rng.choice([n for n in files if n != name]), rng)
         try:
             manifest = read_manifest(folder)
             check_files(folder, manifest)
-        except BundleError as error:
+            found = read_records(folder, "tensorrt-rtx")
+        except (BundleError, BackendError) as error:
             assert str(folder) in str(error)
-        else:  # the same manifest, from elsewhere
-            assert name == "manifest.json" and damage is link
-            assert manifest == read_manifest(tiny_bundle)
+        else:  # the same file, from elsewhere
+            assert name.endswith((".json", ".engine")) and damage is link
+            assert manifest == read_manifest(sound) and found == records
         shutil.rmtree(tmp_path / "a")
 
 
