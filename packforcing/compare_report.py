@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,12 +47,14 @@ from packforcing.runtime.plan import make_plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SHEETS, SAMPLES = 8, 10  # prompts, pictures of each video
 SAMPLE_WIDTH, GAP = 160, 4  # pixels
 COLUMNS = 3  # of curves
 FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
 WORST = 12  # matrices of a quantised bundle
+STYLE_OF_PLOTS = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "packforcing"}
 KNOWN = {**MEASURES, **DEMO_MEASURES}
 
 
@@ -234,6 +237,7 @@ def _quantised(found: Comparison) -> str:
         each=rows(each),
         outputs=rows(outputs),
         unmeasured=html.escape(f"Not measured: {found.unmeasured}" if found.unmeasured else ""),
+        plot=_loss_plot(found),
         worst=worst or "<p>No weights are quantised.</p>",
         count=WORST,
     )
@@ -287,7 +291,7 @@ def _curves(found: Comparison) -> str:
         )
     ]
     lines = -(-(len(names) + 2) // COLUMNS)
-    with rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "packforcing"}):
+    with rc_context(STYLE_OF_PLOTS):
         figure = Figure(figsize=(11, 1.9 * lines + 0.5), layout="constrained")
         axes = np.ravel(figure.subplots(lines, COLUMNS))
         for axis, name in zip(axes, names):
@@ -311,8 +315,47 @@ def _curves(found: Comparison) -> str:
             axis.spines[["top", "right"]].set_visible(False)
         handles, labels = axes[len(names)].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        return _svg(figure)
+
+
+def _loss_plot(found: Comparison) -> str:
+    """Signal-to-noise ratio of every quantised matrix and of every output, by layer, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    outputs = {
+        bundle: {name: loss.snr for name, loss in losses.items()}
+        for bundle, losses in found.outputs.items()
+    }
+    with rc_context(STYLE_OF_PLOTS):
+        figure = Figure(figsize=(11, 3), layout="constrained")
+        parts = ("dB of each quantised matrix", found.snr), ("dB of each key and value", outputs)
+        for axis, (title, ratios) in zip(figure.subplots(1, 2), parts):
+            for bundle in found.fidelity:
+                points = _by_layer(ratios.get(bundle, {}))
+                axis.plot(*points, ls="", marker="o", ms=4, alpha=0.6, label=bundle)
+            axis.set_title(title, loc="left")
+            axis.set_xlabel("layer")
+            axis.set_xlim(-0.5, found.config.layers - 0.5)
+            axis.spines[["top", "right"]].set_visible(False)
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
+        return _svg(figure)
+
+
+def _by_layer(ratios: Mapping[str, float | None]) -> tuple[list[int], list[float]]:
+    """Layers and ratios of what has a layer in its name and an error at all."""
+    found = [
+        (int(layer.group(1)), ratio)
+        for name, ratio in ratios.items()
+        if ratio is not None and (layer := re.search(r"\.(\d+)(?:\.|$)", name))
+    ]
+    return [layer for layer, _ in found], [ratio for _, ratio in found]
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 
@@ -423,6 +466,7 @@ frames. A rollout amplifies any difference.</p>
 {first} on the same inputs: every call of a rollout of {first} up to its first full context, the
 flow of the steps, all else of commits and mid passes. Both are computed in fp32. {unmeasured}</p>
 <div class="wide"><table class="results"><tr><th></th>{names}</tr>{outputs}</table></div>
+{plot}
 <h2>What lost most when quantised</h2>
 <p>Signal-to-noise ratio of each bundle's {count} worst matrices: of what they give, where the
 bundle was quantised with statistics, else of their weights.</p>

@@ -123,6 +123,9 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     texts = (f"{close.psnr:.1f} dB", next(iter(listed)), PROMPT, f"{flow.snr:.1f} dB, ")
     assert all(text in page for text in texts)
     assert page.count("equal, 0") == 2  # keys and values of the first layer
+    (plot,) = (svg for svg in page.split("<svg")[1:] if "dB of each quantised matrix" in svg)
+    outputs = [name for name, loss in losses.items() if "." in name and loss.snr is not None]
+    assert plot.count("fill: #1f77b4") == len(listed) + len(outputs) + 1  # and the legend's
 
 
 def test_only_bundles_of_one_model_are_compared(tiny_bundle, tmp_path):
