@@ -10,6 +10,7 @@ import io
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,6 @@ SAMPLE_WIDTH, GAP = 160, 4  # pixels
 COLUMNS = 3  # of curves
 FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
 WORST = 12  # matrices of a quantised bundle
-STYLE_OF_PLOTS = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "packforcing"}
 KNOWN = {**MEASURES, **DEMO_MEASURES}
 
 
@@ -278,7 +278,6 @@ def _interval(estimate: Estimate, form: str = ".3g") -> str:
 
 def _curves(found: Comparison) -> str:
     """Every measure over the length of the video, a line per policy, as SVG."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     names = [
@@ -291,7 +290,7 @@ def _curves(found: Comparison) -> str:
         )
     ]
     lines = -(-(len(names) + 2) // COLUMNS)
-    with rc_context(STYLE_OF_PLOTS):
+    with _style():
         figure = Figure(figsize=(11, 1.9 * lines + 0.5), layout="constrained")
         axes = np.ravel(figure.subplots(lines, COLUMNS))
         for axis, name in zip(axes, names):
@@ -320,14 +319,13 @@ def _curves(found: Comparison) -> str:
 
 def _loss_plot(found: Comparison) -> str:
     """Signal-to-noise ratio of every quantised matrix and of every output, by layer, as SVG."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     outputs = {
         bundle: {name: loss.snr for name, loss in losses.items()}
         for bundle, losses in found.outputs.items()
     }
-    with rc_context(STYLE_OF_PLOTS):
+    with _style():
         figure = Figure(figsize=(11, 3), layout="constrained")
         parts = ("dB of each quantised matrix", found.snr), ("dB of each key and value", outputs)
         for axis, (title, ratios) in zip(figure.subplots(1, 2), parts):
@@ -351,6 +349,13 @@ def _by_layer(ratios: Mapping[str, float | None]) -> tuple[list[int], list[float
         if ratio is not None and (layer := re.search(r"\.(\d+)(?:\.|$)", name))
     ]
     return [layer for layer, _ in found], [ratio for _, ratio in found]
+
+
+def _style() -> AbstractContextManager[None]:
+    """Of plots: text stays text, and the same plot is the same SVG."""
+    from matplotlib import rc_context
+
+    return rc_context({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "packforcing"})
 
 
 def _svg(figure: Figure) -> str:
