@@ -448,7 +448,7 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
     """Drawn tours, encoded by the demo model's autoencoder and committed through `start`: a block
     selected by affinity shows what the newest block shows more often than one in random does
     (exactly, the share of all candidates), and than the newest outside the window, which is half a
-    round away; one by likeness, far more often still."""
+    round away; one by likeness, more often still."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples" / "demo_model")
     world = importlib.import_module("world")
     config = model_config("demo")
@@ -486,5 +486,6 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
         print(f"{name}: {np.mean(shares):.3f} of the blocks selected show the place")
     gain = estimate(np.subtract(found["affinity"], found["random"]).tolist())
     print(f"affinity over random: {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f})")
-    assert gain.low > 0 and np.mean(found["likeness"]) > 0.7
+    more = estimate(np.subtract(found["likeness"], found["affinity"]).tolist())
+    assert gain.low > 0 and more.low > 0
     assert np.mean(found["affinity"]) > 1.5 * np.mean(found["recency"])
