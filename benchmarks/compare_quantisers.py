@@ -46,7 +46,7 @@ from packforcing.runtime.bundle import (
     read_manifest,
 )
 from packforcing.runtime.device import HostDevice
-from packforcing.runtime.estimate import weight_block
+from packforcing.runtime.estimate import INT4_BLOCK, weight_block
 from packforcing.runtime.rollout import Rollout
 
 ROWS = 8  # tokens that are taken of each call
@@ -191,7 +191,10 @@ def run(model: bytes, given: Data) -> Data:
 def ours(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
     model = products(weights)
     for node in list(model.graph):
-        quantize_product(node, str(node.name), kind, np.square(fit[str(node.name)]).mean(0))
+        rows = fit[str(node.name)]
+        parts = rows.reshape(len(rows), -1, math.gcd(rows.shape[1], INT4_BLOCK))
+        together = np.einsum("nib,nic->ibc", parts, parts, optimize=True) / np.float32(len(rows))
+        quantize_product(node, str(node.name), kind, together)
     model.graph.opset_imports[""] = 24
     return run(ir.to_proto(model).SerializeToString(), given)
 

@@ -41,7 +41,7 @@ from packforcing.calibration.statistics import (
     MIDDLES,
     Statistics,
     largest_input,
-    mean_squares,
+    mean_products,
     statistics_for,
 )
 from packforcing.errors import BundleError, CalibrationError, ConfigError
@@ -150,20 +150,21 @@ def quantize_bundle(
 
 
 def what_it_reads(found: Statistics, name: str, product: ir.Node) -> np.ndarray:
-    """Mean squares of what a product's matrix is multiplied with, float32 [inputs], by statistics.
+    """Mean products of what a product's matrix is multiplied with, by statistics: as
+    `mean_products` gives them, of the half of the channels that a halved one has.
 
     Raises `CalibrationError` if that was zero throughout.
     """
     _, layer, matrix = name.split(".", 2)
     matrix, _, half = matrix.partition(".half")
-    mean = mean_squares(found, int(layer), matrix)
+    mean = mean_products(found, int(layer), matrix)
     if not mean.any():
         raise CalibrationError(
             f"what {name} is multiplied with was zero throughout: calibrate with more prompts, or "
             "check the model's weights"
         )
-    inputs = known(known(product.inputs[1]).shape).numpy()[0]
-    return mean[-inputs:] if half == "1" else mean[:inputs]
+    blocks = known(known(product.inputs[1]).shape).numpy()[0] // mean.shape[-1]
+    return mean[-blocks:] if half == "1" else mean[:blocks]
 
 
 def halve(products: dict[str, ir.Node]) -> dict[str, ir.Node]:
@@ -233,7 +234,7 @@ def quantize_product(
 ) -> float:
     """Quantises the matrix of a MatMul in its graph; returns the signal-to-noise ratio in dB.
 
-    read: mean squares of what it is multiplied with, [inputs].
+    read: mean products of what it is multiplied with, as `scales` takes them.
     """
     graph, weight, recipe = known(product.graph), known(product.inputs[1]), WEIGHTS[kind]
     tensor = known(stored(weight).const_value)
@@ -275,31 +276,38 @@ def scales(
     read: np.ndarray | None = None,
 ) -> tuple[np.ndarray, float]:
     """Scales [inputs / block, outputs] in `dtype` of a matrix [inputs, outputs], float32, and the
-    signal-to-noise ratio with them in dB: of what the matrix gives, if `read` has the mean squares
-    of what it is multiplied with, [inputs], taken as uncorrelated; else of its weights.
+    signal-to-noise ratio with them in dB: of what the matrix gives, if `read` has the mean products
+    M of every two channels in a block of what it is multiplied with, [blocks, width, width], those
+    of two blocks taken as uncorrelated; else of its weights. Weights e off by little give outputs
+    off by e' M e. Where a recipe has several clips, `width` has to be `block`.
 
     Raises `ValueError` for a weight that is no number.
     """
     parts = matrix.reshape(-1, block, matrix.shape[1])
-    root = np.sqrt(np.ones(len(matrix), np.float32) if read is None else read)
-    root = root.reshape(-1, block, 1)
+
+    def power(weights: np.ndarray) -> np.ndarray:
+        """Mean square of what weights give, [blocks, outputs]."""
+        if read is None:
+            return np.einsum("ibo,ibo->io", weights, weights)
+        weights = weights.reshape(len(read), -1, matrix.shape[1])
+        return np.einsum("ibo,ibo->io", weights, np.matmul(read, weights))
+
     largest = np.abs(parts).max(1)
     if not np.isfinite(largest).all():
         raise ValueError(f"{name} holds weights that are no numbers; export from sound weights")
     smallest = np.finfo(dtype).smallest_subnormal  # a block of zeros has a scale too
-    best = scale = np.empty(0)
-    error = np.full(largest.shape, np.inf, np.float32)
+    scale = error = np.empty(0)
     for clip in recipe.clips:
         tried = np.maximum((largest * np.float32(clip / recipe.high)).astype(dtype), smallest)
         difference = rounded(matrix, block, tried, recipe)
         difference *= tried[:, None].astype(np.float32)
         difference -= parts
-        difference *= root
-        squared = np.einsum("ibo,ibo->io", difference, difference)
-        best = squared < error
-        scale = np.where(best, tried, scale) if scale.size else tried
-        error = np.where(best, squared, error)
-    signal, noise = np.square(parts * root, dtype=np.float64).sum(), error.sum(dtype=np.float64)
+        left = power(difference)
+        if scale.size:
+            better = left < error
+            tried, left = np.where(better, tried, scale), np.where(better, left, error)
+        scale, error = tried, left
+    signal, noise = power(parts).sum(dtype=np.float64), error.sum(dtype=np.float64)
     return scale, 10 * math.log10(signal / noise) if noise else math.inf
 
 

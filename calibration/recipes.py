@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
 # Clipping gains 0.01 dB in int8 (docs/quantisation.md), and fp8's steps grow with its numbers
 WEIGHTS = {
     "int8": Recipe("INT8", -127, 127, (1.0,)),
-    "int4": Recipe("INT4", -8, 7, tuple(1 - step / 40 for step in range(21))),
+    "int4": Recipe("INT4", -8, 7, tuple(1 - step / 40 for step in range(13))),
     "fp8": Recipe("FLOAT8E4M3FN", -448, 448, (1.0,)),
 }
 # what fp8 weights are multiplied with; one scale per tensor

@@ -5,9 +5,11 @@ Of keys (before RoPE) and values those that a cache keeps, of the calls at t = 0
 passes. For each layer, head and channel there are the largest magnitude and a histogram of
 magnitudes with bins of equal ratio.
 
-Of what each matrix of a layer is multiplied with, all tokens of all calls: for each channel the
-sum of squares and the largest magnitude, by the place of the call in a block (`calls`). The
-denoiser itself gives them, as outputs that its graph is given for this.
+Of what each matrix of a layer is multiplied with, all tokens: for each channel the largest
+magnitude by the place of the call in a block (`calls`), and the sums over all calls of the products
+of every two channels that an int4 scale is shared over: they tell the error of a matrix's products
+from that of its weights. The denoiser itself gives them, as outputs that its graph is given for
+this.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from packforcing.runtime.bundle import (
 )
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.engines import graph_files
-from packforcing.runtime.estimate import layer_matrices
+from packforcing.runtime.estimate import layer_matrices, weight_block
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.session import bounded, check_request
 
@@ -69,17 +71,20 @@ def calls(config: Config) -> list[str]:
 
 def forms(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of each array of the statistics: k and v by layer, head and channel; what a
-    matrix of a layer reads by call, layer and channel; and how many tokens each call had."""
+    matrix of a layer reads by call, layer and channel, and by layer and two channels of a block; and
+    how many tokens each call had."""
     channels = (config.layers, config.heads, config.head_dim)
     places = len(calls(config))
     found: dict[str, tuple[tuple[int, ...], str]] = {"tokens": ((places,), "int64")}
     for kind in "kv":
         found[f"{kind}.largest"] = channels, "float32"
         found[f"{kind}.counts"] = (*channels, BINS), "uint32"
-    for name, (inputs, _) in zip(NAMES, layer_matrices(config)):
+    for name, (inputs, outputs) in zip(NAMES, layer_matrices(config)):
         if name not in SHARED:
-            found[f"{name}.squares"] = (places, config.layers, inputs), "float64"
+            block = weight_block("int4", inputs, outputs)
+            moments = config.layers, inputs // block, block, block
             found[f"{name}.largest"] = (places, config.layers, inputs), "float32"
+            found[f"{name}.moments"] = moments, "float32"
     return found
 
 
@@ -220,28 +225,33 @@ def add(found: Statistics, kind: str, layer: int, tokens: np.ndarray) -> None:
 
 
 def add_inputs(found: Statistics, place: int, name: str, values: np.ndarray) -> None:
-    """Adds what a call gave of a matrix's input: an output of `observed` and its values [inputs].
+    """Adds what a call gave of a matrix's input: an output of `observed` and its values.
 
     Raises `ValueError` for one that is no number.
     """
     key, _, layer = name.rpartition(".")
-    if not np.isfinite(values).all():
-        channel = np.argwhere(~np.isfinite(values))[0, 0]
+    if key.endswith(".largest"):
+        total = found[key][place, int(layer)]
+        np.maximum(total, values, out=total)
+        return
+    squares = values.diagonal(axis1=1, axis2=2).ravel()
+    if not np.isfinite(squares).all():
+        channel = np.argwhere(~np.isfinite(squares))[0, 0]
         matrix = f"blocks.{layer}.{key.rpartition('.')[0]}"
         raise ValueError(f"channel {channel} of what {matrix} is multiplied with")
-    total = found[key][place, int(layer)]
-    (np.add if key.endswith(".squares") else np.maximum)(total, values, out=total)
+    found[key][int(layer)] += values
 
 
 def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]:
     """A denoiser's graph that also gives what its layers' matrices are multiplied with, summed up:
-    for each channel the sum of squares and the largest magnitude, float32 [inputs].
+    the products of every two channels of a block, float32 [inputs / block, block, block], and the
+    largest magnitudes [inputs].
 
-    Returns it and these outputs, self_attn.q.squares.0 and so on. Raises `BundleError` for a
+    Returns it and these outputs, self_attn.q.moments.0 and so on. Raises `BundleError` for a
     denoiser of other matrices than its config calls for.
     """
     model = ir.load(path)
-    graph, outputs = model.graph, []
+    graph, outputs, whole = model.graph, [], forms(config)
     axes = initializer(graph, "observed.axes", ir.tensor([0, 1], dtype=ir.DataType.INT64))
     products = matrices(graph, config, range(config.layers))
     for name, product in products.items():
@@ -253,13 +263,16 @@ def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]
             continue
         exact = ir.node("Cast", [given], {"to": int(ir.DataType.FLOAT)})
         magnitude = ir.node("Abs", exact.outputs)
-        squares = ir.node("ReduceSumSquare", [*exact.outputs, axes], {"keepdims": 0})
         largest = ir.node("ReduceMax", [*magnitude.outputs, axes], {"keepdims": 0})
-        graph.insert_before(product, [exact, magnitude, squares, largest])
-        for what, node in (("squares", squares), ("largest", largest)):
+        (inputs,), moments = whole[f"{matrix}.largest"][0][2:], whole[f"{matrix}.moments"][0][1:]
+        form = ir.tensor([-1, *moments[:2]], dtype=ir.DataType.INT64)
+        form = initializer(graph, f"observed.{matrix}.{layer}", form)
+        split = ir.node("Reshape", [*exact.outputs, form])
+        summed = ir.node("Einsum", split.outputs * 2, {"equation": "nib,nic->ibc"})
+        graph.insert_before(product, [exact, magnitude, largest, split, summed])
+        for what, node, shape in (("largest", largest, (inputs,)), ("moments", summed, moments)):
             (value,) = node.outputs
-            inputs = known(known(product.inputs[1]).shape).numpy()[0]
-            spec = TensorSpec(f"{matrix}.{what}.{layer}", (inputs,))
+            spec = TensorSpec(f"{matrix}.{what}.{layer}", shape)
             value.name, value.dtype = spec.name, ir.DataType.FLOAT
             value.shape = ir.Shape(spec.shape)
             graph.outputs.append(value)
@@ -267,10 +280,11 @@ def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]
     return ir.to_proto(model).SerializeToString(), tuple(outputs)
 
 
-def mean_squares(found: Statistics, layer: int, matrix: str) -> np.ndarray:
-    """Of each channel that a matrix is multiplied with, over all calls, float32 [inputs]."""
-    squares = found[f"{SHARED.get(matrix, matrix)}.squares"][:, layer].sum(0)
-    return (squares / found["tokens"].sum()).astype(np.float32)
+def mean_products(found: Statistics, layer: int, matrix: str) -> np.ndarray:
+    """Of every two channels in a block of those that a matrix is multiplied with, over all calls,
+    float32 [inputs / block, block, block]."""
+    sums = found[f"{SHARED.get(matrix, matrix)}.moments"][layer]
+    return sums / np.float32(found["tokens"].sum())
 
 
 def largest_input(found: Statistics, layer: int, matrix: str) -> float:
