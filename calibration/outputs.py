@@ -25,8 +25,9 @@ def output_losses(exact: Path, quantised: Mapping[str, Path]) -> dict[str, dict[
     The rollout is the one that `verify` records, of `exact` up to the first full context. In each
     of its calls every quantised denoiser is given the same inputs, a context in 8 bits where it
     reads one. All graphs are computed in fp32, so what differs is what they hold, not how they are
-    run. Counted is what a rollout reads: flow in the steps, all else at t = 0. Raises
-    `BackendError` where memory is missing.
+    run. Counted is what a rollout reads: flow in the steps, all else at t = 0. An output that is
+    zero throughout in `exact` has no ratio and is left out. Raises `BackendError` where memory is
+    missing.
     """
     check_memory(exact, *quantised.values())
     config = read_manifest(exact).config
@@ -61,6 +62,7 @@ def output_losses(exact: Path, quantised: Mapping[str, Path]) -> dict[str, dict[
                 math.sqrt(error / signal[name]) if error else 0.0,
             )
             for name, error in by_output.items()
+            if signal[name]
         }
         for bundle, by_output in noise.items()
     }

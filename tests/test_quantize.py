@@ -330,6 +330,16 @@ def test_the_runtime_keeps_a_cache_and_an_archive_of_8_bits(half_bundle, small_c
     assert verify(small_cache).missed == []
 
 
+@pytest.mark.parametrize(("weights", "cache"), [("int4", "int8"), ("int8", "fp8"), ("fp8", "fp8")])
+def test_weights_and_cache_are_quantised_together(weights, cache, half_bundle, calibrated, tmp_path):
+    quantize_bundle(half_bundle, tmp_path / "both", weights, cache, calibrated)
+    found = verify(tmp_path / "both")
+    assert (found.precision.weights, found.precision.cache) == (weights, cache)
+    assert found.missed == []
+    with Session.open(tmp_path / "both") as session:
+        assert np.concatenate(list(session.stream(PROMPTS[0], seconds=3))).std() > 1
+
+
 def test_a_render_with_an_8_bit_cache_goes_on_where_it_was_stopped(small_cache, tmp_path):
     asked = {"prompt": "a red star", "seconds": 9, "checkpoint_seconds": 3.0}
     with Session.open(small_cache) as session:
