@@ -1,8 +1,8 @@
 """The demo world: one bouncing subject over a drifting two-tone ground, or on a tour.
 
 On a tour the camera pans between two places and back, again and again, and the subject travels
-along. Each place has a ground of its own, which the prompt names, and landmarks, which it does
-not: what they look like and where they stand can only be remembered.
+along. Each place has a ground of its own, which the prompt names, and a landmark, which it does
+not: what it looks like and where it stands can only be remembered.
 
 Drawn with OpenCV, anti-aliased and sub-pixel, one clip per call and always the same for the
 same generator state. The words are those of `packforcing.text`; nothing here needs torch.
@@ -23,10 +23,9 @@ RADIUS = (22.0, 28.0)  # pixels; a subject covers about a tenth of the picture
 SPEED = (1.2, 2.4)  # pixels per frame
 DRIFT = (0.2, 0.6)  # pixels per frame, the ground's
 PERIOD = 32  # pixels; half a period is as wide as one token, so a pattern survives
-PAN = (5.0, 6.5)  # pixels per frame: 63 to 75 frames there and back, with halts
-HALT = 12  # frames at each place
-LANDMARKS = 2  # at each place
-LANDMARK_RADIUS = (18.0, 24.0)  # pixels
+PAN = (10.0, 14.0)  # pixels per frame
+HALT = (12.0, 20.0)  # frames at each place; there and back take 42 to 66, so both are seen again
+LANDMARK_RADIUS = (24.0, 32.0)  # pixels
 
 _SHIFT = 6  # OpenCV's fractional bits
 
@@ -102,21 +101,15 @@ def _film(
 
 
 def _place(rng: np.random.Generator, ground: str, others: list[str]) -> np.ndarray:
-    """A plain ground with landmarks, discs and squares of other grounds' colours that do not
-    touch, float32 [SIZE, SIZE, 3]."""
+    """A plain ground with a landmark, a disc or square of another ground's colour, float32
+    [SIZE, SIZE, 3]."""
     picture = np.full((SIZE, SIZE, 3), GROUND_RGB[ground][0], np.float32)
-    standing: list[tuple[np.ndarray, float]] = []
-    while len(standing) < LANDMARKS:
-        radius = rng.uniform(*LANDMARK_RADIUS)
-        centre = rng.uniform(radius, SIZE - radius, 2)
-        if any(np.hypot(*(centre - c)) < radius + r + 4 for c, r in standing):
-            continue
-        standing.append((centre, radius))
-        mask = np.zeros((SIZE, SIZE), np.uint8)
-        _draw(mask, str(rng.choice(["circle", "square"])), centre, radius)
-        cover = mask[..., None].astype(np.float32) / 255
-        picture += cover * (np.float32(GROUND_RGB[str(rng.choice(others))][0]) - picture)
-    return picture
+    radius = rng.uniform(*LANDMARK_RADIUS)
+    centre = rng.uniform(radius, SIZE - radius, 2)
+    mask = np.zeros((SIZE, SIZE), np.uint8)
+    _draw(mask, str(rng.choice(["circle", "square"])), centre, radius)
+    cover = mask[..., None].astype(np.float32) / 255
+    return picture + cover * (np.float32(GROUND_RGB[str(rng.choice(others))][0]) - picture)
 
 
 def _pan(rng: np.random.Generator, frames: int) -> np.ndarray:
@@ -124,11 +117,11 @@ def _pan(rng: np.random.Generator, frames: int) -> np.ndarray:
 
     It begins with half a halt or more, at either place, so that 5 seconds show a return.
     """
-    across = SIZE / rng.uniform(*PAN)
-    begin = rng.integers(2) * (HALT + across) + rng.uniform(0, HALT / 2)
-    phase = np.mod(begin + np.arange(frames), 2 * (HALT + across))
-    there = np.clip(phase - HALT, 0, across)
-    back = np.clip(phase - 2 * HALT - across, 0, across)
+    across, halt = SIZE / rng.uniform(*PAN), rng.uniform(*HALT)
+    begin = rng.integers(2) * (halt + across) + rng.uniform(0, halt / 2)
+    phase = np.mod(begin + np.arange(frames), 2 * (halt + across))
+    there = np.clip(phase - halt, 0, across)
+    back = np.clip(phase - 2 * halt - across, 0, across)
     return SIZE * (there - back) / across
 
 
