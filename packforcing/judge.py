@@ -172,14 +172,18 @@ def view_error(before: Visit, after: Visit) -> float:
 
     Of the pixels where either view shows a landmark (another ground than the place's own), the
     share where the views disagree. Pixels that the subject hid in one of them do not count, nor
-    do disagreements thinner than `EDGE`, which a camera half a pixel off causes. A place without
-    landmarks in both views scores 1: there is nothing to know it by.
+    does what is thinner than `EDGE`: disagreements that a camera half a pixel off causes, and the
+    rim of a subject that was not wholly hidden. A place without landmarks in both views scores 1:
+    there is nothing to know it by.
     """
     own = GROUNDS.index(before.place)
     seen = (before.view >= 0) & (after.view >= 0)
     landmark = seen & ((before.view != own) | (after.view != own))
-    wrong = (landmark & (before.view != after.view)).astype(np.uint8)
-    wrong = cv2.morphologyEx(wrong, cv2.MORPH_OPEN, np.ones((EDGE, EDGE), np.uint8))
+    wrong = landmark & (before.view != after.view)
+    wrong, landmark = (
+        cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((EDGE, EDGE), np.uint8))
+        for mask in (wrong, landmark)
+    )
     return float(wrong.sum() / landmark.sum()) if landmark.any() else 1.0
 
 

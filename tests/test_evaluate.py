@@ -175,6 +175,26 @@ def test_a_tour_returns_to_its_places_and_another_tours_places_differ(world):
     assert not list(judge.visits(plain.prompt, plain.frames))
 
 
+def test_the_rim_of_a_subject_is_no_landmark():
+    """Two places with nothing but a subject, outlined in another ground's colour, are none that
+    could be known again; one that stood there twice is."""
+
+    def frame(ground, x, landmark):
+        picture = np.full((128, 128, 3), judge.GROUND_RGB[ground][0], np.uint8)
+        if landmark:
+            cv2.circle(picture, (90, 100), 24, judge.GROUND_RGB["maroon"][0], -1)
+        cv2.circle(picture, (x, 40), 25, judge.GROUND_RGB["forest"][0], -1)
+        cv2.circle(picture, (x, 40), 23, judge.SUBJECT_RGB["red"], -1)
+        return picture
+
+    for landmark, error in ((False, 1), (True, 0)):
+        video = [frame(ground, 40 + 8 * i, landmark)
+                 for i, ground in enumerate(["navy", "sand", "navy", "sand"])
+                 for _ in range(8)]  # fmt: skip
+        found = judge.loop_closure("a red circle over plain navy and sand", np.stack(video))
+        assert found == [error, error]
+
+
 def test_memory_does_not_grow_with_the_video():
     alive = most = 0
 
