@@ -71,8 +71,8 @@ def calls(config: Config) -> list[str]:
 
 def forms(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of each array of the statistics: k and v by layer, head and channel; what a
-    matrix of a layer reads by call, layer and channel, and by layer and two channels of a block; and
-    how many tokens each call had."""
+    matrix of a layer reads by call, layer and channel, and by layer and two channels of a block;
+    and how many tokens each call had."""
     channels = (config.layers, config.heads, config.head_dim)
     places = len(calls(config))
     found: dict[str, tuple[tuple[int, ...], str]] = {"tokens": ((places,), "int64")}
@@ -265,10 +265,14 @@ def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]
         magnitude = ir.node("Abs", exact.outputs)
         largest = ir.node("ReduceMax", [*magnitude.outputs, axes], {"keepdims": 0})
         (inputs,), moments = whole[f"{matrix}.largest"][0][2:], whole[f"{matrix}.moments"][0][1:]
-        form = ir.tensor([-1, *moments[:2]], dtype=ir.DataType.INT64)
-        form = initializer(graph, f"observed.{matrix}.{layer}", form)
+        form = initializer(
+            graph,
+            f"observed.{matrix}.{layer}",
+            ir.tensor([-1, *moments[:2]], dtype=ir.DataType.INT64),
+        )
         split = ir.node("Reshape", [*exact.outputs, form])
-        summed = ir.node("Einsum", split.outputs * 2, {"equation": "nib,nic->ibc"})
+        (parts,) = split.outputs
+        summed = ir.node("Einsum", [parts, parts], {"equation": "nib,nic->ibc"})
         graph.insert_before(product, [exact, magnitude, largest, split, summed])
         for what, node, shape in (("largest", largest, (inputs,)), ("moments", summed, moments)):
             (value,) = node.outputs

@@ -331,7 +331,7 @@ def test_the_runtime_keeps_a_cache_and_an_archive_of_8_bits(half_bundle, small_c
 
 
 @pytest.mark.parametrize(("weights", "cache"), [("int4", "int8"), ("int8", "fp8"), ("fp8", "fp8")])
-def test_weights_and_cache_are_quantised_together(weights, cache, half_bundle, calibrated, tmp_path):
+def test_weights_and_cache_go_together(weights, cache, half_bundle, calibrated, tmp_path):
     quantize_bundle(half_bundle, tmp_path / "both", weights, cache, calibrated)
     found = verify(tmp_path / "both")
     assert (found.precision.weights, found.precision.cache) == (weights, cache)
