@@ -278,8 +278,8 @@ def scales(
     """Scales [inputs / block, outputs] in `dtype` of a matrix [inputs, outputs], float32, and the
     signal-to-noise ratio with them in dB: of what the matrix gives, if `read` has the mean products
     M of every two channels in a block of what it is multiplied with, [blocks, width, width], those
-    of two blocks taken as uncorrelated; else of its weights. Weights e off by little give outputs
-    off by e' M e. Where a recipe has several clips, `width` has to be `block`.
+    of two blocks taken as uncorrelated; else of its weights. Weights that are off by e put outputs
+    off by e' M e, in the mean square. Where a recipe has several clips, `width` has to be `block`.
 
     Raises `ValueError` for a weight that is no number.
     """
