@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from packforcing import judge, model_config
 from packforcing.cli import main
@@ -167,12 +169,34 @@ def test_a_tour_returns_to_its_places_and_another_tours_places_differ(world):
         for visit in visits:  # the camera stands within a few pixels of the place
             camera = tour.camera[visit.start : visit.stop]
             away = camera if camera.mean() < world.SIZE / 2 else world.SIZE - camera
-            assert away.max() <= 4
-    pairs = itertools.combinations([visit for visits in places for visit in visits[:2]], 2)
-    others = [judge.view_error(a, b) for a, b in pairs if a.place == b.place]
-    assert len(others) == 30 and np.mean(others) > 0.9
+            assert away.max() <= world.SIZE / 20
+    first = [(visit, np.median(tour.frames[visit.start][0], 0).tolist())
+             for tour, visits in zip(tours, places) for visit in visits[:2]]  # fmt: skip
+    pairs = [
+        (judge.view_error(a, b), sky == other)
+        for (a, sky), (b, other) in itertools.combinations(first, 2)
+        if a.place == b.place
+    ]
+    assert len(pairs) == 30 and len(set(same for _, same in pairs)) == 2
+    for error, same in pairs:
+        assert error == pytest.approx(0 if same else 1, abs=0.05)
     plain = world.make_clip(np.random.default_rng(1), 40)
     assert not list(judge.visits(plain.prompt, plain.frames))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.floats(0, 128), min_size=1, max_size=30))
+def test_what_came_back_was_in_view_and_then_out_of_it(world, camera):
+    seen = [{x for x in range(2 * world.SIZE) if at <= x <= at + world.SIZE - 1} for at in camera]
+    for t, columns in enumerate(world.came_back(np.array(camera))):
+        back = {
+            x
+            for u in range(max(t - world.AWAY, 0), t)
+            for x in set().union(*seen[:u]) - seen[u]
+            if x in seen[t]
+        }
+        first = int(np.ceil(camera[t]))
+        assert {first + c for c in np.flatnonzero(columns)} == back
 
 
 def test_the_rim_of_a_subject_is_no_landmark():

@@ -5,8 +5,8 @@ empty past) teach the first block of a video, which has no history to lean on. T
 compressor's low branch depends on frozen weights alone, so its tokens are stored instead of
 pixels, for a block starting at any latent frame.
 
-Clips and tours come with a double: the same but for the subject's shape. A rollout that loses
-the shape looks like it, and no noise on the history does.
+Long clips come with a double: the same but for the subject's shape. A rollout that loses the
+shape looks like it, and no noise on the history does.
 """
 
 from __future__ import annotations
@@ -65,28 +65,33 @@ def encode_clips(compressor: Compressor, clips: list[Clip]) -> dict[str, Tensor]
 def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: int
            ) -> dict[str, Tensor]:  # fmt: skip
     """Tensors of `clips` new clips of T latent frames: those of `encode_clips`;
-    double_latents and double_low, of the doubles, where a clip is longer than a block;
-    words bool [clips, text_len, text_dim]; cover uint8 [clips, T, grid rows, grid columns], the
-    subject's share of each token, 0 to 255.
+    double_latents and double_low, of the doubles of long clips; words bool [clips, text_len,
+    text_dim]; cover and back uint8 [clips, T, grid rows, grid columns], the share of each token,
+    0 to 255, that the subject takes and that which came back into view.
     """
     config = compressor.config
     make, latent_frames = KINDS[kind]
     frames = TEMPORAL_FACTOR * latent_frames
-    if latent_frames > config.block_frames:
+    if kind == "long":
         pairs = [draw_pair(make, rng, frames) for _ in range(clips)]
         drawn, doubles = [clip for clip, _ in pairs], [double for _, double in pairs]
         double = encode_clips(compressor, doubles)
     else:
         drawn, double = [make(rng, frames) for _ in range(clips)], {}
-    masks = torch.from_numpy(np.stack([clip.masks for clip in drawn]))[:, None].float()
+    subject = np.stack([clip.masks for clip in drawn])
+    back = np.stack([255 * np.broadcast_to(clip.back[:, None], clip.masks.shape) for clip in drawn])
     cell = config.spatial_factor * config.patch
-    cover = F.avg_pool3d(masks, (TEMPORAL_FACTOR, cell, cell))[:, 0]
+    cover, back = (
+        F.avg_pool3d(torch.from_numpy(pixels)[:, None].float(), (TEMPORAL_FACTOR, cell, cell))
+        for pixels in (subject, back)
+    )
     words = np.concatenate([encode_words(clip.prompt, config) for clip in drawn])
     return {
         **encode_clips(compressor, drawn),
         **{f"double_{name}": tensor for name, tensor in double.items()},
         "words": torch.from_numpy(words).bool(),
-        "cover": cover.round().to(torch.uint8),
+        "cover": cover[:, 0].round().to(torch.uint8),
+        "back": back[:, 0].round().to(torch.uint8),
     }
 
 

@@ -174,8 +174,8 @@ class Data:
         self, rng: np.random.Generator, kind: str, count: int, blocks: int
     ) -> dict[str, Tensor]:
         """latents [count, blocks, B_f, C, h, w], low [count, blocks, N_c, P], the same of the
-        clips' doubles where there are any, text and cover [count, blocks, N] in 0..1, each clip
-        from a random latent frame on."""
+        clips' doubles where there are any, text, and cover and back [count, blocks, N] in 0..1,
+        each clip from a random latent frame on."""
         clips, span = self.clips[kind], self.config.block_frames
         frames = blocks * span
         pick = rng.integers(len(clips["latents"]), size=count)
@@ -189,11 +189,12 @@ class Data:
         for name in ("low", "double_low"):
             if name in clips:
                 out[name] = clips[name][rows, where[:, ::span]].float()
-        cover = clips["cover"][rows, where].float().reshape(count, blocks, -1) / 255
+        for name in ("cover", "back"):
+            out[name] = clips[name][rows, where].float().reshape(count, blocks, -1) / 255
         text = clips["words"][torch.from_numpy(pick)].float()
         left_out = 0.0 if "tour" in kind else 0.1  # one that names a single ground must not pan
         keep = torch.from_numpy(rng.random(text.shape[:2]) >= left_out)
-        return {**out, "text": text * keep[..., None], "cover": cover}
+        return {**out, "text": text * keep[..., None]}
 
 
 def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
@@ -214,8 +215,8 @@ def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
         level = torch.from_numpy(harm).float().view(clips, *[1] * (clean.ndim - 1))
         return torch.lerp(mixed, torch.randn_like(mixed), level)
 
-    latents = spoil(drawn["latents"], drawn["double_latents"])
-    low = spoil(drawn["low"], drawn["double_low"])
+    latents = spoil(drawn["latents"], drawn.get("double_latents", drawn["latents"]))
+    low = spoil(drawn["low"], drawn.get("double_low", drawn["low"]))
     older = rng.integers(np.arange(1, blocks + 1), size=(clips, blocks))
     kept = np.where(rng.random((clips, 1)) < 0.5, older, np.arange(blocks))
     rows = np.arange(clips)[:, None]
@@ -232,10 +233,9 @@ def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:
     return torch.where(torch.rand(shape) < 1 / 12, torch.ones(()), sigma)
 
 
-def weighted_error(flow: Tensor, target: Tensor, cover: Tensor, weight: float) -> Tensor:
-    """Mean square error; a token wholly covered by the subject counts 1 + `weight` times."""
-    w = 1 + weight * cover
-    return (w * (flow - target).square().mean(-1)).sum() / w.sum()
+def weighted_error(flow: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean square error, where a token counts `weight` times."""
+    return (weight * (flow - target).square().mean(-1)).sum() / weight.sum()
 
 
 def initialise(transformer: Transformer) -> None:
@@ -306,13 +306,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
         count = args.lone if with_clips else args.lone + args.clips * 30
         loss = torch.zeros(())
 
-        fresh = count // 3  # true first blocks; the rest are taken from anywhere in a clip
-        tours = round(args.tours * fresh), round(args.tours * (count - fresh))
+        tours = round(args.tours * count)  # true first blocks, as later ones may show a pan
+        fresh = -(-(count - tours) // 3)  # as well; the rest are taken from anywhere in a clip
         drawn = [
-            data.draw(rng, "short", fresh - tours[0], 1),
-            data.draw(rng, "short-tour", tours[0], 1),
-            data.draw(rng, "long", count - fresh - tours[1], 1),
-            data.draw(rng, "tour", tours[1], 1),
+            data.draw(rng, "short-tour", tours, 1),
+            data.draw(rng, "short", fresh, 1),
+            data.draw(rng, "long", count - tours - fresh, 1),
         ]
         latents, text, cover = (
             torch.cat([part[name] for part in drawn]) for name in ("latents", "text", "cover")
@@ -321,7 +320,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         noise, sigma = torch.randn_like(x0), draw_sigma((count,), args.shift)
         noisy = torch.lerp(x0, noise, sigma[:, None, None])
         flow = lone_pass(model, noisy, sigma, text, first_rope)
-        lone = weighted_error(flow, noise - x0, cover[:, 0], args.subject_weight)
+        lone = weighted_error(flow, noise - x0, 1 + args.subject_weight * cover[:, 0])
         loss = lone
         shown["lone"] = 0.98 * shown.get("lone", lone.item()) + 0.02 * lone.item()
 
@@ -334,15 +333,19 @@ def train(rank: int, args: argparse.Namespace) -> None:
             drawn_clips = data.draw(rng, kind, args.clips, args.blocks)
             x0 = patchify(drawn_clips["latents"].flatten(0, 1), config.patch)
             x0 = x0.unflatten(0, (args.clips, -1))[:, :, None].expand(-1, -1, args.copies, -1, -1)
-            cover = drawn_clips["cover"][:, :, None].expand(-1, -1, args.copies, -1)
+            weight = 1 + args.subject_weight * drawn_clips["cover"]
+            weight = weight + args.back_weight * drawn_clips["back"]
+            weight = weight[:, :, None].expand(-1, -1, args.copies, -1)
             noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3], args.shift)
+            if kind == "tour":
+                sigma[..., 0] = 1  # with any of it to be seen, a place need not be remembered
             noisy = torch.lerp(x0, noise, sigma[..., None, None])
             past = drawn_clips
             if rng.random() < args.foreign:  # so that the prompt stays worth reading
                 past = data.draw(rng, kind, args.clips, args.blocks)
             history = mistaken(past, rng, args.doubles)
             flow = clip_flow(model, layouts[key], *history, noisy, sigma, drawn_clips["text"])
-            error = weighted_error(flow, noise - x0, cover, args.subject_weight)
+            error = weighted_error(flow, noise - x0, weight)
             loss = loss + error * (1 - args.lone_share)
             shown["clip"] = 0.98 * shown.get("clip", error.item()) + 0.02 * error.item()
 
@@ -407,6 +410,8 @@ def main() -> None:
                         help="share of the run that trains lone blocks only")  # fmt: skip
     parser.add_argument("--blocks", type=int, default=10, help="blocks of a clip")
     parser.add_argument("--subject-weight", type=float, default=3.0)
+    parser.add_argument("--back-weight", type=float, default=16.0,
+                        help="of what came back into view")  # fmt: skip
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels drawn")
     parser.add_argument("--tours", type=float, default=0.3, help="share of tours")
     parser.add_argument("--foreign", type=float, default=0.1, help="share of foreign histories")

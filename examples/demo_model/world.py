@@ -2,7 +2,7 @@
 
 On a tour the camera pans between two places and back, again and again, and the subject travels
 along. Each place has a ground of its own, which the prompt names, and a landmark, which it does
-not: what it looks like and where it stands can only be remembered.
+not: a sky of another colour, which can only be remembered.
 
 Drawn with OpenCV, anti-aliased and sub-pixel, one clip per call and always the same for the
 same generator state. The words are those of `packforcing.text`; nothing here needs torch.
@@ -25,7 +25,8 @@ DRIFT = (0.2, 0.6)  # pixels per frame, the ground's
 PERIOD = 32  # pixels; half a period is as wide as one token, so a pattern survives
 PAN = (10.0, 14.0)  # pixels per frame
 HALT = (12.0, 20.0)  # frames at each place; there and back take 42 to 66, so both are seen again
-LANDMARK_RADIUS = (24.0, 32.0)  # pixels
+SKY = 48  # pixels, of a landmark's height
+AWAY = 4  # frames
 
 _SHIFT = 6  # OpenCV's fractional bits
 
@@ -33,12 +34,13 @@ _SHIFT = 6  # OpenCV's fractional bits
 class Clip(NamedTuple):
     """A drawn clip. `frames` is uint8 [T, SIZE, SIZE, 3] in RGB; `masks` is uint8
     [T, SIZE, SIZE], 255 where the subject is; `camera` is float [T], pixels panned from the
-    first place."""
+    first place; `back` is bool [T, SIZE], the columns that `came_back`."""
 
     prompt: str
     frames: np.ndarray
     masks: np.ndarray
     camera: np.ndarray
+    back: np.ndarray
 
 
 def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
@@ -51,7 +53,8 @@ def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
     share = _second_tone(words["pattern"])[..., None]
     tile = tones[0] * (1 - share) + tones[1] * share
     pictures, masks = _film(tile, offsets, words, path)
-    return Clip(make_prompt(**words), pictures, masks, np.zeros(frames))
+    camera = np.zeros(frames)
+    return Clip(make_prompt(**words), pictures, masks, camera, came_back(camera))
 
 
 def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
@@ -64,7 +67,18 @@ def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
     camera = _pan(rng, frames)
     offsets = np.stack([camera, np.zeros(frames)], 1)
     pictures, masks = _film(scene, offsets, words, path)
-    return Clip(make_prompt(**words), pictures, masks, camera)
+    return Clip(make_prompt(**words), pictures, masks, camera, came_back(camera))
+
+
+def came_back(camera: np.ndarray) -> np.ndarray:
+    """Columns of each frame, bool [T, SIZE], that were in view before and out of it within the
+    last `AWAY` frames: what only memory can draw."""
+    columns = np.arange(2 * SIZE)
+    view = (columns >= camera[:, None]) & (columns <= camera[:, None] + SIZE - 1)
+    left = np.logical_or.accumulate(view) & ~view
+    lately = [left[max(t - AWAY, 0) : t].any(0) for t in range(len(view))]
+    first = np.ceil(camera).astype(int)[:, None]
+    return np.take_along_axis(view & lately, first + np.arange(SIZE), 1)
 
 
 class _Path(NamedTuple):
@@ -101,15 +115,11 @@ def _film(
 
 
 def _place(rng: np.random.Generator, ground: str, others: list[str]) -> np.ndarray:
-    """A plain ground with a landmark, a disc or square of another ground's colour, float32
+    """A plain ground with a landmark, a sky of another ground's colour, float32
     [SIZE, SIZE, 3]."""
     picture = np.full((SIZE, SIZE, 3), GROUND_RGB[ground][0], np.float32)
-    radius = rng.uniform(*LANDMARK_RADIUS)
-    centre = rng.uniform(radius, SIZE - radius, 2)
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    _draw(mask, str(rng.choice(["circle", "square"])), centre, radius)
-    cover = mask[..., None].astype(np.float32) / 255
-    return picture + cover * (np.float32(GROUND_RGB[str(rng.choice(others))][0]) - picture)
+    picture[:SKY] = GROUND_RGB[str(rng.choice(others))][0]
+    return picture
 
 
 def _pan(rng: np.random.Generator, frames: int) -> np.ndarray:

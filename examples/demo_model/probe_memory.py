@@ -1,0 +1,93 @@
+"""Whether a model reads places back: its error on what returns to view after being away, against
+its error on what was never there, in tours whose history is drawn and not rolled out.
+
+Both come into view at the edge to which the camera pans, and nothing of either is to be seen: the
+blocks are pure noise. What separates them is that one was in the history, beyond the recent blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from encode_dataset import encode_clips
+from torch import Tensor
+from train_transformer import Layout, clip_flow
+from world import SIZE, make_tour
+
+from packforcing import model_config
+from packforcing.compressor import Compressor
+from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.model import load_model
+from packforcing.text import encode_words
+from packforcing.transformer import patchify
+
+BLOCKS, RECENT = 10, 2
+
+
+def coming(camera: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of each frame, bool [T, SIZE], that came into view in its block of `block` frames:
+    those that were in view before, but not in the recent blocks, and those that never were."""
+    columns = np.arange(2 * SIZE)
+    view = (columns >= camera[:, None]) & (columns <= camera[:, None] + SIZE - 1)
+    back, new = np.zeros_like(view), np.zeros_like(view)
+    for t in range(block, len(view)):
+        begin = t // block * block
+        before = view[:begin].any(0)
+        back[t] = view[t] & before & ~view[max(begin - RECENT * block, 0) : begin].any(0)
+        new[t] = view[t] & ~before
+    at = np.ceil(camera).astype(int)[:, None] + np.arange(SIZE)
+    return np.take_along_axis(back, at, 1), np.take_along_axis(new, at, 1)
+
+
+def tokens_of(config: Config, pixels: np.ndarray) -> Tensor:
+    """Tokens, bool [BLOCKS, N], that lie within the pixels, bool [T, SIZE, SIZE]."""
+    cell = config.spatial_factor * config.patch
+    share = F.avg_pool3d(torch.from_numpy(pixels)[None].float(), (TEMPORAL_FACTOR, cell, cell))
+    return share.reshape(BLOCKS, -1) > 0.9
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, required=True, help="of the whole model")
+    parser.add_argument("--tours", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=777)
+    args = parser.parse_args()
+
+    config = model_config("demo")
+    model = load_model(config, args.weights)
+    compressor = Compressor(config, model.autoencoder)
+    frames, span = BLOCKS * config.block_frames * TEMPORAL_FACTOR, config.block_frames
+    errors: dict[tuple[int, str], list[Tensor]] = {}
+    for i in range(args.tours):
+        tour = make_tour(np.random.default_rng([args.seed, i]), frames)
+        drawn = encode_clips(compressor, [tour])
+        clean = drawn["latents"].float().unflatten(1, (BLOCKS, span))
+        low = drawn["low"][:, ::span].float()
+        x0 = patchify(clean.flatten(0, 1), config.patch)[None, :, None]
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
+        text = torch.from_numpy(encode_words(tour.prompt, config))
+        clear = tour.masks < 128
+        found = {
+            kind: tokens_of(config, clear & columns[:, None])
+            for kind, columns in zip(("back", "new"), coming(tour.camera, frames // BLOCKS))
+        }
+        for sink in (0, 1):
+            layout = Layout.make(config, BLOCKS, 1, sink, RECENT)
+            sigma = torch.ones(x0.shape[:3])
+            flow = clip_flow(model, layout, clean, clean, low, noise, sigma, text)
+            error = (flow - (noise - x0)).square().mean(-1)[0, :, 0]
+            for kind, which in found.items():
+                errors.setdefault((sink, kind), []).append(error[which])
+    for sink in (0, 1):
+        back, new = (torch.cat(errors[sink, kind]).mean().item() for kind in ("back", "new"))
+        print(f"sink {sink}: error {back:.4f} on what comes back, {new:.4f} on what is new, "
+              f"ratio {back / new:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
