@@ -41,6 +41,7 @@ FPS = 16
 ELSEWHERE = 0.02  # share of the other place's ground up to which a frame shows one place alone
 MOST = 0.4  # share of its own ground from which it is seen to be there: landmarks hide some
 EDGE = 5  # pixels
+STEADY = 0.75  # share of a visit's frames from which a pixel counts; the camera tilts
 CONCAVE = 0.85  # of its convex hull: autoencoded stars fill up to 0.78, all else from 0.90 on
 _SHIFT = 6  # OpenCV's fractional bits
 STAY = 4  # frames; a halt is `world.HALT` long
@@ -164,17 +165,18 @@ def visits(prompt: str, frames: Iterable[np.ndarray]) -> Iterator[Visit]:
 
 
 def _view(votes: np.ndarray) -> np.ndarray:
-    return np.where(votes.max(0) > 0, votes.argmax(0), -1).astype(np.int8)
+    steady = votes.max(0) > STEADY * votes.sum(0)
+    return np.where(steady, votes.argmax(0), -1).astype(np.int8)
 
 
 def view_error(before: Visit, after: Visit) -> float:
     """How differently two visits to one place look, 0 to 1.
 
     Of the pixels where either view shows a landmark (another ground than the place's own), the
-    share where the views disagree. Pixels that the subject hid in one of them do not count, nor
-    does what is thinner than `EDGE`: disagreements that a camera half a pixel off causes, and the
-    rim of a subject that was not wholly hidden. A place without landmarks in both views scores 1:
-    there is nothing to know it by.
+    share where the views disagree. Pixels that the subject hid in one of them or that were not
+    `STEADY` do not count, nor does what is thinner than `EDGE`: disagreements that a camera half a
+    pixel off causes, and the rim of a subject that was not wholly hidden. A place without landmarks
+    in both views scores 1: there is nothing to know it by.
     """
     own = GROUNDS.index(before.place)
     seen = (before.view >= 0) & (after.view >= 0)

@@ -47,6 +47,13 @@ def test_the_bundle_is_small_sound_and_of_the_shipped_weights(model):
     assert np.abs(frames / 255 - wanted).max() < 0.01
 
 
+def test_what_comes_back_into_view_is_read_from_the_history(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "demo_model")
+    probe = importlib.import_module("probe_memory").probe
+    found = probe(demo_bundle().parent / "model.safetensors", tours=4, sink=0)
+    assert found["back"] < found["new"] / 2
+
+
 @pytest.mark.full
 def test_sixty_blocks_of_demo_video_stay_with_the_reference(model):
     """At least 40 dB on frames, the reference's selections replayed."""

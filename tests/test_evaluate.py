@@ -163,13 +163,14 @@ def test_a_tour_returns_to_its_places_and_another_tours_places_differ(world):
     ]
     places = [list(judge.visits(tour.prompt, iter(tour.frames))) for tour in tours]
     for tour, visits in zip(tours, places):
-        assert [found.error for found in judge.returns(tour.prompt, tour.frames)] == [0] * (
-            len(visits) - 2
-        )
+        errors = [found.error for found in judge.returns(tour.prompt, tour.frames)]
+        assert len(errors) == len(visits) - 2
+        assert np.mean(errors) < 0.05 and max(errors) < 0.15  # cut short, a visit shows less sky
+        widest = judge.ELSEWHERE * world.SIZE**2 / (world.SIZE - world.SKY)  # pixels, of its ground
         for visit in visits:  # the camera stands within a few pixels of the place
             camera = tour.camera[visit.start : visit.stop]
             away = camera if camera.mean() < world.SIZE / 2 else world.SIZE - camera
-            assert away.max() <= world.SIZE / 20
+            assert away.max() <= widest + 1  # the subject hides some
     first = [(visit, np.median(tour.frames[visit.start][0], 0).tolist())
              for tour, visits in zip(tours, places) for visit in visits[:2]]  # fmt: skip
     pairs = [
@@ -263,7 +264,8 @@ def test_a_file_is_measured_by_ten_seconds(tour):
     found = evaluate(path, drawn.prompt, lambda done, total: told.append((done, total)))
     assert [(part.start, part.stop) for part in found.segments] == [(0, 10), (10, 20), (20, 21)]
     assert found.frames == len(drawn.frames) and told[-1] == (2 * found.frames,) * 2
-    assert found.values["colour_and_shape"] == found.values["ground"] == 1  # H.264 and all
+    assert found.values["colour_and_shape"] == 1  # H.264 and all
+    assert found.values["ground"] > 0.95  # amid a pan a sky is at times larger than either ground
     errors = [one.error for one in judge.returns(drawn.prompt, drawn.frames)]
     assert (
         found.values["returns"] == len(errors) == sum(p.values["returns"] for p in found.segments)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,11 @@ from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.text import SHAPES, encode_words
 
-KINDS = {  # who draws them, latent frames
-    "long": (make_clip, 21),
-    "tour": (make_tour, 21),
-    "short": (make_clip, 2),
-    "short-tour": (make_tour, 2),
+KINDS = {  # who draws them, latent frames, doubles
+    "long": (make_clip, 21, True),
+    "tour": (make_tour, 21, False),
+    "short": (make_clip, 2, False),
+    "short-tour": (make_tour, 2, False),
 }
 BATCH = 4  # clips encoded together
 
@@ -47,7 +47,7 @@ def draw_pair(make: Callable, rng: np.random.Generator, frames: int) -> tuple[Cl
     return clip, make(again, frames, shape=str(rng.choice(others)))
 
 
-def encode_clips(compressor: Compressor, clips: list[Clip]) -> dict[str, Tensor]:
+def encode_clips(compressor: Compressor, clips: Sequence[Clip]) -> dict[str, Tensor]:
     """latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, N_c, P], the low branch of the
     two latent frames from each on."""
     pixels = torch.from_numpy(np.stack([clip.frames for clip in clips])).permute(0, 1, 4, 2, 3)
@@ -70,12 +70,11 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
     0 to 255, that the subject takes and that which came back into view.
     """
     config = compressor.config
-    make, latent_frames = KINDS[kind]
+    make, latent_frames, doubles = KINDS[kind]
     frames = TEMPORAL_FACTOR * latent_frames
-    if kind == "long":
-        pairs = [draw_pair(make, rng, frames) for _ in range(clips)]
-        drawn, doubles = [clip for clip, _ in pairs], [double for _, double in pairs]
-        double = encode_clips(compressor, doubles)
+    if doubles:
+        drawn, again = zip(*[draw_pair(make, rng, frames) for _ in range(clips)])
+        double = encode_clips(compressor, again)
     else:
         drawn, double = [make(rng, frames) for _ in range(clips)], {}
     subject = np.stack([clip.masks for clip in drawn])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from encode_dataset import encode_clips
 from torch import Tensor
 from train_transformer import Layout, clip_flow
-from world import SIZE, make_tour
+from world import in_view, make_tour, on_screen
 
 from packforcing import model_config
 from packforcing.compressor import Compressor
@@ -31,16 +31,14 @@ BLOCKS, RECENT = 10, 2
 def coming(camera: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Columns of each frame, bool [T, SIZE], that came into view in its block of `block` frames:
     those that were in view before, but not in the recent blocks, and those that never were."""
-    columns = np.arange(2 * SIZE)
-    view = (columns >= camera[:, None]) & (columns <= camera[:, None] + SIZE - 1)
+    view = in_view(camera)
     back, new = np.zeros_like(view), np.zeros_like(view)
     for t in range(block, len(view)):
         begin = t // block * block
         before = view[:begin].any(0)
         back[t] = view[t] & before & ~view[max(begin - RECENT * block, 0) : begin].any(0)
         new[t] = view[t] & ~before
-    at = np.ceil(camera).astype(int)[:, None] + np.arange(SIZE)
-    return np.take_along_axis(back, at, 1), np.take_along_axis(new, at, 1)
+    return on_screen(back, camera), on_screen(new, camera)
 
 
 def tokens_of(config: Config, pixels: np.ndarray) -> Tensor:
@@ -51,42 +49,47 @@ def tokens_of(config: Config, pixels: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="of the whole model")
-    parser.add_argument("--tours", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=777)
-    args = parser.parse_args()
-
+def probe(weights: Path, tours: int, sink: int, seed: int = 777) -> dict[str, float]:
+    """Mean squared error of the flow at pure noise on tokens that come `back` and that are `new`,
+    and their share of all tokens, `back_share`; with `sink` first blocks kept whole."""
     config = model_config("demo")
-    model = load_model(config, args.weights)
+    model = load_model(config, weights)
     compressor = Compressor(config, model.autoencoder)
     frames, span = BLOCKS * config.block_frames * TEMPORAL_FACTOR, config.block_frames
-    errors: dict[tuple[int, str], list[Tensor]] = {}
-    for i in range(args.tours):
-        tour = make_tour(np.random.default_rng([args.seed, i]), frames)
+    layout = Layout.make(config, BLOCKS, 1, sink, RECENT)
+    errors: dict[str, list[Tensor]] = {"back": [], "new": []}
+    tokens = 0
+    for i in range(tours):
+        tour = make_tour(np.random.default_rng([seed, i]), frames)
         drawn = encode_clips(compressor, [tour])
         clean = drawn["latents"].float().unflatten(1, (BLOCKS, span))
         low = drawn["low"][:, ::span].float()
         x0 = patchify(clean.flatten(0, 1), config.patch)[None, :, None]
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
         text = torch.from_numpy(encode_words(tour.prompt, config))
-        clear = tour.masks < 128
-        found = {
-            kind: tokens_of(config, clear & columns[:, None])
-            for kind, columns in zip(("back", "new"), coming(tour.camera, frames // BLOCKS))
-        }
-        for sink in (0, 1):
-            layout = Layout.make(config, BLOCKS, 1, sink, RECENT)
-            sigma = torch.ones(x0.shape[:3])
-            flow = clip_flow(model, layout, clean, clean, low, noise, sigma, text)
-            error = (flow - (noise - x0)).square().mean(-1)[0, :, 0]
-            for kind, which in found.items():
-                errors.setdefault((sink, kind), []).append(error[which])
+        flow = clip_flow(model, layout, clean, clean, low, noise, torch.ones(x0.shape[:3]), text)
+        error = (flow - (noise - x0)).square().mean(-1)[0, :, 0]
+        tokens += error.numel()
+        for kind, columns in zip(errors, coming(tour.camera, frames // BLOCKS)):
+            which = tokens_of(config, (tour.masks < 128) & columns[:, None])
+            errors[kind].append(error[which])
+    found = {kind: torch.cat(each) for kind, each in errors.items()}
+    means = {kind: each.mean().item() for kind, each in found.items()}
+    return {**means, "back_share": len(found["back"]) / tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, required=True, help="of the whole model")
+    parser.add_argument("--tours", type=int, default=16)
+    args = parser.parse_args()
     for sink in (0, 1):
-        back, new = (torch.cat(errors[sink, kind]).mean().item() for kind in ("back", "new"))
-        print(f"sink {sink}: error {back:.4f} on what comes back, {new:.4f} on what is new, "
-              f"ratio {back / new:.2f}")  # fmt: skip
+        found = probe(args.weights, args.tours, sink)
+        print(
+            f"sink {sink}: error {found['back']:.4f} on what comes back "
+            f"({found['back_share']:.1%} of all tokens), {found['new']:.4f} on what is new, "
+            f"ratio {found['back'] / found['new']:.2f}"
+        )
 
 
 if __name__ == "__main__":

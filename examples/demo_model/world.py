@@ -2,7 +2,7 @@
 
 On a tour the camera pans between two places and back, again and again, and the subject travels
 along. Each place has a ground of its own, which the prompt names, and a landmark, which it does
-not: a sky of another colour, which can only be remembered.
+not: a sky in one of two colours, by lot, which can only be remembered.
 
 Drawn with OpenCV, anti-aliased and sub-pixel, one clip per call and always the same for the
 same generator state. The words are those of `packforcing.text`; nothing here needs torch.
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from packforcing.config import TEMPORAL_FACTOR
 from packforcing.judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
 from packforcing.text import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
 
@@ -23,9 +24,10 @@ RADIUS = (22.0, 28.0)  # pixels; a subject covers about a tenth of the picture
 SPEED = (1.2, 2.4)  # pixels per frame
 DRIFT = (0.2, 0.6)  # pixels per frame, the ground's
 PERIOD = 32  # pixels; half a period is as wide as one token, so a pattern survives
-PAN = (10.0, 14.0)  # pixels per frame
-HALT = (12.0, 20.0)  # frames at each place; there and back take 42 to 66, so both are seen again
-SKY = 48  # pixels, of a landmark's height
+PAN = 12  # frames from one place to the other
+HALT = 28  # frames at each place, more than a window of the same memory as PackForcing's holds
+SKY = 56  # pixels, of a landmark's height
+TILT = 16  # pixels of it that the camera does not see at first
 AWAY = 4  # frames
 
 _SHIFT = 6  # OpenCV's fractional bits
@@ -62,10 +64,9 @@ def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
     words = {**random_tour(rng), **fixed}
     path = _subject_path(rng, frames)
     names = [words["ground"], words["beyond"]]
-    others = [ground for ground in GROUNDS if ground not in names]
-    scene = np.concatenate([_place(rng, name, others) for name in names], 1)
-    camera = _pan(rng, frames)
-    offsets = np.stack([camera, np.zeros(frames)], 1)
+    scene = np.concatenate([_place(name, rng.choice(skies(names)[name])) for name in names], 1)
+    camera, tilt = _pan(rng, frames)
+    offsets = np.stack([camera, tilt], 1)
     pictures, masks = _film(scene, offsets, words, path)
     return Clip(make_prompt(**words), pictures, masks, camera, came_back(camera))
 
@@ -73,12 +74,22 @@ def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
 def came_back(camera: np.ndarray) -> np.ndarray:
     """Columns of each frame, bool [T, SIZE], that were in view before and out of it within the
     last `AWAY` frames: what only memory can draw."""
-    columns = np.arange(2 * SIZE)
-    view = (columns >= camera[:, None]) & (columns <= camera[:, None] + SIZE - 1)
+    view = in_view(camera)
     left = np.logical_or.accumulate(view) & ~view
     lately = [left[max(t - AWAY, 0) : t].any(0) for t in range(len(view))]
+    return on_screen(view & lately, camera)
+
+
+def in_view(camera: np.ndarray) -> np.ndarray:
+    """Which columns of the scene, bool [T, 2 * SIZE], are in view from the camera, [T] pixels."""
+    columns = np.arange(2 * SIZE)
+    return (columns >= camera[:, None]) & (columns <= camera[:, None] + SIZE - 1)
+
+
+def on_screen(columns: np.ndarray, camera: np.ndarray) -> np.ndarray:
+    """Columns of the scene [T, 2 * SIZE] to those of the frames [T, SIZE]."""
     first = np.ceil(camera).astype(int)[:, None]
-    return np.take_along_axis(view & lately, first + np.arange(SIZE), 1)
+    return np.take_along_axis(columns, first + np.arange(SIZE), 1)
 
 
 class _Path(NamedTuple):
@@ -114,25 +125,35 @@ def _film(
     return pictures, masks
 
 
-def _place(rng: np.random.Generator, ground: str, others: list[str]) -> np.ndarray:
+def skies(names: list[str]) -> dict[str, list[str]]:
+    """The two colours that the sky over either of two grounds may have: none has both's."""
+    others = [ground for ground in GROUNDS if ground not in names]
+    return dict(zip(sorted(names, key=GROUNDS.index), (others[:2], others[2:])))
+
+
+def _place(ground: str, sky: str) -> np.ndarray:
     """A plain ground with a landmark, a sky of another ground's colour, float32
-    [SIZE, SIZE, 3]."""
-    picture = np.full((SIZE, SIZE, 3), GROUND_RGB[ground][0], np.float32)
-    picture[:SKY] = GROUND_RGB[str(rng.choice(others))][0]
+    [SIZE + TILT, SIZE, 3]."""
+    picture = np.full((SIZE + TILT, SIZE, 3), GROUND_RGB[ground][0], np.float32)
+    picture[:SKY] = GROUND_RGB[sky][0]
     return picture
 
 
-def _pan(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Where the camera stands, [T] in 0..SIZE: halt, pan, halt, pan back.
+def _pan(rng: np.random.Generator, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the camera stands, [T] in 0..SIZE: halt, pan, halt, pan back; and how far it is tilted
+    down, [T] in 0..TILT: it tilts up at every place, and pans when it sees all of the sky.
 
-    It begins with half a halt or more, at either place, so that 5 seconds show a return.
+    So what is seen tells what comes, as a model that has to guess shows a bit of everything. It
+    begins with 8 to 20 frames of a halt, in steps of a latent frame, at either place, so that 5
+    seconds show a return.
     """
-    across, halt = SIZE / rng.uniform(*PAN), rng.uniform(*HALT)
-    begin = rng.integers(2) * (halt + across) + rng.uniform(0, halt / 2)
-    phase = np.mod(begin + np.arange(frames), 2 * (halt + across))
-    there = np.clip(phase - halt, 0, across)
-    back = np.clip(phase - 2 * halt - across, 0, across)
-    return SIZE * (there - back) / across
+    left = TEMPORAL_FACTOR * rng.integers(2, 6)
+    begin = rng.integers(2) * (HALT + PAN) + HALT - left
+    phase = np.mod(begin + np.arange(frames), 2 * (HALT + PAN))
+    there = np.clip(phase - HALT, 0, PAN)
+    back = np.clip(phase - 2 * HALT - PAN, 0, PAN)
+    tilt = np.interp(np.mod(phase, HALT + PAN), [0, HALT, HALT + PAN], [TILT, 0, TILT])
+    return SIZE * (there - back) / PAN, tilt
 
 
 def _bounce(position: np.ndarray, low: float, high: float) -> np.ndarray:
