@@ -50,7 +50,7 @@ def test_the_bundle_is_small_sound_and_of_the_shipped_weights(model):
 def test_what_comes_back_into_view_is_read_from_the_history(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "demo_model")
     probe = importlib.import_module("probe_memory").probe
-    found = probe(demo_bundle().parent / "model.safetensors", tours=4, sink=0)
+    found = probe(demo_bundle().parent / "model.safetensors", tours=4, sink=1)
     assert found["back"] < found["new"] / 2
 
 
