@@ -373,7 +373,7 @@ def at_most(limit: Limit, scale: float, wanted: np.ndarray) -> Limit:
         return limit
     step = 1.0
     if wanted.dtype == DTYPES["fp8"]:  # its steps grow with the numbers
-        _, exponent = np.frexp(np.abs(wanted).max().astype(np.float32))
+        _, exponent = math.frexp(np.abs(wanted).max())
         step = 2.0 ** (exponent - 1 - ml_dtypes.finfo(wanted.dtype).nmant)
     return Limit(limit.largest + step * STEP.largest / scale, limit.mean + step * STEP.mean / scale)
 

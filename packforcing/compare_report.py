@@ -336,6 +336,7 @@ def _loss_plot(found: Comparison) -> str:
             axis.set_xlabel("layer")
             axis.set_xlim(-0.5, found.config.layers - 0.5)
             axis.spines[["top", "right"]].set_visible(False)
+            axis.set_visible(any(line.get_xdata().size for line in axis.lines))
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4, frameon=False)
         return _svg(figure)
