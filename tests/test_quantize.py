@@ -42,6 +42,7 @@ from packforcing.calibration.statistics import (
     statistics_for,
 )
 from packforcing.cli import main
+from packforcing.config import Precision
 from packforcing.errors import (
     BundleError,
     CalibrationError,
@@ -62,6 +63,7 @@ from packforcing.runtime.bundle import (
 )
 from packforcing.runtime.engines import graph_files
 from packforcing.runtime.estimate import layer_matrices, weight_block
+from packforcing.runtime.plan import GIB, choose, make_plan
 from packforcing.verify_report import write_reports
 from tests.conftest import TINY
 
@@ -800,3 +802,31 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     assert taken["fp8"] == pytest.approx(1, rel=0.02)
     assert taken["int4"] == pytest.approx(0.52, rel=0.02)
     assert max(scratch.values()) == scratch["fp16"]
+
+
+@pytest.mark.full
+def test_the_whole_history_of_the_full_model_fits_into_4_gib_by_what_was_built(tmp_path, capsys):
+    """In the precision and with the autoencoder that the plan for 4 GiB names."""
+    pytest.importorskip("tensorrt_rtx")
+    from packforcing.export import export_bundle
+    from packforcing.export.engines import build_engines
+    from packforcing.model import random_weights
+
+    planned = choose(MODELS["wan-1.3b"], "sm86", 4 * GIB)
+    config, precision = planned.config, planned.config.precision
+    assert config.policy == MODELS["wan-1.3b"].policy and not planned.streamed
+    half = Precision(compute="fp16", weights="fp16", cache="fp16")
+    exact = msgspec.structs.replace(config, precision=half)
+    export_bundle(exact, random_weights(exact), tmp_path / "fp16")
+    statistics = made_up(tmp_path / "fp16", tmp_path / "s.safetensors")
+    small = tmp_path / "small"
+    quantize_bundle(tmp_path / "fp16", small, precision.weights, precision.cache, statistics)
+    records = build_engines(small, ["sm86", "sm89", "sm120"])
+    built = {name: size for record in records.values() for name, size in record.figures.items()}
+    lines = [f"{precision.weights} weights, {precision.cache} cache, GiB by the built figures"]
+    for target in ("sm86", "sm89", "sm120"):
+        total = make_plan(config, target, built=built).total
+        lines.append(f"{target}: {total / GIB:.3f} (planned {planned.total / GIB:.3f})")
+        assert total <= 4 * GIB
+    with capsys.disabled():
+        print("", *lines, sep="\n")
