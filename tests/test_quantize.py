@@ -823,7 +823,11 @@ def test_the_whole_history_of_the_full_model_fits_into_4_gib_by_what_was_built(t
     quantize_bundle(tmp_path / "fp16", small, precision.weights, precision.cache, statistics)
     records = build_engines(small, ["sm86", "sm89", "sm120"])
     built = {name: size for record in records.values() for name, size in record.figures.items()}
-    lines = [f"{precision.weights} weights, {precision.cache} cache, GiB by the built figures"]
+    scratch = max(records["denoiser"].scratch.values()) / 1e6
+    lines = [
+        f"{precision.weights} weights, {precision.cache} cache: {scratch:.1f} MB of scratch, "
+        "GiB by the built figures"
+    ]
     for target in ("sm86", "sm89", "sm120"):
         total = make_plan(config, target, built=built).total
         lines.append(f"{target}: {total / GIB:.3f} (planned {planned.total / GIB:.3f})")
