@@ -8,10 +8,12 @@ stays small whatever the size of the model. In int4 each feed-forward layer beco
 tensor, so that the product can be made in fp8.
 
 A cache in 8 bits has fixed scales per layer, head and channel; the two channels of a RoPE pair of
-a key share one. New keys and values are divided by them, rounded and handed out; those of the
-context are multiplied by them as they are read. A block's own keys and values stay exact for
-itself. Q/DQ nodes know scales along one axis only, so theirs is 1 and the scale is a product of
-its own.
+a key share one. New keys and values are divided by them, rounded and handed out. Values of the
+context are multiplied by them as they are read. Keys stay divided, those of the context and those
+of the block itself, and queries are multiplied instead, which are fewer: of the same product, and
+the rotation of a pair commutes with a scale that its channels share. A block's own keys and values
+are not rounded for itself. Q/DQ nodes know scales along one axis only, so theirs is 1 and the scale
+is a product of its own.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ from packforcing.runtime.bundle import check_files, contract, graph_file, read_m
 from packforcing.runtime.estimate import INT4_BLOCK, weight_block
 
 DENOISER = graph_file("denoiser")
+# Keys are divided by their steps in fp16, which ends at 65,504. So even in the head's smallest
+# channel one may be 4 times as large as the largest that was seen in any of int8, twice in fp8.
+WIDEST = 64
 
 
 class Quantised(msgspec.Struct, frozen=True, kw_only=True):
@@ -352,40 +357,57 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray, ki
     exact, number = graph.outputs[index], ir.DataType[CACHE[kind].format]
     cached = next(value for value in graph.inputs if value.name == context)
     full = known(exact.dtype)
-    dtype = full.numpy()
-    smallest = 2 / float(np.finfo(dtype).max)  # one whose inverse is a number
-    step = np.maximum(step, smallest).astype(dtype)[None, :, None]
+    smallest = np.finfo(full.numpy()).smallest_normal  # below it a GPU may divide by zero
+    step = np.maximum(step, smallest).astype(full.numpy())[None, :, None]
+    steps = initializer(graph, f"{context}.step", ir.tensor(step))
     one = graph.initializers.get("cache.step") or initializer(
-        graph, "cache.step", ir.tensor(np.ones((), dtype))
+        graph, "cache.step", ir.tensor(np.ones((), full.numpy()))
     )
-    exact.name = f"{new}.exact"
-    inverse = initializer(graph, f"{new}.inverse", ir.tensor((1 / step.astype("f")).astype(dtype)))
-    divide = ir.node("Mul", [exact, inverse])
-    quantize = ir.node("QuantizeLinear", [divide.outputs[0], one], {"output_dtype": int(number)})
-    dequantize = ir.node("DequantizeLinear", [cached, one])
-    multiply = ir.node(
-        "Mul", [dequantize.outputs[0], initializer(graph, f"{context}.step", ir.tensor(step))]
-    )
-    for node, name, like, held in (
-        (divide, f"{new}.steps", exact, full),
-        (quantize, new, exact, number),
-        (dequantize, f"{context}.steps", cached, full),
-        (multiply, f"{context}.exact", cached, full),
-    ):
+
+    def add(kind: str, inputs: list[ir.Value], name: str, like: ir.Value, **what: int) -> ir.Node:
+        node = ir.node(kind, inputs, what)
         (value,) = node.outputs
-        value.name, value.shape, value.dtype = name, like.shape, held
-    cached.dtype = number
-    for node, position in list(cached.uses()):
-        if node is not dequantize:
-            node.replace_input_with(position, multiply.outputs[0])
-    graph.insert_before(graph[0], [dequantize, multiply])
+        value.name, value.shape = name, like.shape
+        value.dtype = number if kind == "QuantizeLinear" else full
+        return node
+
+    (join,) = cached.consumers()  # where keys or values of block and context come together
+    divide = add("Div", [exact, steps], f"{new}.steps", exact)
+    quantize = add("QuantizeLinear", [*divide.outputs, one], new, exact, output_dtype=int(number))
+    dequantize = add("DequantizeLinear", [cached, one], f"{context}.steps", cached)
+    (read,) = dequantize.outputs
+    if new.startswith("k_"):
+        join.replace_input_with(list(join.inputs).index(exact), divide.outputs[0])
+        rotate = rotation_of_queries(join)
+        query = known(rotate.inputs[0])
+        scale = add("Mul", [query, steps], f"{query.name}.scaled", query)
+        rotate.replace_input_with(0, scale.outputs[0])
+        graph.insert_before(rotate, scale)
+    else:
+        multiply = add("Mul", [read, steps], f"{context}.exact", cached)
+        (read,) = multiply.outputs
+        graph.insert_before(join, multiply)
+    join.replace_input_with(list(join.inputs).index(cached), read)
+    graph.insert_before(graph[0], dequantize)
     graph.insert_after(known(exact.producer()), [divide, quantize])
+    exact.name, cached.dtype = f"{new}.exact", number
     graph.outputs[index] = quantize.outputs[0]
+
+
+def rotation_of_queries(keys: ir.Node) -> ir.Node:
+    """The node that rotates the queries of the attention that keys go into."""
+    node = keys
+    while node.op_type != "Attention":
+        (node,) = node.outputs[0].consumers()
+    while node.op_type != "RotaryEmbedding":
+        node = known(known(node.inputs[0]).producer())
+    return node
 
 
 def cache_steps(found: Statistics, recipe: Recipe) -> dict[str, np.ndarray]:
     """The steps of keys and values, "k" and "v", float32 [L, H, d]: of the recipe's ends of the
-    range the one whose squared error, summed over the histogram, is least.
+    range the one whose squared error, summed over the histogram, is least. No step of a key is
+    below a `WIDEST` of the largest in its head.
 
     Raises `CalibrationError` for a channel that was always zero.
     """
@@ -413,4 +435,5 @@ def cache_steps(found: Statistics, recipe: Recipe) -> dict[str, np.ndarray]:
         steps[kind] = np.broadcast_to(steps[kind], (*largest.shape, shared)).reshape(
             found[f"{kind}.largest"].shape
         )
+    steps["k"] = np.maximum(steps["k"], steps["k"].max(-1, keepdims=True) / WIDEST)
     return steps

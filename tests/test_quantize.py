@@ -272,6 +272,18 @@ def test_a_scale_is_one_for_a_rope_pair_of_keys_and_reaches_the_largest_without_
     np.testing.assert_allclose(steps["k"][0] * 127, pairs, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("kind", "margin"), [("int8", 4), ("fp8", 2)])
+def test_a_key_in_steps_is_a_number_in_fp16_though_its_channel_seemed_almost_dead(kind, margin):
+    """A block's own keys are divided by their steps and not cut off."""
+    found = nothing(1, 2, 4)
+    for name in "kv":
+        tokens = np.random.default_rng(0).uniform(-1, 1, (2, 1000, 4)) * [1e-6, 1e-6, 10, 0.01]
+        add(found, name, 0, tokens.astype(np.float32))
+    (steps,) = cache_steps(found, CACHE[kind])["k"]
+    assert (margin * 10 / steps < np.finfo(np.float16).max).all()
+    assert steps[:, 0] == pytest.approx(steps[:, 2] / 64)  # too small to cost anything
+
+
 def test_a_cache_in_8_bits_is_the_rounded_one(half_bundle, small_cache, calibrated):
     """A step's new keys and values, times their steps, are the exact ones to half a step; and the
     flow from a context given in 8 bits is the flow from what these stand for."""
@@ -514,10 +526,10 @@ def test_calibration_goes_on_where_it_was_interrupted(half_bundle, calibrated, t
 
 @pytest.mark.parametrize("largest", [6e4, 1.0, 1e-3, 1e-6, 1e-9])
 def test_a_cache_keeps_channels_of_any_size(largest):
-    """In fp16 a step has a smallest size, below which its inverse would be no number."""
+    """In fp16 a step has a smallest size, below which a GPU might take it for zero."""
     new, context, seen, given = (
         ir.Value(name=name, shape=ir.Shape([1, 1, 3, 2]), type=ir.TensorType(ir.DataType.FLOAT16))
-        for name in ("k_new.0", "k_ctx.0", "seen", "given")
+        for name in ("v_new.0", "v_ctx.0", "seen", "given")
     )
     nodes = [
         ir.node("Identity", [given], outputs=[new]),
@@ -525,7 +537,7 @@ def test_a_cache_keeps_channels_of_any_size(largest):
     ]
     graph = ir.Graph([given, context], [new, seen], nodes=nodes, opset_imports={"": 24}, name="g")
     step = np.full((1, 2), largest / 127, np.float32)
-    quantize_cache(graph, "k_new.0", "k_ctx.0", step, "int8")
+    quantize_cache(graph, "v_new.0", "v_ctx.0", step, "int8")
     session = onnxruntime.InferenceSession(
         ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     )
@@ -533,8 +545,8 @@ def test_a_cache_keeps_channels_of_any_size(largest):
         None, None
     ]
     zeros = np.zeros(values.shape, np.int8)
-    whole, _ = session.run(None, {"given": values, "k_ctx.0": zeros})
-    _, back = session.run(None, {"given": values, "k_ctx.0": whole})
+    whole, _ = session.run(None, {"given": values, "v_ctx.0": zeros})
+    _, back = session.run(None, {"given": values, "v_ctx.0": whole})
     step = max(largest / 127, 2**-14)
     np.testing.assert_allclose(back.astype("f"), values.astype("f"), atol=0.51 * step, rtol=2e-3)
 
@@ -783,13 +795,16 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     export_bundle(config, random_weights(config), tmp_path / "fp16")
     statistics = made_up(tmp_path / "fp16", tmp_path / "s.safetensors")
     built, lines = {}, []
-    for kind in ("fp16", *KINDS):
-        if kind != "fp16":
-            given_ = "--weights", kind, "--calibration", statistics, "--out", tmp_path / kind
+    asked = {kind: ["--weights", kind] for kind in KINDS}
+    asked["int8 cache"] = ["--cache", "int8"]
+    asked["fp8, fp8 cache"] = ["--weights", "fp8", "--cache", "fp8"]
+    for kind, options in {"fp16": [], **asked}.items():
+        if options:
+            given_ = *options, "--calibration", statistics, "--out", tmp_path / kind
             _, seconds, peak = measured("quantize", tmp_path / "fp16", *given_)
             lines.append(f"quantize to {kind}: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
             assert peak <= 6e9
-        targets = ["sm89", "sm120"] if kind == "fp8" else None  # not the third one
+        targets = ["sm89", "sm120"] if "fp8" in kind else None  # not the third one
         built[kind] = build_engines(tmp_path / kind, targets)["denoiser"]
     count = sum(map(math.prod, layer_matrices(config))) * (layers - 2)
     rest = built["fp16"].weights - 2 * count
@@ -802,6 +817,7 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     assert taken["fp8"] == pytest.approx(1, rel=0.02)
     assert taken["int4"] == pytest.approx(0.52, rel=0.02)
     assert max(scratch.values()) == scratch["fp16"]
+    assert scratch["int8 cache"] < scratch["fp16"]  # as keys are nowhere both whole and in steps
 
 
 @pytest.mark.full
