@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from packforcing.calibration.quantize import quantize_bundle
 from packforcing.cli import main
 from packforcing.compare import Comparison
+from packforcing.compare_report import _loss_plot
 from packforcing.fidelity import compare_frames, gmsd, ssim
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest
@@ -126,6 +127,9 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     (plot,) = (svg for svg in page.split("<svg")[1:] if "dB of each quantised matrix" in svg)
     outputs = [name for name, loss in losses.items() if "." in name and loss.snr is not None]
     assert plot.count("fill: #1f77b4") == len(listed) + len(outputs) + 1  # and the legend's
+    cache_alone = _loss_plot(msgspec.structs.replace(found, snr={}))
+    assert "dB of each quantised matrix" not in cache_alone
+    assert "dB of each key and value" in cache_alone
 
 
 def test_only_bundles_of_one_model_are_compared(tiny_bundle, tmp_path):

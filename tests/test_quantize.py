@@ -783,8 +783,9 @@ def made_up(bundle, path):
 @pytest.mark.full
 @pytest.mark.parametrize("layers", [4, 30])
 def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tmp_path, capsys):
-    """And no more scratch than in fp16. Quantising takes 6 GB of memory at most; how long it took
-    is printed."""
+    """And no more scratch than in fp16; less of it with a cache in 8 bits, as keys are nowhere
+    both whole and in steps. Of few layers the builder makes another choice, which is not asked
+    here. Quantising takes 6 GB of memory at most; how long it took is printed."""
     pytest.importorskip("tensorrt_rtx")
     from packforcing.export import export_bundle
     from packforcing.export.engines import build_engines
@@ -795,11 +796,15 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     export_bundle(config, random_weights(config), tmp_path / "fp16")
     statistics = made_up(tmp_path / "fp16", tmp_path / "s.safetensors")
     built, lines = {}, []
-    asked = {kind: ["--weights", kind] for kind in KINDS}
-    asked["int8 cache"] = ["--cache", "int8"]
-    asked["fp8, fp8 cache"] = ["--weights", "fp8", "--cache", "fp8"]
-    for kind, options in {"fp16": [], **asked}.items():
-        if options:
+    asked = [(weights, None) for weights in KINDS]
+    if config == MODELS["wan-1.3b"]:
+        asked += [(None, "int8"), ("int8", "int8"), ("int4", "int8"), ("fp8", "fp8")]
+    for weights, cache in [(None, None), *asked]:
+        kind = ", ".join(filter(None, (weights, cache and f"cache {cache}"))) or "fp16"
+        if kind != "fp16":
+            options = [
+                f"--{what}={of}" for what, of in (("weights", weights), ("cache", cache)) if of
+            ]
             given_ = *options, "--calibration", statistics, "--out", tmp_path / kind
             _, seconds, peak = measured("quantize", tmp_path / "fp16", *given_)
             lines.append(f"quantize to {kind}: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
@@ -817,7 +822,7 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     assert taken["fp8"] == pytest.approx(1, rel=0.02)
     assert taken["int4"] == pytest.approx(0.52, rel=0.02)
     assert max(scratch.values()) == scratch["fp16"]
-    assert scratch["int8 cache"] < scratch["fp16"]  # as keys are nowhere both whole and in steps
+    assert all(size < scratch["fp16"] for kind, size in scratch.items() if "cache" in kind)
 
 
 @pytest.mark.full
