@@ -56,6 +56,7 @@ DENOISER = graph_file("denoiser")
 # Keys are divided by their steps in fp16, which ends at 65,504. So even in the head's smallest
 # channel one may be 4 times as large as the largest that was seen in any of int8, twice in fp8.
 WIDEST = 64
+ROTATION = "RotaryEmbedding"
 
 
 class Quantised(msgspec.Struct, frozen=True, kw_only=True):
@@ -371,14 +372,15 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray, ki
         value.dtype = number if kind == "QuantizeLinear" else full
         return node
 
-    (join,) = cached.consumers()  # where keys or values of block and context come together
+    (reader,) = cached.consumers()
     divide = add("Div", [exact, steps], f"{new}.steps", exact)
     quantize = add("QuantizeLinear", [*divide.outputs, one], new, exact, output_dtype=int(number))
     dequantize = add("DequantizeLinear", [cached, one], f"{context}.steps", cached)
     (read,) = dequantize.outputs
-    if new.startswith("k_"):
-        join.replace_input_with(list(join.inputs).index(exact), divide.outputs[0])
-        rotate = rotation_of_queries(join)
+    if reader.op_type == ROTATION:  # keys
+        (own,) = (node for node in exact.consumers() if node.op_type == ROTATION)
+        own.replace_input_with(0, divide.outputs[0])
+        rotate = rotation_of_queries(reader)
         query = known(rotate.inputs[0])
         scale = add("Mul", [query, steps], f"{query.name}.scaled", query)
         rotate.replace_input_with(0, scale.outputs[0])
@@ -386,8 +388,8 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray, ki
     else:
         multiply = add("Mul", [read, steps], f"{context}.exact", cached)
         (read,) = multiply.outputs
-        graph.insert_before(join, multiply)
-    join.replace_input_with(list(join.inputs).index(cached), read)
+        graph.insert_before(reader, multiply)
+    reader.replace_input_with(list(reader.inputs).index(cached), read)
     graph.insert_before(graph[0], dequantize)
     graph.insert_after(known(exact.producer()), [divide, quantize])
     exact.name, cached.dtype = f"{new}.exact", number
@@ -399,7 +401,7 @@ def rotation_of_queries(keys: ir.Node) -> ir.Node:
     node = keys
     while node.op_type != "Attention":
         (node,) = node.outputs[0].consumers()
-    while node.op_type != "RotaryEmbedding":
+    while node.op_type != ROTATION:
         node = known(known(node.inputs[0]).producer())
     return node
 

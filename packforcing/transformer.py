@@ -202,13 +202,13 @@ class Transformer(nn.Module):
         new: list[KV] = []
         pooled: list[KV] = []
         past = iter(context)
-        key_rope = torch.cat((rope[0], context_rope[0])), torch.cat((rope[1], context_rope[1]))
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             old_k, old_v = next(past)
             new.append((k, v))
             pooled.append((q.mean(2).float(), k.mean(2).float()))
-            keys = rotate(torch.cat((k, old_k), 2), key_rope)
+            # rotated apart: joined tables would stay in a graph's scratch throughout
+            keys = torch.cat((rotate(k, rope), rotate(old_k, context_rope)), 2)
             return attention(rotate(q, rope), keys, torch.cat((v, old_v), 2), kv_len)
 
         flow = self.run(tokens, extra, *self.embed_time(timestep[:, None]), cross, attend)
