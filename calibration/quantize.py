@@ -9,11 +9,10 @@ tensor, so that the product can be made in fp8.
 
 A cache in 8 bits has fixed scales per layer, head and channel; the two channels of a RoPE pair of
 a key share one. New keys and values are divided by them, rounded and handed out. Values of the
-context are multiplied by them as they are read. Keys stay divided, those of the context and those
-of the block itself, and queries are multiplied instead, which are fewer: of the same product, and
-the rotation of a pair commutes with a scale that its channels share. A block's own keys and values
-are not rounded for itself. Q/DQ nodes know scales along one axis only, so theirs is 1 and the scale
-is a product of its own.
+context are multiplied by them as they are read. Keys stay divided, the context's and the block's
+own, and queries, which are fewer, are multiplied instead: the product is the same, and a scale that
+a pair shares commutes with its rotation. A block's own keys and values are not rounded for itself.
+Q/DQ nodes know scales along one axis only, so theirs is 1 and the scale is a product of its own.
 """
 
 from __future__ import annotations
@@ -365,28 +364,28 @@ def quantize_cache(graph: ir.Graph, new: str, context: str, step: np.ndarray, ki
         graph, "cache.step", ir.tensor(np.ones((), full.numpy()))
     )
 
-    def add(kind: str, inputs: list[ir.Value], name: str, like: ir.Value, **what: int) -> ir.Node:
-        node = ir.node(kind, inputs, what)
+    def named(op: str, given: list[ir.Value], name: str, like: ir.Value, **how: int) -> ir.Node:
+        node = ir.node(op, given, how)
         (value,) = node.outputs
         value.name, value.shape = name, like.shape
-        value.dtype = number if kind == "QuantizeLinear" else full
+        value.dtype = number if op == "QuantizeLinear" else full
         return node
 
     (reader,) = cached.consumers()
-    divide = add("Div", [exact, steps], f"{new}.steps", exact)
-    quantize = add("QuantizeLinear", [*divide.outputs, one], new, exact, output_dtype=int(number))
-    dequantize = add("DequantizeLinear", [cached, one], f"{context}.steps", cached)
+    divide = named("Div", [exact, steps], f"{new}.steps", exact)
+    quantize = named("QuantizeLinear", [*divide.outputs, one], new, exact, output_dtype=int(number))
+    dequantize = named("DequantizeLinear", [cached, one], f"{context}.steps", cached)
     (read,) = dequantize.outputs
     if reader.op_type == ROTATION:  # keys
         (own,) = (node for node in exact.consumers() if node.op_type == ROTATION)
         own.replace_input_with(0, divide.outputs[0])
         rotate = rotation_of_queries(reader)
         query = known(rotate.inputs[0])
-        scale = add("Mul", [query, steps], f"{query.name}.scaled", query)
+        scale = named("Mul", [query, steps], f"{query.name}.scaled", query)
         rotate.replace_input_with(0, scale.outputs[0])
         graph.insert_before(rotate, scale)
     else:
-        multiply = add("Mul", [read, steps], f"{context}.exact", cached)
+        multiply = named("Mul", [read, steps], f"{context}.exact", cached)
         (read,) = multiply.outputs
         graph.insert_before(reader, multiply)
     reader.replace_input_with(list(reader.inputs).index(cached), read)
