@@ -1,6 +1,6 @@
 # Everything runs in .venv, made on first use: nothing has to be installed before.
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := $(CURDIR)/.venv/bin
 INSTALLED := .venv/installed
 DEMO := out/demo
 TYPED := build/typed
@@ -25,9 +25,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/packforcing
-	@ln -s $(CURDIR)/packforcing/*.py $(CURDIR)/packforcing/py.typed $(CURDIR)/export \
-	  $(CURDIR)/runtime $(CURDIR)/calibration $(TYPED)/packforcing
-	cd $(TYPED) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml packforcing
+	@ln -s $(CURDIR)/packforcing/* $(CURDIR)/runtime $(CURDIR)/export $(CURDIR)/calibration \
+	  $(CURDIR)/evaluation $(CURDIR)/app $(TYPED)/packforcing
+	cd $(TYPED) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml packforcing
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

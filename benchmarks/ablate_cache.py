@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from packforcing.calibration.statistics import BINS, MIDDLES, add
-from packforcing.compare import draw_prompts
+from packforcing.calibration.activations import BINS, MIDDLES, add
 from packforcing.config import Config
 from packforcing.errors import ConfigError, PackForcingError
+from packforcing.evaluation.compare import draw_prompts
 from packforcing.prompts import encode
 from packforcing.runtime import demo_bundle
-from packforcing.runtime.backend import Bindable, open_backend
+from packforcing.runtime.backends import Bindable, open_backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.device import view

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from packforcing.calibration.outputs import output_losses
-from packforcing.calibration.products import known, stored
-from packforcing.calibration.quantize import DENOISER, quantize_product
+from packforcing.calibration.matmuls import known, stored
+from packforcing.calibration.output_error import output_losses
+from packforcing.calibration.weights import DENOISER, quantize_product
 from packforcing.errors import PackForcingError
-from packforcing.export.bundle import save
+from packforcing.export.exporter import save
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import MANIFEST
 

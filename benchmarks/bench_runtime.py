@@ -31,7 +31,7 @@ from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.plan import memory
 from packforcing.runtime.session import BlockInfo
-from packforcing.text import encode_words
+from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"
 THREADS = os.cpu_count() or 1
@@ -48,7 +48,7 @@ def side_by_side(config: Config, weights: Path | None, bundle: Path, blocks: int
     import torch
 
     from packforcing.model import Model, load_model, random_model
-    from packforcing.rollout import rollout
+    from packforcing.reference import rollout
     from packforcing.sampler import draw_noise
 
     torch.set_num_threads(THREADS)
@@ -131,8 +131,8 @@ def endless(seconds: float, video: Path) -> dict:
     """Demo video of this length rendered to h264, with its checkpoints: what grows after its first
     ten minutes, or its first half, and what its last minute looks like. (Every segment has a new
     encoder, whose memory settles at some 7 MB within a dozen of them.)"""
-    from packforcing.compare import last
-    from packforcing.evaluate import evaluate
+    from packforcing.evaluation.compare import last
+    from packforcing.evaluation.measures import evaluate
 
     with Session.open(demo_bundle()) as session:
         config = session.config
@@ -167,7 +167,7 @@ def endless(seconds: float, video: Path) -> dict:
 
 def checkpoints() -> dict:
     """120 s of demo video: time in checkpoints, latents, flushing to disk and joining segments."""
-    from packforcing.runtime import checkpoint, video
+    from packforcing.runtime import resume, video_files
 
     spent: dict[str, float] = {}
 
@@ -188,11 +188,11 @@ def checkpoints() -> dict:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         session = stack.enter_context(Session.open(demo_bundle()))
         for name in ("note", "save", "write", "check", "segments", "remove"):
-            stack.enter_context(timed(checkpoint.RenderFolder, name))
+            stack.enter_context(timed(resume.RenderFolder, name))
         for name in ("join", "flush", "flush_folder"):
-            stack.enter_context(timed(video, name))
+            stack.enter_context(timed(video_files, name))
         summary = session.render(PROMPT, 120, folder / "long.mp4")
-        every = checkpoint.interval(session.config, checkpoint.SECONDS)
+        every = resume.interval(session.config, resume.SECONDS)
     return {
         "checkpoints": (summary.blocks - 1) // every,
         "percent_of_render_time": round(100 * sum(spent.values()) / summary.seconds_total, 2),

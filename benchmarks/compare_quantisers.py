@@ -29,14 +29,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from packforcing.calibration.products import SHARED, known, matrices, stored
-from packforcing.calibration.quantize import quantize_product
+from packforcing.calibration.matmuls import SHARED, known, matrices, stored
 from packforcing.calibration.recipes import quantised_layers
-from packforcing.compare import Prompt, draw_prompts
+from packforcing.calibration.weights import quantize_product
 from packforcing.errors import ConfigError, PackForcingError
+from packforcing.evaluation.compare import Prompt, draw_prompts
 from packforcing.prompts import encode
 from packforcing.runtime import demo_bundle
-from packforcing.runtime.backend import Graph, open_backend
+from packforcing.runtime.backends import Graph, open_backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import (
     GraphSpec,

@@ -21,7 +21,7 @@ def export_bundle(
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
-    """Writes the bundle of a model, whole or not at all; see `packforcing.export.bundle`."""
-    from packforcing.export.bundle import export_bundle
+    """Writes the bundle of a model, whole or not at all; see `packforcing.export.exporter`."""
+    from packforcing.export.exporter import export_bundle
 
     return export_bundle(config, weights, directory, on_graph)

@@ -3,7 +3,7 @@
 The parent decides and keeps the files, the child holds the library and builds one engine:
 
 1. The parent checks what is cheap, takes the bundle's lock, and says for each engine why it is
-   built or that it is up to date (`runtime/engines.py` has the key that decides).
+   built or that it is up to date (`runtime/engine_records.py` has the key that decides).
 2. It starts `python -m packforcing.export.engines`, gives it a `Job` as a line of JSON and keeps
    that pipe open: the child ends when it closes, so none outlives a parent that was killed.
 3. The child answers with lines of JSON, `Step` by step, then `Built` or `Failed`. What the
@@ -40,6 +40,7 @@ import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import BackendError, BundleError, ConfigError, ExportError, OutputError
+from packforcing.runtime.backends.tensorrt import MODULES, STREAMING
 from packforcing.runtime.bundle import (
     ENGINE_FOLDER,
     FileRecord,
@@ -50,7 +51,7 @@ from packforcing.runtime.bundle import (
     read_manifest,
 )
 from packforcing.runtime.device import CudaDevice
-from packforcing.runtime.engines import (
+from packforcing.runtime.engine_records import (
     EngineRecord,
     Key,
     Length,
@@ -63,13 +64,12 @@ from packforcing.runtime.engines import (
 )
 from packforcing.runtime.estimate import CARD
 from packforcing.runtime.plan import TARGETS, check_target, gib
-from packforcing.runtime.tensorrt import MODULES, STREAMING
 
 RTX_TARGETS = ("sm86", "sm89", "sm120")  # RTX 30, 40 and 50: built for where none is named
 PARTIAL, LOCK = ".partial", ".lock"
 # What a build takes: so many times the bytes of graph and weights, and so much besides. Measured
-# by the full-size test of tests/test_engines.py, 2.54 GB of weights: 6.81 GB resident (graph and
-# copy each once, the rest the builder's own), 2.58 GB of engine.
+# by the full-size test of tests/export/test_engines.py, 2.54 GB of weights: 6.81 GB resident
+# (graph and copy each once, the rest the builder's own), 2.58 GB of engine.
 MEMORY = (2.6, 512 << 20)
 DISK = (1.05, 32 << 20)
 # Number formats by their name in ONNX; those of every target have no entry in `TARGETS`

@@ -25,12 +25,12 @@ import onnx_ir as ir
 
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError
-from packforcing.runtime.backend import FP8, Backend
+from packforcing.runtime.backends import FP8, Backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import DTYPES, GraphSpec, Shape
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.rollout import Rollout
-from packforcing.text import encode_words
+from packforcing.words import encode_words
 
 HALF, FULL = ir.DataType.FLOAT16, ir.DataType.FLOAT
 PROMPT, SEED = "a red star over navy stripes", 0

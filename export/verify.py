@@ -35,7 +35,8 @@ from packforcing.export.oracle import (
     with_garbage,
     without_rest,
 )
-from packforcing.runtime.backend import ENGINES, Bindable, Graph
+from packforcing.runtime.backends import ENGINES, Bindable, Graph
+from packforcing.runtime.backends.tensorrt import Engines
 from packforcing.runtime.bundle import (
     DTYPES,
     GraphSpec,
@@ -45,10 +46,9 @@ from packforcing.runtime.bundle import (
     read_manifest,
 )
 from packforcing.runtime.device import HostDevice
-from packforcing.runtime.engines import read_records, record_file
+from packforcing.runtime.engine_records import read_records, record_file
 from packforcing.runtime.estimate import CARD
-from packforcing.runtime.gpu import gpus
-from packforcing.runtime.tensorrt import Engines
+from packforcing.runtime.nvml import gpus
 
 Run = Callable[[Tensors], Tensors]
 

@@ -2,8 +2,9 @@
 
 import os
 
-# In a checkout, export, runtime and calibration lie beside this folder, not in it. Without this
-# line a program started there would find this folder before the installed package, and no runtime.
+# In a checkout the other rooms (runtime, export, ...) lie beside this folder, not in it. Without
+# this line a program started there would find this folder before the installed package, and no
+# runtime.
 _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)

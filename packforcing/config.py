@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from packforcing.errors import ConfigError
-from packforcing.text import VOCABULARY
+from packforcing.words import VOCABULARY
 
 TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV alike
 WAN_CHANNELS = 16  # of the latents of Wan's VAE

@@ -43,7 +43,7 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.embeddings import Embedding, load_embedding, pad_embedding
 from packforcing.errors import PromptError
-from packforcing.text import encode_words
+from packforcing.words import encode_words
 
 History = Literal["keep", "recompute", "cut"]
 LARGEST = 1 << 20  # bytes of a schedule file

@@ -43,15 +43,17 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  makes float8_e4m3fn known to NumPy
 import msgspec
 
+from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
-from packforcing.runtime import wan_vae
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
 PART = 1 << 18  # bytes of a file that are read at a time to hash it
-ENGINE_FOLDER = "engines"  # the folder of what was built from the graphs (runtime/engines.py)
+ENGINE_FOLDER = (
+    "engines"  # the folder of what was built from the graphs (runtime/engine_records.py)
+)
 # how arrays call the number formats of `Precision`
 DTYPES = {
     "fp32": "float32",
@@ -177,7 +179,7 @@ def contract(config: Config) -> dict[str, GraphSpec]:
 def decoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
     """Memory of the decoder between calls; the tiny one's, three blocks at each of three scales."""
     if config.vae == "wan":
-        return wan_vae.state_shapes(wan_vae.decoder_layers(config))
+        return geometry.state_shapes(geometry.decoder_layers(config))
     h, w = config.latent_size
     scales = zip(config.vae_decoder_widths[:3], (1, 2, 4))
     return [(1, width, h * scale, w * scale) for width, scale in scales for _ in range(3)]
@@ -186,7 +188,7 @@ def decoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
 def encoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
     """Memory of the encoder between calls, fine scale first."""
     if config.vae == "wan":
-        return wan_vae.state_shapes(wan_vae.encoder_layers(config, config.height, config.width))
+        return geometry.state_shapes(geometry.encoder_layers(config, config.height, config.width))
     h, w = config.latent_size
     return [
         (1, config.vae_encoder_width, h * scale, w * scale) for scale in (4, 2, 1) for _ in range(3)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from packforcing.errors import BackendError
-from packforcing.runtime.gpu import driver, gpus
+from packforcing.runtime.nvml import driver, gpus
 from packforcing.runtime.plan import gib
 
 

@@ -21,7 +21,7 @@ import msgspec
 from packforcing import __version__
 from packforcing.errors import BackendError
 from packforcing.runtime.device import CudaDevice
-from packforcing.runtime.gpu import Driver, Gpu, driver, gpus
+from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
 
 PLUGIN_TARGETS = ["sm86", "sm89", "sm120", "sm121"]  # of ONNX Runtime's TensorRT-RTX plugin
 MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name is another

@@ -12,9 +12,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
+from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import ConfigError
-from packforcing.runtime import wan_vae
 from packforcing.runtime.bundle import DTYPES, TensorSpec, contract
 
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
@@ -85,11 +85,11 @@ class Conv(NamedTuple):
 
 def encoder_layers(
     config: Config, height: int, width: int, *, first: bool = False
-) -> list[Conv] | wan_vae.Layers:
+) -> list[Conv] | geometry.Layers:
     """The encoder over a latent frame's four pixel frames (packforcing/autoencoder.py); Wan's
     sees but one of those of a clip's first."""
     if config.vae == "wan":
-        return wan_vae.encoder_layers(config, height, width, first=first)
+        return geometry.encoder_layers(config, height, width, first=first)
     e, frames = config.vae_encoder_width, TEMPORAL_FACTOR
     h, w = height // config.vae_patch, width // config.vae_patch
     convs = [Conv(3 * config.vae_patch**2, e, 9, frames * h * w)]
@@ -102,10 +102,10 @@ def encoder_layers(
     return [*convs, Conv(e, config.latent_channels, 9, h * w)]
 
 
-def decoder_layers(config: Config) -> list[Conv] | wan_vae.Layers:
+def decoder_layers(config: Config) -> list[Conv] | geometry.Layers:
     """The decoder over one latent frame (packforcing/autoencoder.py)."""
     if config.vae == "wan":
-        return wan_vae.decoder_layers(config)
+        return geometry.decoder_layers(config)
     widths, frames = config.vae_decoder_widths, 1
     h, w = config.latent_size
     convs = [Conv(config.latent_channels, widths[0], 9, h * w)]
@@ -309,7 +309,7 @@ def seconds_per_block(config: Config, card: CardFigures) -> float:
 
 def scratch_bytes(config: Config) -> dict[str, int]:
     """Bytes of scratch of each call: the tensors alive at the worst moment, as TensorRT-RTX plans
-    it, found by comparing with its figures (`tests/test_plan.py` has the bounds).
+    it, found by comparing with its figures (`tests/runtime/test_plan.py` has the bounds).
 
     denoiser: one layer's keys and values, new and context joined; inside the feed-forward layer,
     what it expands the new tokens to and two tensors of the model's width. compressor: three

@@ -16,7 +16,7 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BackendError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.runtime.backend import Backend, Bindable
+from packforcing.runtime.backends import Backend, Bindable
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array, HostDevice

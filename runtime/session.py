@@ -20,18 +20,18 @@ import numpy as np
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError, RenderStopped
 from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan_prompts
-from packforcing.runtime.backend import open_backend
+from packforcing.runtime.backends import open_backend
 from packforcing.runtime.buffers import IN_MEMORY, encoder_arrays
 from packforcing.runtime.bundle import read_manifest
-from packforcing.runtime.checkpoint import (
+from packforcing.runtime.device import HostDevice
+from packforcing.runtime.plan import LONGEST, archive_bytes, memory
+from packforcing.runtime.resume import (
     SECONDS,
     RenderFolder,
     conclude,
     interval,
     render_folder,
 )
-from packforcing.runtime.device import HostDevice
-from packforcing.runtime.plan import LONGEST, archive_bytes, memory
 from packforcing.runtime.rollout import Rollout, encoder
 
 
@@ -126,7 +126,7 @@ class Session:
         """Checks a bundle's files and loads its graphs.
 
         policy: read the history differently from what the bundle says. threads: of each graph
-        on the CPU, all cores by default. backend: one of `packforcing.runtime.backend.BACKENDS`.
+        on the CPU, all cores by default. backend: one of `packforcing.runtime.backends.BACKENDS`.
         Raises `BundleError` or `BackendError`.
         """
         return cls(Path(bundle), policy, threads, backend)
@@ -227,7 +227,7 @@ class Session:
         directory of PNG frames. Nothing stands under `path` before all of it is done.
 
         Until then what is done is kept beside it, in `path` with `.render` added
-        (`packforcing.runtime.checkpoint` has the layout): a render that ended before its end, for
+        (`packforcing.runtime.resume` has the layout): a render that ended before its end, for
         whatever reason, goes on if it is asked for again with `resume`, and gives the frames it
         would have given; without `resume` it is in the way. checkpoint_seconds: of video from one
         checkpoint to the next; another number makes another encoding of the same frames.
@@ -235,7 +235,7 @@ class Session:
         Raises what `stream` raises, `OutputError`, and `CheckpointError` if what is kept is
         damaged or another render.
         """
-        from packforcing.runtime.video import check_output, join, open_video, segment_suffix
+        from packforcing.runtime.video_files import check_output, join, open_video, segment_suffix
 
         self._require_open()
         self._stopped = False

@@ -16,10 +16,10 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from packforcing.runtime.backend import Backend, Graph
+from packforcing.runtime.backends import Backend, Graph
 from packforcing.runtime.bundle import contract, file_record, graph_file, read_manifest
 from packforcing.runtime.device import Array, CudaDevice, view
-from packforcing.runtime.engines import (
+from packforcing.runtime.engine_records import (
     EngineRecord,
     Key,
     encode_record,

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from packforcing.rollout import rollout
+from packforcing.reference import rollout
 from packforcing.sampler import draw_noise
-from packforcing.text import encode_words
+from packforcing.words import encode_words
 from tests.conftest import TINY, make_tiny_model
 
 FILE = Path(__file__).with_name("golden.npz")

@@ -28,7 +28,7 @@ from world import Clip, make_clip, make_tour
 from packforcing import model_config
 from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR
-from packforcing.text import SHAPES, encode_words
+from packforcing.words import SHAPES, encode_words
 
 KINDS = {  # who draws them, latent frames, doubles
     "long": (make_clip, 21, True),

@@ -1,6 +1,6 @@
 """Rolls out random prompts under the real cache policy, judges the videos, draws a sheet.
 
-The rollout is `packforcing.rollout` for many prompts at once: the same calls in the same order.
+The rollout is `packforcing.reference` for many prompts at once: the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from packforcing import judge, model_config
+from packforcing import model_config
 from packforcing.autoencoder import MemBlock
 from packforcing.config import Config
+from packforcing.evaluation import demo_judge
 from packforcing.model import Model, load_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, select
-from packforcing.text import encode_words, make_prompt, random_attributes, random_tour
 from packforcing.transformer import KV, unpatchify
+from packforcing.words import encode_words, make_prompt, random_attributes, random_tour
 
 PER_BATCH = 10  # prompts rolled out together, per worker
 
@@ -172,12 +173,12 @@ def work(rank: int, args: argparse.Namespace) -> None:
         videos = roll(model, [prompts[i] for i in numbers], numbers, config.blocks(frames))
         for i, video in zip(numbers, videos[:, :frames].numpy()):
             words = set(prompts[i].split())
-            seen = judge.judge(video)
+            seen = demo_judge.judge(video)
             present, shaped = (
                 np.array([word in words for word in seen[kind]]) for kind in ("colour", "shape")
             )
-            right = judge.matches(prompts[i], video, seen)
-            returns = judge.loop_closure(prompts[i], video)
+            right = demo_judge.matches(prompts[i], video, seen)
+            returns = demo_judge.loop_closure(prompts[i], video)
             stills = video[:: max(1, frames // 8)][:8]
             results.append(Verdict(i, prompts[i], right, present, shaped, returns, stills))
     everyone: list = [None] * args.workers

@@ -22,8 +22,8 @@ from packforcing import model_config
 from packforcing.compressor import Compressor
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.model import load_model
-from packforcing.text import encode_words
 from packforcing.transformer import patchify
+from packforcing.words import encode_words
 
 BLOCKS, RECENT = 10, 2
 

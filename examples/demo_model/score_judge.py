@@ -1,4 +1,4 @@
-"""Scores `packforcing.judge` on drawn and on autoencoded clips: what it can be trusted with."""
+"""Score `packforcing.evaluation.demo_judge` on drawn and on autoencoded clips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 from world import make_clip, make_tour
 
-from packforcing.judge import loop_closure, matches, view_error, visits
+from packforcing.evaluation.demo_judge import loop_closure, matches, view_error, visits
 
 
 def _score(name: str, clips: list[tuple[str, np.ndarray]]) -> None:

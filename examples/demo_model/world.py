@@ -5,7 +5,7 @@ along. Each place has a ground of its own, which the prompt names, and a landmar
 not: a sky in one of two colours, by lot, which can only be remembered.
 
 Drawn with OpenCV, anti-aliased and sub-pixel, one clip per call and always the same for the
-same generator state. The words are those of `packforcing.text`; nothing here needs torch.
+same generator state. The words are those of `packforcing.words`; nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR
-from packforcing.judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
-from packforcing.text import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
+from packforcing.evaluation.demo_judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
+from packforcing.words import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
 
 SIZE = 128  # pixels, both ways
 RADIUS = (22.0, 28.0)  # pixels; a subject covers about a tenth of the picture

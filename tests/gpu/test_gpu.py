@@ -17,12 +17,12 @@ from packforcing.export import export_bundle
 from packforcing.export.engines import build_engines
 from packforcing.model import open_weights
 from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.backend import BACKENDS, ENGINES
+from packforcing.runtime.backends import BACKENDS, ENGINES
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.doctor import CHECKS
 from packforcing.runtime.plan import host_only, memory
 from packforcing.runtime.rollout import Rollout
-from packforcing.text import encode_words
+from packforcing.words import encode_words
 from tests.emulated import Cuda, on_gpu
 
 PROMPT = "a red star over navy stripes"

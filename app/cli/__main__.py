@@ -1,0 +1,3 @@
+from packforcing.app.cli import main
+
+main()

@@ -1,0 +1,321 @@
+"""Memory plans for people: as text, and as a picture of what fills a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from packforcing.config import Config, with_autoencoder
+from packforcing.errors import BackendError, OutputError, PlanError
+from packforcing.runtime.backends import ENGINES
+from packforcing.runtime.bundle import contract, read_manifest
+from packforcing.runtime.engine_records import graph_files, read_record
+from packforcing.runtime.estimate import CALLS, CARD, GPUS, seconds_per_block
+from packforcing.runtime.plan import (
+    CUDA_CONTEXT,
+    GIB,
+    Plan,
+    describe,
+    estimates,
+    gib,
+    make_plan,
+    smallest,
+)
+from packforcing.runtime.video_files import partial_path
+
+Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
+
+ROWS = {
+    "weights.denoiser": "weights of the denoiser",
+    "weights.compressor": "weights of the compressor",
+    "weights.vae_decoder": "weights of the decoder",
+    "scratch": "scratch, shared by all engines",
+    "cache.sink": "cache, sink blocks",
+    "cache.recent": "cache, recent blocks",
+    "cache.mid": "cache, mid blocks",
+    "staging.block": "staging, full block",
+    "staging.compressed": "staging, compressed block",
+    "cross_attention": "cross-attention keys and values",
+    "autoencoder_state": "autoencoder state, twice",
+    "inputs_outputs": "other inputs and outputs",
+    "reserve": "reserve",
+    "graphs": "weights of graphs that run there",
+    "copies": "page-locked copies of inputs and outputs",
+    "archive": "archive of compressed blocks",
+    "checkpoint": "a checkpoint, while it is made",
+    "streamed_weights": "weights, to stream from",
+}
+# What the picture shows as one part, from left to right
+PARTS = {
+    "weights": ("weights.denoiser", "weights.compressor", "weights.vae_decoder"),
+    "sink blocks": ("cache.sink",),
+    "recent blocks": ("cache.recent",),
+    "mid blocks": ("cache.mid",),
+    "staging": ("staging.block", "staging.compressed"),
+    "scratch": ("scratch",),
+    "text, state and other buffers": ("cross_attention", "autoencoder_state", "inputs_outputs"),
+    "reserve": ("reserve",),
+}
+COLOURS = ("#2b4a6f", "#c2571a", "#e0955a", "#f0c9a0", "#8f7aa8", "#5b8c5a", "#a9b6bf", "#e3e6e8")
+
+
+class Measured(NamedTuple):
+    """What a bundle's engines take, by the names of `packforcing.runtime.plan.estimates`."""
+
+    built: dict[str, int]  # as the builder said; empty where they are not built
+    loaded: dict[str, int]  # on the GPU of this machine
+    not_loaded: str  # why there is nothing in `loaded`
+    targets: tuple[str, ...] = ()  # that they were built for
+
+
+def measured(directory: Path) -> Measured:
+    """Looks for engines of a bundle, and loads them where there is a GPU for them."""
+    manifest = read_manifest(directory)
+    for backend in ENGINES:
+        records = [read_record(directory, backend, graph) for graph in CARD]
+        current = [
+            record
+            for graph, record in zip(CARD, records)
+            if record and record.key.graph == graph_files(manifest, graph)
+        ]
+        built = {name: size for record in current for name, size in record.figures.items()}
+        if built:
+            targets = current[0].key.targets
+            try:
+                loaded = load_figures(backend, directory, manifest.config)
+                return Measured(built, loaded, "", targets)
+            except BackendError as error:
+                return Measured(built, {}, f"not loaded here: {error}", targets)
+    return Measured({}, {}, "no engines are built: run 'packforcing build'")
+
+
+def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int]:
+    """Scratch that the engines want on this machine's GPU, per call; raises `BackendError`."""
+    from packforcing.runtime.backends.tensorrt import Engines
+
+    engines = Engines(backend, directory, config)
+    try:
+        loaded = engines.load(contract(config))
+        return {
+            f"scratch.{call}": size
+            for graph, engine in loaded.items()
+            for call, size in zip(
+                (call for call, name in CALLS.items() if name == graph), engine.scratch()
+            )
+        }
+    finally:
+        engines.close()
+
+
+def detail(
+    budget: int | None, plan: Plan, seconds: float, engines: Measured | None
+) -> Iterator[str]:
+    """Every allocation of a plan, line by line."""
+    yield f"{title(plan.config)}, on {plan.target}: {describe(plan)}"
+    if (missing := needs(plan)) and engines is None:  # built, it has it
+        yield f"It needs {missing}."
+    yield from ("", f"{'on the card':<45} {'bytes':>14} {'GiB':>7}")
+    yield from _rows(plan.device)
+    yield _row("total", plan.total)
+    if budget is not None:
+        yield _row("budget", budget)
+    if budget is not None and engines is None and plan.config.wan_latents:
+        larger = with_autoencoder(plan.config, "wan")
+        if larger != plan.config:
+            yield _row("the same with Wan's autoencoder", make_plan(larger, plan.target).total)
+    yield _row("beside it, the CUDA context (prediction)", CUDA_CONTEXT)
+    yield from ("", *_engines(plan.config, engines))
+    yield from ("", f"on the host, for {seconds:g} s of video")
+    yield from _rows(plan.host)
+    yield _row("total", sum(plan.host.values()))
+    yield from ("", "at most while loading")
+    yield _row("on the card, as later", plan.total)
+    yield _row("on the host, with the largest engine's file", plan.host_loading)
+    yield from ("", *predictions(plan.config, plan.target))
+
+
+def _engines(config: Config, engines: Measured | None) -> Iterator[str]:
+    """What engines take, of scratch the largest counts: estimated, built and loaded."""
+    form = "  {:<43} {:>14} {:>14} {:>14}"
+    built, loaded, note, _ = engines or Measured({}, {}, "")
+    heads = ("estimated", "built", "loaded") if engines else ("estimated", "", "")
+    yield form.format("engines, and scratch of their calls", *heads).strip()
+    for name, size in estimates(config).items():
+        found = [f"{figures[name]:,}" if name in figures else "-" for figures in (built, loaded)]
+        yield form.format(name, f"{size:,}", *(found if engines else ("", ""))).rstrip()
+    if note:
+        yield f"  ({' '.join(note.split())})"
+
+
+def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[str]:
+    """A line per budget and target; where plans were `free` to give up precision, what the
+    config's whole history takes at least."""
+    yield f"{title(config)}; GiB on the card, beside the CUDA context"
+    yield ""
+    form = "{:>6}  {:<6}  {:<19}  {:<7}  {:<5}  {:>8}  {:>5}  {:<11}  {}"
+    yield form.format("budget", "target", "sink + mid + recent", "weights", "cache", "streamed",
+                      "total", "autoencoder", "needs")  # fmt: skip
+    for budget, target, plan in rows:
+        named = "-" if budget is None else gib(budget)
+        if isinstance(plan, PlanError):
+            yield f"{named:>6}  {target:<6}  nothing fits below {gib(plan.smallest, up=True)}"
+            continue
+        precision = plan.config.precision
+        yield form.format(
+            named, target, _history(plan.config),
+            precision.weights, precision.cache, gib(plan.streamed) if plan.streamed else "-",
+            gib(plan.total), plan.config.vae, needs(plan) or "-",
+        )  # fmt: skip
+    targets = list(dict.fromkeys(target for _, target, _ in rows))
+    if free:
+        yield from ("", f"the smallest budget for {_history(config)} blocks, nothing streamed")
+    for target in targets if free else ():
+        whole, least = smallest(config, target)
+        formats = f"{least.config.precision.weights} weights, {least.config.precision.cache} cache"
+        yield (
+            f"  {target:<6}  {gib(least.total, up=True)} with {formats}; "
+            f"{gib(whole.total, up=True)} if the decoder worked on whole frames"
+        )
+    yield from ("", *predictions(config, *targets))
+
+
+def described(
+    rows: Sequence[Row], config: Config, engines: Measured | None = None
+) -> dict[str, Any]:
+    """All of it for a program; sizes in bytes."""
+    targets = list(dict.fromkeys(target for _, target, _ in rows))
+    return {
+        "cuda_context": CUDA_CONTEXT,
+        "engines": engines and engines._asdict(),
+        "plans": [
+            {
+                "budget": budget,
+                "target": target,
+                **(_described(plan) if isinstance(plan, Plan) else {"smallest": plan.smallest}),
+            }
+            for budget, target, plan in rows
+        ],
+        "smallest": {
+            target: {"as_configured": least.total, "decoder_on_whole_frames": whole.total}
+            for target in targets
+            for whole, least in [smallest(config, target)]
+        },
+    }
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {
+        "config": msgspec.to_builtins(plan.config),
+        "device": plan.device,
+        "total": plan.total,
+        "estimates": estimates(plan.config),
+        "host": plan.host,
+        "loading": {"device": plan.total, "host": plan.host_loading},
+        "streamed": plan.streamed,
+        "needs": needs(plan),
+        "predicted_seconds_per_block": {
+            name: seconds_per_block(plan.config, card)
+            for name, card in GPUS.items()
+            if card.target == plan.target
+        },
+    }
+
+
+def title(config: Config) -> str:
+    return (
+        f"{config.name} at {config.width}x{config.height}, "
+        f"blocks of {config.block_frames} latent frames"
+    )
+
+
+def needs(plan: Plan) -> str:
+    """What a plan takes beyond a plain export and build; empty for nothing."""
+    precision = plan.config.precision
+    if precision.compute == "fp32":
+        return "an export in fp16 (for attention)"
+    if {precision.weights, precision.cache} != {precision.compute}:
+        return "packforcing quantize"
+    return "engines built with --stream-weights" if plan.streamed else ""
+
+
+def predictions(config: Config, *targets: str) -> Iterator[str]:
+    """Lower bounds of the time per block on known cards."""
+    playing = config.block_pixel_frames / config.fps
+    yield f"seconds per block, which plays for {playing:g} s: predicted, at 100% of the card's peak"
+    for name, card in GPUS.items():
+        if card.target in targets:
+            least = seconds_per_block(config, card)
+            yield f"  {name} ({card.target}, {card.memory} GB)  at least {least:.3g}"
+
+
+def _rows(sizes: dict[str, int]) -> Iterator[str]:
+    return (_row(ROWS[name], size) for name, size in sizes.items())
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<43} {size:>14,} {gib(size):>7}".rstrip()
+
+
+def draw(rows: Sequence[Row], config: Config, path: Path) -> None:
+    """Writes a picture: a bar per plan, its parts side by side, and where its budget ends.
+
+    Plans that differ in nothing but the target share a bar. Raises `OutputError`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise OutputError(
+            "a picture needs matplotlib, which is not installed: "
+            "pip install '.[plot]' in the checkout"
+        ) from error
+    bars: dict[str, tuple[int | None, Plan, list[str]]] = {}
+    for budget, target, plan in rows:
+        if isinstance(plan, Plan):
+            same = f"{budget} {describe(plan)}"
+            bars.setdefault(same, (budget, plan, []))[2].append(target)
+    if not bars:
+        raise OutputError(f"no picture {path}: nothing fits any of the budgets")
+    figure = Figure(figsize=(11, 1.9 + 0.75 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    labels = []
+    for row, (budget, plan, targets) in enumerate(bars.values()):
+        left = 0.0
+        for (part, names), colour in zip(PARTS.items(), COLOURS):
+            width = sum(plan.device[name] for name in names) / GIB
+            axes.barh(row, width, 0.62, left, color=colour, label=None if row else part)
+            left += width
+        named = f"{plan.total / GIB:.2f}" + ("" if budget is None else f" of {budget / GIB:g}")
+        end = max(plan.total, budget or 0) / GIB
+        axes.text(end + 0.08, row, f"{named} GiB", va="center")
+        if budget is not None:
+            axes.plot([budget / GIB] * 2, [row - 0.42, row + 0.42], color="black", lw=2,
+                      label=None if row else "budget")  # fmt: skip
+        labels.append(f"{', '.join(targets)}\n{_short(plan)}")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("GiB on the card, beside the CUDA context")
+    axes.set_title(f"{title(config)}; history as sink + mid + recent blocks", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    partial = partial_path(path)
+    try:
+        figure.savefig(partial, dpi=110, format="png")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _short(plan: Plan) -> str:
+    precision = plan.config.precision
+    return f"{_history(plan.config)} blocks, {precision.weights} weights, {precision.cache} cache"
+
+
+def _history(config: Config) -> str:
+    return f"{config.policy.sink} + {config.policy.mid} + {config.policy.recent}"

@@ -1,0 +1,492 @@
+"""Policies compared: what is measured, what is kept, what the page shows."""
+
+import html.parser
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from packforcing import Policy, model_config
+from packforcing.app.cli import main
+from packforcing.app.reports.compare import FEWEST
+from packforcing.config import policies
+from packforcing.errors import ConfigError
+from packforcing.evaluation import compare
+from packforcing.evaluation.compare import (
+    Comparison,
+    Prompt,
+    draw_prompts,
+    estimate,
+    last,
+    read_prompts,
+    summarise,
+)
+from packforcing.evaluation.demo_judge import places
+from packforcing.evaluation.measures import Evaluation, Segment, evaluate
+from packforcing.model import load_model
+from packforcing.reference import rollout
+from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.cache import Cache
+from packforcing.runtime.plan import archive_bytes, memory
+from packforcing.runtime.rollout import Rollout
+from packforcing.runtime.video_files import open_video
+from packforcing.sampler import draw_noise
+from packforcing.selection import affinity, likeness, select
+from packforcing.words import encode_words
+from tests.app.test_cli import assert_one_line, run_without
+
+NAMES = ("packforcing", "sink-window")
+PROMPTS = ("a red circle over plain navy", "a white star over plain sand and teal")
+SECONDS = 2.5  # five blocks or six: mid blocks are read from the fifth on
+SHORT = 0.25  # one block
+
+
+def run(folder, seconds=SECONDS):
+    given = ["--policies", ",".join(NAMES), "--seconds", seconds, "--out", folder, "--threads", 1]
+    return CliRunner().invoke(
+        main, ["compare", *map(str, given), "--prompts", f"{folder}/prompts.txt"]
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """Two prompts under two policies of the demo model: the folder and what was found."""
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    result = run(folder)
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in NAMES)
+    return folder, msgspec.json.decode((folder / "compare.json").read_bytes(), type=Comparison)
+
+
+def test_every_pair_is_what_render_and_evaluate_give(compared, tmp_path):
+    folder, found = compared
+    assert [(pair.policy, pair.prompt) for pair in found.pairs] == [
+        (name, prompt) for name in NAMES for prompt in PROMPTS
+    ]
+    pair = found.pairs[3]
+    policy = policies(model_config("demo"))[pair.policy]
+    with Session.open(demo_bundle(), policy=policy, threads=1) as session:
+        session.render(pair.prompt, SECONDS, tmp_path / "again.mp4", pair.seed)
+    again = evaluate(tmp_path / "again.mp4", pair.prompt)
+    assert again.values == pytest.approx(pair.evaluation.values, nan_ok=True)
+    assert again.frames == pair.evaluation.frames == found.config.frames(SECONDS)
+    assert evaluate(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
+
+
+def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkeypatch):
+    chosen = {name: policies(model_config("demo"))[name] for name in (NAMES[0], "full-history")}
+    sizes = [
+        sum(memory(config).values()) + archive_bytes(config, config.blocks(config.frames(600)))
+        for config in (compare.planned(model_config("demo"), p, 600) for p in chosen.values())
+    ]
+    assert sizes[0] < sizes[1]
+    present = {"SC_PHYS_PAGES": sum(sizes) // 2, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", present.__getitem__, raising=False)
+    prompts = [Prompt(PROMPTS[0], PROMPTS[0], 0)]
+    with pytest.raises(
+        ConfigError, match=r"^full-history: this video needs .* GB under its policy"
+    ):
+        compare.compare(demo_bundle(), chosen, prompts, 600, tmp_path)
+    assert not any(tmp_path.glob("videos/*"))
+
+
+def test_tokens_read_are_those_the_cache_lays_out(compared):
+    _, found = compared
+    config = model_config("demo")
+    for pair in found.pairs:
+        policy = found.costs[pair.policy].policy
+        cache = Cache(msgspec.structs.replace(config, policy=policy))
+        valid = []
+        for read in pair.read:
+            if read:
+                cache.read(read)
+            valid.append(cache.layout().valid)
+            cache.commit()
+        assert pair.tokens_read == valid
+        assert len(valid) == len(pair.block_seconds) == config.blocks(config.frames(SECONDS))
+
+
+def test_costs_are_the_plans(compared):
+    _, found = compared
+    config = model_config("demo")
+    blocks = config.blocks(config.frames(SECONDS))
+    for cost in found.costs.values():
+        kept = msgspec.structs.replace(config, policy=cost.policy)
+        assert cost.archive == archive_bytes(kept, blocks)
+        with Session.open(demo_bundle(), policy=cost.policy) as session:
+            rollout = session._rollout_for(blocks)
+            assert cost.buffers > rollout.buffers.context.nbytes > 0
+        assert cost.host_peak > cost.buffers
+
+
+def test_only_what_is_missing_is_rendered_again(tmp_path, monkeypatch):
+    rendered = []
+    original = Session.render
+
+    def render(self, prompt, seconds, path, *args, **kwargs):
+        rendered.append(path.name)
+        return original(self, prompt, seconds, path, *args, **kwargs)
+
+    def again(names=NAMES, seed=0):
+        rendered.clear()
+        chosen = {name: policies(model_config("demo"))[name] for name in names}
+        prompts = [Prompt(text, text, seed) for text in PROMPTS]
+        compare.compare(demo_bundle(), chosen, prompts, SHORT, tmp_path, threads=1)
+        return rendered, json.loads((tmp_path / "compare.json").read_text())
+
+    monkeypatch.setattr(Session, "render", render)
+    first, found = again()
+    assert len(first) == 4
+    assert again() == ([], found)
+    result, video = sorted((tmp_path / "videos").glob("sink-window-01-*"))
+    result.write_text("{")  # damaged
+    assert again()[0] == [video.name]
+    video.unlink()
+    assert again(NAMES[::-1])[0] == [video.name]
+    assert len(again(NAMES[:1], seed=9)[0]) == 2
+    assert again()[0] == []  # nothing was thrown away
+    assert len(list((tmp_path / "videos").iterdir())) == 2 * 6
+
+
+def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    calls = []
+
+    def second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(compare, "evaluate", second)
+    result = run(tmp_path, SHORT)
+    assert result.exit_code == 130, result.output
+    assert not (tmp_path / "compare.json").exists() and not list(tmp_path.rglob(".*"))
+    (finished,) = (tmp_path / "videos").glob("*.json")
+    kept = finished.read_bytes()
+    assert run(tmp_path, SHORT).exit_code == 0
+    assert len(calls) == 5 and finished.read_bytes() == kept
+
+
+# Statistics
+
+
+def evaluation(value, count=2.0):
+    values = {"flicker": value, "loop_closure": None if count == 0 else value, "returns": count}
+    return Evaluation("v.mp4", None, 16, 160, 128, 128, values, [Segment(0, 10, values)])
+
+
+def pair(policy, number, value, **extra):
+    return compare.Pair(policy=policy, number=number, prompt="", seed=0, video="", read=[],
+                        evaluation=evaluation(value, **extra), block_seconds=[], tokens_read=[],
+                        host_peak=0)  # fmt: skip
+
+
+def test_an_interval_is_as_wide_as_theory_has_it_and_always_the_same():
+    values = np.random.default_rng(3).normal(5, 2, 400).tolist()
+    found = estimate(values)
+    assert found == estimate(values)
+    half = 1.96 * np.std(values) / len(values) ** 0.5
+    assert found.mean == pytest.approx(np.mean(values))
+    assert (found.mean - found.low, found.high - found.mean) == pytest.approx(
+        (half, half), rel=0.05
+    )
+    assert estimate([4.0]) == compare.Estimate(4.0, None, None, 1)
+    assert estimate([]) is None
+
+
+def test_differences_are_taken_prompt_by_prompt():
+    """Prompts that differ far more than policies do: only pairs show it."""
+    values = np.random.default_rng(4).normal(0, 10, 12)
+    change = np.random.default_rng(5).normal(0.5, 0.1, 12)
+    pairs = [pair("a", i, values[i]) for i in range(12)]
+    pairs += [pair("b", i, values[i] + change[i]) for i in range(12)]
+    found = summarise(pairs, None)
+    assert found["a"]["flicker"].difference is None
+    assert found["b"]["flicker"].value.low < 0 < found["b"]["flicker"].value.high
+    assert 0.4 < found["b"]["flicker"].difference.low < found["b"]["flicker"].difference.high < 0.6
+
+
+def test_a_prompt_without_a_value_is_left_out_of_both():
+    pairs = [pair("a", 0, 1.0), pair("a", 1, 9.0), pair("b", 0, 2.0), pair("b", 1, 9.0, count=0)]
+    found = summarise(pairs, None)["b"]["loop_closure"]
+    assert (found.value.mean, found.value.prompts) == (2.0, 1)
+    assert (found.difference.mean, found.difference.prompts) == (1.0, 1)
+
+
+def test_the_end_is_weighted_by_length_and_returns():
+    segments = [
+        Segment(0, 10, {"flicker": 9.0, "loop_closure": 0.9, "returns": 5.0}),
+        Segment(10, 20, {"flicker": 1.0, "loop_closure": 0.1, "returns": 3.0}),
+        Segment(20, 25, {"flicker": 4.0, "loop_closure": 0.5, "returns": 1.0}),
+    ]
+    end = last(segments, 15)
+    assert end == pytest.approx({"flicker": 2.0, "loop_closure": 0.2, "returns": 4.0})
+    assert last(segments, 1000)["returns"] == 9
+    nothing = {"flicker": None, "loop_closure": None, "returns": 0.0}
+    assert last([Segment(0, 9, nothing)], 20) == nothing
+
+
+# Prompts
+
+
+def test_made_up_prompts_are_the_demo_models_and_every_second_one_a_tour():
+    config = model_config("demo")
+    prompts = draw_prompts(config, 8, seed=3)
+    assert prompts == draw_prompts(config, 8, seed=3) != draw_prompts(config, 8, seed=4)
+    assert [len(places(prompt.text)) for prompt in prompts] == [1, 2] * 4
+    assert [prompt.seed for prompt in prompts] == list(range(3, 11))
+    for prompt in prompts:
+        encode_words(prompt.text, config)
+    with pytest.raises(ConfigError, match="made up for the demo model alone"):
+        draw_prompts(model_config("wan-1.3b"), 2, 0)
+
+
+def test_a_line_may_name_an_embedding(tmp_path):
+    from packforcing.embeddings import Embedding, save_embedding
+
+    text = np.ones((3, model_config("demo").text_dim), np.float32)
+    save_embedding(tmp_path / "fox.safetensors", Embedding(text, "a fox", "umt5", "0" * 64))
+    (tmp_path / "prompts.txt").write_text("a red star\nfox.safetensors\n")
+    plain, fox = read_prompts(tmp_path / "prompts.txt", seed=1)
+    assert (plain.given, plain.seed, fox.text, fox.seed) == ("a red star", 1, "a fox", 2)
+    assert np.array_equal(fox.given, text)
+
+
+# The page
+
+
+def test_the_page_shows_all_of_it_and_loads_nothing(compared):
+    folder, found = compared
+    text = (folder / "compare.html").read_text()
+    assert re.findall(r"url\((?!#)|@import|<script|<link|<iframe", text) == []
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
+    beside = {pair.video for pair in found.pairs}
+    assert {a for a in addresses if not a.startswith(("data:", "#"))} == beside
+    assert all((folder / video).is_file() for video in beside)
+    assert text.count('src="data:image/jpeg') == len(found.pairs)
+    assert text.count('class="reads"') == 1  # of the policy that has an archive
+    for name in (*NAMES, *PROMPTS, "flicker", "loop closure", "ms per block"):
+        assert name in text
+
+    class Balanced(html.parser.HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag, attributes):
+            if tag not in ("meta", "img", "use", "path"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            if tag not in ("path", "use"):
+                assert self.open.pop() == tag
+
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+
+
+def test_the_page_opens_in_a_browser(compared, tmp_path):
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    page, shot = (compared[0] / "compare.html").as_uri(), tmp_path / "shot.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1250,4000"]  # fmt: skip
+    command += [f"--screenshot={shot}", page]
+    subprocess.run(command, capture_output=True, check=True, timeout=300)
+    picture = cv2.imread(str(shot))
+    # every part drew something: no band of a twentieth of the upper half is blank
+    bands = np.array_split(picture[: len(picture) // 2], 10)
+    assert all(band.std() > 2 for band in bands)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--policies", "packforcing,forget"], "unknown policy 'forget'; known policies: packforc"),
+        (["--prompts", "0"], "--prompts takes 1 to"),
+        (["--prompts", "none.txt"], "cannot read prompts from none.txt: No such file"),
+        (["--seconds", "0"], "seconds must be above 0"),
+        (["--seed", "-1"], "seed must be from 0"),
+    ],
+)
+def test_mistakes_are_explained_before_anything_is_rendered(args, message, tmp_path):
+    result = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), *args])
+    assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_prompt_files_are_checked(tmp_path):
+    for data, message in (
+        (b"", "holds no prompt"), (b"\xff\xfe", "no UTF-8 text"), (b"a fox", "does not know 'fox'"),
+        (b"x.safetensors", "cannot read an embedding"),
+    ):  # fmt: skip
+        (tmp_path / "prompts.txt").write_bytes(data)
+        result = run(tmp_path)
+        assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_rendered(tmp_path):
+    result = run_without("matplotlib", "compare", "--out", tmp_path / "out")
+    assert_one_line(result.returncode, result.stdout, result.stderr, r"matplotlib.*\[plot\]")
+    assert not (tmp_path / "out").exists()
+
+
+# The runtime and the reference
+
+
+@pytest.mark.full
+def test_the_reference_measures_as_the_runtime_does(tmp_path):
+    """Videos of the same prompts and seeds by PyTorch, whose rollouts part from the runtime's with
+    time: every measure's mean lies in the interval over prompts that the runtime's has, which is
+    taken a percent wider, as where all prompts agree it has no width."""
+    config, count, seconds = model_config("demo"), FEWEST, 20
+    model = load_model(config, demo_bundle().parent / "model.safetensors")
+    frames, found = config.frames(seconds), {"runtime": [], "reference": []}
+    with Session.open(demo_bundle()) as session:
+        for prompt in draw_prompts(config, count, seed=11):
+            session.render(prompt.text, seconds, tmp_path / "runtime.mkv", prompt.seed)
+            text = torch.from_numpy(encode_words(prompt.text, config))
+            noise = partial(draw_noise, config, prompt.seed)
+            size = config.width, config.height, config.fps
+            with open_video(tmp_path / "reference.mkv", *size) as video:
+                left, skip = frames, config.trimmed_frames
+                for block in rollout(model, text, config.blocks(frames), noise, seed=prompt.seed):
+                    fresh = block.frames[skip:][:left].permute(0, 2, 3, 1)
+                    video.write((fresh * 255).round().byte().numpy())
+                    left, skip = left - len(fresh), 0
+            assert left == 0
+            for name, values in found.items():
+                values.append(evaluate(tmp_path / f"{name}.mkv", prompt.text).values)
+    apart = {}
+    for name in found["runtime"][0]:
+        runtime, reference = (
+            estimate([video[name] for video in videos if video[name] is not None])
+            for videos in found.values()
+        )
+        print(f"{name}: runtime {runtime}, reference {reference}")
+        if runtime is None or reference is None or runtime.low is None:
+            continue  # of too few prompts, like loop closure where no camera came back
+        slack = abs(runtime.mean) / 100
+        if not runtime.low - slack <= reference.mean <= runtime.high + slack:
+            apart[name] = runtime, reference
+    assert not apart
+
+
+# What selection is for
+
+
+def retrieved(selection, queries, keys, same, made):
+    """How often a selected block shows what the block just made shows: same(block, old), for each
+    block of `made`."""
+    policy = Policy(sink=1, mid=2, recent=2, selection=selection)
+    hits = []
+    for block in made:
+        candidates = np.arange(policy.sink, block + 1 - policy.recent)
+        if selection == "likeness":
+            scores = likeness(keys[block], keys[candidates])
+        else:
+            scores = affinity(queries[block], keys[candidates])
+        hits += [same(block, old) for old in select(policy, candidates, scores, 0, block)]
+    return np.mean(hits)
+
+
+SELECTIONS = ("affinity", "likeness", "recency", "random")
+
+
+def test_affinity_retrieves_the_place_that_is_shown():
+    """Five places, each with a direction of its own in every head, in noise as large."""
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 16)
+    shown = rng.integers(5, size=80)
+    places = rng.standard_normal((5, *shape))
+    keys, queries = (places[shown] + rng.standard_normal((80, *shape)) for _ in range(2))
+    found = {
+        name: retrieved(name, queries, keys, lambda a, b: shown[a] == shown[b], range(20, 80))
+        for name in SELECTIONS
+    }
+    ours = min(found["affinity"], found["likeness"])
+    assert ours > 0.9 > 0.4 > max(found["recency"], found["random"])
+
+
+def test_only_likeness_is_blind_to_what_all_blocks_share():
+    """The same, with a large part that all keys and queries have in common, in some blocks more
+    than in others."""
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 16)
+    shown = rng.integers(5, size=80)
+    places, common = rng.standard_normal((5, *shape)), 8 * rng.standard_normal(shape)
+    keys, queries = (
+        places[shown]
+        + common * rng.uniform(0.9, 1.1, (80, 1, 1, 1))
+        + 0.5 * rng.standard_normal((80, *shape))
+        for _ in range(2)
+    )
+    found = {
+        name: retrieved(name, queries, keys, lambda a, b: shown[a] == shown[b], range(20, 80))
+        for name in ("affinity", "likeness")
+    }
+    assert found["affinity"] < 0.5 < 0.75 < found["likeness"]
+
+
+@pytest.mark.full
+def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
+    """Drawn tours, encoded by the demo model's autoencoder and committed through `start`: a block
+    selected by affinity shows the place that the newest block shows more often than one in random
+    does (exactly, the share of all candidates), and than the newest outside the window; one by
+    likeness, more often still. Blocks amid a pan show neither place, and are not asked."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "demo_model")
+    world = importlib.import_module("world")
+    config = model_config("demo")
+    blocks, size = 28, config.block_pixel_frames
+    found: dict[str, list[float]] = {name: [] for name in SELECTIONS}
+    select_all = Rollout.select
+    with Session.open(demo_bundle(), threads=1) as session:
+        for seed in range(48):
+            tour = world.make_tour(np.random.default_rng(seed), blocks * size - 3)
+            camera = np.pad(tour.camera, (3, 0), "edge").reshape(blocks, size).mean(1)
+            queries = []
+
+            def kept(self, block, candidates, queries=queries):
+                queries.append(self.buffers.denoiser["q_pool"].host.copy())
+                return select_all(self, block, candidates)
+
+            monkeypatch.setattr(Rollout, "select", kept)
+            seconds = len(tour.frames) / config.fps
+            list(session.stream(tour.prompt, seconds, seed, start=tour.frames))
+            # sink blocks have no key and are no candidates
+            keys = np.pad(
+                session._rollout.archive.pooled_keys, ((config.policy.sink, 0), *[(0, 0)] * 3)
+            )
+
+            def near(a, b, camera=camera):
+                return abs(camera[a] - camera[b]) < world.SIZE / 4
+
+            at_place = abs(camera - world.SIZE / 2) > world.SIZE / 4
+            made = [b for b in range(13, blocks) if at_place[b]]  # a round has been seen by then
+            for name in ("affinity", "likeness", "recency"):
+                found[name].append(retrieved(name, queries, keys, near, made))
+            shares = [np.mean([near(block, old) for old in range(1, block - 1)]) for block in made]
+            found["random"].append(np.mean(shares))
+    for name, shares in found.items():
+        print(f"{name}: {np.mean(shares):.3f} of the blocks selected show the place")
+    for more, less in (("affinity", "random"), ("affinity", "recency"), ("likeness", "affinity")):
+        gain = estimate(np.subtract(found[more], found[less]).tolist())
+        print(f"{more} over {less}: {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f})")
+        assert gain.low > 0

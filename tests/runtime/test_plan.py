@@ -1,0 +1,542 @@
+"""The memory plan: arithmetic against the modules themselves, against what is allocated, against
+what a builder reports; and the rules by which a plan is chosen."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packforcing import Policy, model_config
+from packforcing.app.cli import main
+from packforcing.autoencoder import TinyAutoencoder
+from packforcing.compressor import Compressor
+from packforcing.config import Precision
+from packforcing.errors import ConfigError, PlanError
+from packforcing.runtime.buffers import Buffers
+from packforcing.runtime.bundle import contract, graph_file
+from packforcing.runtime.engine_records import encode_record, read_record, record_file, shapes
+from packforcing.runtime.estimate import (
+    CARD,
+    GPUS,
+    calls_per_block,
+    find_gpu,
+    operations,
+    parameters,
+    seconds_per_block,
+    tensor_bytes,
+    weight_bytes,
+)
+from packforcing.runtime.plan import (
+    GIB,
+    RESERVE,
+    STREAMED,
+    TARGETS,
+    choose,
+    describe,
+    estimates,
+    make_plan,
+    plans,
+    precisions,
+    smallest,
+)
+from packforcing.transformer import Transformer
+from tests.conftest import TINY
+from tests.emulated import Cuda, build_engines, cuda_device
+
+WAN = model_config("wan-1.3b")
+CONFIGS = {
+    "wan": WAN,
+    "demo": model_config("demo"),
+    "tiny": TINY,
+    "low branch": msgspec.structs.replace(TINY, compressor_widths=()),
+}
+
+
+def with_(config, **changes):
+    """The config with other fields; `weights` and `cache` are those of its precision."""
+    formats = {name: changes.pop(name) for name in ("weights", "cache") if name in changes}
+    precision = msgspec.structs.replace(config.precision, **formats)
+    return msgspec.structs.replace(config, precision=precision, **changes)
+
+
+def modules(config):
+    with torch.device("meta"):
+        autoencoder = TinyAutoencoder(config)
+        return Transformer(config), autoencoder, Compressor(config, autoencoder)
+
+
+def count(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def in_prompt(name):
+    return name.startswith("text_embedding") or any(
+        part in name for part in ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k")
+    )
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_parameters_are_those_of_the_modules(config):
+    """Graph by graph, exactly; the transformer's halves are a Wan checkpoint."""
+    transformer, autoencoder, compressor = modules(config)
+    named = dict(transformer.named_parameters())
+    encoder = count(autoencoder.encoder.parameters())
+    assert parameters(config) == {
+        "prompt": count(tensor for name, tensor in named.items() if in_prompt(name)),
+        "denoiser": count(tensor for name, tensor in named.items() if not in_prompt(name)),
+        "compressor": encoder + count(compressor.parameters()),
+        "vae_decoder": count(autoencoder.decoder.parameters()),
+        "vae_encoder": encoder,
+    }
+    if config is WAN:
+        assert count(named.values()) == 1_418_996_800
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8", "fp8", "int4"])
+def test_weights_take_their_format_and_their_scales(kind):
+    """Matrices of all layers but the outer two are quantised: a fp16 scale per output channel,
+    in int8 two where the matrix widens, or in int4 one per 128 weights. All else is fp16."""
+    transformer, _, _ = modules(WAN)
+    expected = 0
+    for name, tensor in transformer.named_parameters():
+        inner = name.startswith("blocks.") and 0 < int(name.split(".")[1]) < WAN.layers - 1
+        if in_prompt(name):
+            continue
+        if kind == "fp16" or not inner or tensor.ndim != 2:
+            expected += 2 * tensor.numel()
+        elif kind == "int4":
+            expected += tensor.numel() // 2 + 2 * tensor.numel() // 128
+        else:
+            two = kind == "int8" and len(tensor) > tensor.shape[1]
+            expected += tensor.numel() + 2 * len(tensor) * (1 + two)
+    assert weight_bytes(with_(WAN, weights=kind))["denoiser"] == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_operations_are_those_of_the_modules(name):
+    """PyTorch's own count of the matrix products, call by call. (Of the full block's call only
+    the number of new tokens differs. Strips of the decoder overlap, by 1%, which is left out.)"""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = with_(CONFIGS[name], layers=2, vae_strips=1)
+    transformer, autoencoder, compressor = modules(config)
+    found = operations(config)
+
+    def counted(module, *inputs):
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            module(*inputs)
+        return counter.get_total_flops()
+
+    def zeros(*shape):
+        return torch.zeros(*shape, device="meta")
+
+    def pairs(n):
+        return [(zeros(1, config.heads, n, config.head_dim),) * 2] * config.layers
+
+    latents = zeros(1, config.block_frames, config.latent_channels, *config.latent_size)
+    state = [zeros(*tensor.shape) for tensor in autoencoder.decoder_state()]
+    assert counted(autoencoder.decode_frame, latents[0, :1], state) == found["vae_decoder"]
+    pixels = zeros(1, config.block_pixel_frames, 3, config.height, config.width)
+    assert counted(compressor, latents, pixels) == found["compressor"]
+    n, c = config.compressed_tokens, config.context_tokens
+    inputs = (
+        zeros(1, n, config.token_dim), zeros(1, n, config.dim), zeros(1), pairs(config.text_len),
+        (zeros(n, config.head_dim // 2),) * 2, pairs(c), (zeros(c, config.head_dim // 2),) * 2,
+    )  # fmt: skip
+    assert counted(transformer, *inputs) == found["denoiser.compressed"]
+
+
+@pytest.mark.parametrize("config", [TINY, CONFIGS["low branch"]], ids=["both", "low branch"])
+@pytest.mark.parametrize("precision", [
+    Precision(), Precision(compute="fp16", weights="int4", cache="int8"),
+    Precision(compute="fp16", weights="fp16", cache="fp16"),
+])  # fmt: skip
+def test_a_plan_is_what_the_runtime_allocates(config, precision):
+    """To the byte, on the card and on the host, whatever the number formats."""
+    config = msgspec.structs.replace(config, precision=precision)
+    plan = make_plan(config, "sm86")
+    device = cuda_device(Cuda())
+    buffers = Buffers(config, device)
+    rows = {"context": "cache.", "staging": "staging."}  # of some purposes a plan has several
+    assert dict(device.allocated) == {
+        purpose: sum(
+            size
+            for name, size in plan.device.items()
+            if name.startswith(rows.get(purpose, purpose))
+        )
+        for purpose in device.allocated
+    }
+    assert sum(device.host.allocated.values()) == plan.host["copies"]
+    del buffers
+
+
+def test_the_full_history_of_the_full_model():
+    """27,872 tokens at 480x832 in blocks of 4, as the design has it, in GiB."""
+    assert WAN.context_tokens + WAN.block_tokens == 27_872
+
+    def rounded(config, *rows):
+        device = make_plan(config, "sm86").device
+        total = sum(size for row, size in device.items() if row.startswith(rows))
+        return round(total / GIB, 2)
+
+    assert rounded(WAN, "cache.", "staging.block") == 4.78
+    assert rounded(with_(WAN, cache="int8"), "cache.", "staging.block") == 2.39
+    assert rounded(WAN, "weights.denoiser") == 2.36
+    assert rounded(WAN, "cross_attention") == 0.09
+    one_sink = with_(WAN, cache="int8", policy=Policy(sink=1, mid=16, recent=1))
+    assert rounded(one_sink, "cache.sink") == 0.54
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_rows_add_up(config):
+    plan = make_plan(config, "sm86", seconds=30)
+    assert plan.total == sum(plan.device.values())
+    assert plan.device["reserve"] == RESERVE
+    assert plan.device["scratch"] >= tensor_bytes(config)["vae_decoder"]["frames"] // 2
+    longer = make_plan(config, "sm86", seconds=60)
+    assert longer.device == plan.device and longer.host["archive"] > plan.host["archive"]
+
+
+def test_what_a_builder_measured_replaces_the_estimates():
+    built = {"weights.denoiser": 7, "scratch.vae_decoder": 10**12}
+    plan, estimated = make_plan(WAN, "sm86", built=built), make_plan(WAN, "sm86")
+    assert plan.device == {**estimated.device, "weights.denoiser": 7, "scratch": 10**12}
+
+
+SMALL = with_(TINY, layers=5, policy=Policy(sink=2, mid=3, recent=1))
+
+
+def rank(config, target, plan):
+    """Where a plan stands in the order of what is given up."""
+    for place, candidate in enumerate(plans(config, target, 10**15)):
+        if candidate.config == plan.config:
+            return place, plan.streamed
+    raise AssertionError(describe(plan))
+
+
+@given(
+    target=st.sampled_from(sorted(TARGETS)),
+    budgets=st.tuples(*2 * [st.floats(0.97, 1.02)]),
+)
+def test_more_memory_never_gives_a_worse_plan(target, budgets):
+    whole = make_plan(SMALL, target).total
+    ranks = []
+    for budget in sorted(int(share * whole) for share in budgets):
+        try:
+            plan = choose(SMALL, target, budget)
+        except PlanError:
+            ranks.append((math.inf, 0))
+            continue
+        assert plan.total == sum(plan.device.values()) <= budget
+        assert plan.streamed <= STREAMED * weight_bytes(plan.config)["denoiser"]
+        ranks.append(rank(SMALL, target, plan))
+    assert ranks[0] >= ranks[1]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_smallest_budget_named_is_the_smallest_that_works(target):
+    with pytest.raises(PlanError, match="least it can take") as refused:
+        choose(SMALL, target, 1000)
+    text, least = str(refused.value), refused.value.smallest
+    assert choose(SMALL, target, least).total <= least
+    named = float(text.split("--budget ")[1].split()[0])
+    assert "1 sink, 1 mid and 1 recent blocks" in text
+    assert choose(SMALL, target, int(named * GIB)).total <= named * GIB
+    with pytest.raises(PlanError):
+        choose(SMALL, target, int((named - 0.01) * GIB))
+
+
+def test_time_is_given_up_before_precision_and_precision_before_history():
+    """Just below what a plan takes, the next in the documented order is chosen."""
+    order, budget = [], 1 << 50
+    while not order or order[-1][0] == WAN.policy.mid:
+        plan = choose(WAN, "sm86", budget)
+        precision = plan.config.precision
+        step = plan.config.policy.mid, precision.weights, precision.cache, plan.streamed > 0
+        if step not in order:
+            order.append(step)
+        budget = plan.total - (4 << 20)
+    formats = [("fp16", "fp16"), ("fp16", "int8"), ("int8", "int8"), ("int4", "int8")]
+    full = [(16, *level, streams) for level in formats for streams in (False, True)]
+    assert order == [*full, (15, "int4", "int8", True)]
+
+
+def test_the_smallest_budget_for_the_full_history():
+    whole, least = smallest(WAN, "sm86")
+    assert whole.config.policy == least.config.policy == WAN.policy
+    assert choose(WAN, "sm86", least.total).config == least.config
+    assert whole.config.vae_strips == 1 and least.total < whole.total
+
+
+@pytest.mark.parametrize("target", ["sm86", "sm89", "sm120"])
+def test_four_gib_hold_the_full_history(target):
+    plan = choose(WAN, target, 4 * GIB)
+    assert plan.config.policy == WAN.policy and not plan.streamed
+
+
+def test_only_formats_of_the_target_are_chosen():
+    for target, formats in TARGETS.items():
+        for precision in precisions(WAN, target):
+            assert {precision.weights, precision.cache} <= {"fp16", *formats}
+    assert [precision.cache for precision in precisions(WAN, "sm75")] == ["fp16"]
+
+
+@pytest.mark.parametrize(
+    ("target", "formats", "message"),
+    [
+        ("sm75", {"cache": "int8"}, "sm75 has no int8 for the cache; it has fp32, fp16"),
+        ("sm86", {"weights": "fp8"}, "sm86 has no fp8 for the weights; it has fp32, fp16, int8"),
+        ("sm80", {"cache": "fp8"}, "sm80 has no fp8"),
+        ("sm90", {}, "unknown target 'sm90'; known targets: sm75, sm80"),
+    ],
+)
+def test_what_a_target_lacks_is_refused(target, formats, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(with_(WAN, **formats), target)
+
+
+def test_fp8_takes_what_int8_takes_but_for_the_second_scale_of_a_matrix_that_widens():
+    fp8, int8 = (make_plan(with_(WAN, weights=k, cache=k), "sm89").total for k in ("fp8", "int8"))
+    assert int8 - fp8 == (WAN.layers - 2) * WAN.ffn_dim * 2  # bytes
+
+
+def test_times_are_the_roofline():
+    """Everything at full size is bound by arithmetic; five calls of the denoiser dominate."""
+    card = GPUS["RTX 3060"]
+    work, calls = operations(WAN), calls_per_block(WAN)
+    total = sum(work[call] * times for call, times in calls.items())
+    assert seconds_per_block(WAN, card) == pytest.approx(total / (2 * card.tflops * 1e12))
+    assert calls["denoiser.block"] == 5
+    denoiser = sum(work[call] * calls[call] for call in work if call.startswith("denoiser."))
+    fp8 = (total - denoiser / 2) / (2 * card.tflops * 1e12)  # at twice fp16's rate
+    assert seconds_per_block(with_(WAN, weights="fp8"), card) == pytest.approx(fp8)
+    starved = card._replace(bandwidth=1e-3)
+    moved, weights = tensor_bytes(WAN), weight_bytes(WAN)
+    slow = sum(
+        (sum(moved[call].values()) + weights[call.split(".")[0]]) * times
+        for call, times in calls.items()
+    )
+    assert seconds_per_block(WAN, starved) == pytest.approx(slow / 1e6)
+
+
+@pytest.mark.parametrize("name", ["RTX 4060", "rtx4060", "GeForce RTX 4060", "rtx-4060"])
+def test_cards_are_found_by_name(name):
+    assert find_gpu(name).target == "sm89"
+
+
+def test_an_unknown_card_is_refused():
+    with pytest.raises(ConfigError, match="no figures for a GPU 'RTX 1'; known: RTX 3060"):
+        find_gpu("RTX 1")
+
+
+def compare(name, estimate, built, below):
+    """One line of estimate against builder, and whether it is as close as promised: weights
+    within 1%, scratch within 25% and short by no more than `below` bytes."""
+    error = estimate / built - 1
+    print(f"{name:<44} {built:>13,} {estimate:>13,} {error:>+7.1%}")
+    return abs(error) <= (0.01 if ".weights." in name else 0.25) and built - estimate <= below
+
+
+def job(config, path, graph, *others):
+    """What builds one engine of a config, with profiles for others that it could serve too."""
+    from packforcing.export.engines import RTX_TARGETS, Job
+
+    return Job(
+        backend="tensorrt-rtx",
+        graph=str(path),
+        engine=str(path.with_suffix(".engine")),
+        targets=RTX_TARGETS,
+        profiles=tuple(
+            {
+                tensor.name: tuple(axes.get(n, n) for n in tensor.shape)
+                for tensor in contract(config)[graph].inputs
+                if any(isinstance(n, str) for n in tensor.shape)
+            }
+            for other in (config, *others)
+            for axes in shapes(other, graph).values()
+        ),
+        attentions=config.layers if graph == "denoiser" else 0,
+        length="input" if graph == "denoiser" else None,
+        flags=(),
+    )
+
+
+def build(config, folder, graph, *others):
+    """The builder's figures by name, one dictionary per config."""
+    pytest.importorskip("tensorrt_rtx")
+    from packforcing.export.engines import build_engine
+    from packforcing.export.exporter import save
+    from packforcing.export.graphs import export_graph
+    from packforcing.model import random_weights
+
+    path = folder / graph_file(graph)
+    save(export_graph(config, random_weights(config), graph), path)
+    built = build_engine(job(config, path, graph, *others))
+    calls = [f"scratch.{call}" for call in shapes(config, graph)]
+    scratch = iter(built.scratch)
+    return [
+        {f"weights.{graph}": built.weights, **{call: next(scratch) for call in calls}}
+        for _ in (config, *others)
+    ]
+
+
+def test_estimates_are_close_to_what_the_builder_says(tmp_path):
+    config = with_(WAN, layers=2, dim=512, heads=4, ffn_dim=2048, height=256, width=256)
+    expected = estimates(config)
+    for graph in CARD:
+        (found,) = build(config, tmp_path, graph)
+        assert all(
+            compare(f"small.{name}", expected[name], built, RESERVE)
+            for name, built in found.items()
+        )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layers", [2, 6, 30])
+def test_estimates_against_the_builder_at_full_size(tmp_path, layers):
+    """Blocks of 3 and 4, three sizes. The denoiser's graph is the same for all of them."""
+    configs = [
+        with_(WAN, layers=layers, block_frames=frames, width=width, height=height)
+        for frames in (3, 4)
+        for width, height in ((832, 480), (640, 368), (480, 272))
+    ]
+    close = []
+    first, *others = configs
+    denoisers = build(first, tmp_path, "denoiser", *others)
+    for config, found in zip(configs, denoisers):
+        expected = estimates(config)
+        for graph in ("compressor", "vae_decoder"):
+            found |= build(config, tmp_path, graph)[0]
+        size = f"{layers}x{config.block_frames}.{config.width}x{config.height}"
+        close += [
+            compare(f"{size}.{name}", expected[name], built, RESERVE)
+            for name, built in found.items()
+        ]
+    assert all(close)
+
+
+def run(*arguments):
+    """stdout, stderr and exit code of `packforcing plan ...`."""
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    return result.stdout, result.stderr, result.exit_code
+
+
+def test_the_table_of_what_fits():
+    out, _, code = run("--budget", "2,4,8,12", "--target", "sm86,sm120")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    (least,) = [line[-1] for line in lines if line[:4] == ["2.00", "sm86", "nothing", "fits"]]
+    assert choose(WAN, "sm86", int(float(least) * GIB)).total <= float(least) * GIB
+    twelve = next(line for line in lines if line[:2] == ["12.00", "sm120"])
+    assert twelve[2:10] == ["2", "+", "16", "+", "1", "fp16", "fp16", "-"] and twelve[-1] == "-"
+    four = next(line for line in lines if line[:2] == ["4.00", "sm86"])
+    assert "quantize" in four and "16" in four
+    assert "predicted" in out
+
+
+def test_json_is_complete_and_adds_up():
+    out, _, code = run("--budget", "4GiB,6.5", "--target", "sm89", "--seconds", "10", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert [plan["budget"] for plan in found["plans"]] == [4 * GIB, 13 * GIB // 2]
+    for plan in found["plans"]:
+        assert sum(plan["device"].values()) == plan["total"] <= plan["budget"]
+        config = msgspec.convert(plan["config"], type(WAN))
+        assert make_plan(config, "sm89", seconds=10).host["archive"] == plan["host"]["archive"]
+
+
+@pytest.fixture
+def built_bundle(tiny_bundle, tmp_path):
+    """A bundle with engines, whose builder had other figures than the estimates."""
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    build_engines(directory, weights=10**6, scratch=10**8)
+    return directory
+
+
+def test_a_bundles_built_figures_replace_the_estimates(built_bundle):
+    found = json.loads(run(str(built_bundle), "--json")[0])
+    device = found["plans"][0]["device"]
+    assert device["weights.denoiser"] == device["weights.vae_decoder"] == 10**6
+    assert device["scratch"] == 10**8
+    assert found["plans"][0]["estimates"] == estimates(TINY)
+    assert found["engines"]["loaded"] == {} and found["engines"]["not_loaded"]
+    lines = [line.split() for line in run(str(built_bundle))[0].splitlines()]
+    estimate = f"{estimates(TINY)['weights.denoiser']:,}"
+    assert ["weights.denoiser", estimate, "1,000,000", "-"] in lines
+    _, err, code = run(str(built_bundle), "--budget", "0.1")
+    assert code == 2 and "give --budget" in err
+    assert run(str(built_bundle), "--budget", "0.3")[2] == 0
+
+
+def test_engines_of_another_graph_do_not_count(built_bundle):
+    path = record_file(built_bundle, "tensorrt-rtx", "denoiser")
+    record = read_record(built_bundle, "tensorrt-rtx", "denoiser")
+    key = msgspec.structs.replace(record.key, graph={"denoiser.onnx": "0"})
+    path.write_bytes(encode_record(msgspec.structs.replace(record, key=key)))
+    found = json.loads(run(str(built_bundle), "--json")[0])
+    device = found["plans"][0]["device"]
+    assert device["weights.denoiser"] == estimates(TINY)["weights.denoiser"]
+    assert device["weights.compressor"] == 10**6
+
+
+def test_a_card_by_name_has_its_memory_less_the_context():
+    out, _, code = run("--gpu", "rtx 4060", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["plans"][0]["budget"] == 8 * GIB - found["cuda_context"]
+    assert found["plans"][0]["target"] == "sm89"
+
+
+def test_one_plan_in_detail():
+    out, _, code = run("--size", "640x368", "--block-frames", "3", "--history", "2,4,1",
+                       "--precision", "fp16,int8")  # fmt: skip
+    assert code == 0 and "640x368, blocks of 3" in out and "2 sink, 4 mid and 1 recent" in out
+    config = with_(WAN, width=640, height=368, block_frames=3, cache="int8",
+                   policy=Policy(sink=2, mid=4, recent=1))  # fmt: skip
+    assert f"{make_plan(config, 'sm86').total:,}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "1"], "does not fit into 1.00 GiB on sm86: the least it can take is"),
+        (["--budget", "much"], "--budget takes GiB, like 8 or 4,6.5,12; it is 'much'"),
+        (["--budget", "-1"], "--budget takes GiB"),
+        (["--target", "sm90"], "unknown target 'sm90'"),
+        (["--target", "sm86", "--gpu", "RTX 3060"], "choose one of --gpu and --target"),
+        (["--gpu", "GTX 1"], "no figures for a GPU 'GTX 1'"),
+        (["--precision", "int5"], "--precision takes WEIGHTS,CACHE"),
+        (["--precision", "fp32,fp16"], "precision.weights is fp32"),
+        (["--precision", "fp8", "--target", "sm86"], "sm86 has no fp8 for the weights"),
+        (["--model", "none"], "unknown model 'none'"),
+        (["--picture", "no/such/folder/a.png"], "cannot write no/such/folder/a.png"),
+        (["nowhere"], "nowhere is not a bundle"),
+        (["nowhere", "--model", "demo"], "a bundle has its model"),
+        (["--seconds", "nan"], "seconds must be"),
+        (["--seconds", "1e308"], "seconds must be above 0 and at most 86400"),
+        (["--history", "2,1000000000,1", "--budget", "4"], "--history takes at most 1000 blocks"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message):
+    _, err, code = run(*arguments)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.png"
+    assert run("--budget", "3,6,12", "--picture", str(path))[2] == 0
+    assert path.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_without_the_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    _, err, code = run("--picture", str(tmp_path / "plan.png"))
+    assert code == 2 and "pip install '.[plot]'" in err and not list(tmp_path.iterdir())
