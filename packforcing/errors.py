@@ -1,57 +1,91 @@
-"""The errors users meet. Each message says what was wrong, where, and what to do."""
+"""The errors users meet. Each message says what was wrong, where, and what to do.
+
+PackForcingError
+    MissingDependency   an optional package is not installed
+    ConfigError         a model, policy or command setting cannot work
+    PromptError         a prompt, schedule or embedding cannot be used
+    CheckpointError     weights are missing, damaged or of another model
+    FetchError          published weights cannot be downloaded
+    PlanError           no configuration fits into a memory budget
+    ExportError         an exported graph breaks the contract with the runtime
+    BundleError         a bundle is missing, damaged or of another schema version
+    CalibrationError    activation statistics are missing or unusable
+    BackendError        an inference library, a GPU or an engine cannot be used
+    OutputError         a result cannot be written
+    VideoError          a video or start picture cannot be read
+    ResumeError         an interrupted render cannot be resumed
+    RenderStopped       a render was stopped before its last block
+"""
+
+from __future__ import annotations
 
 
 class PackForcingError(Exception):
     """Base of every error this project raises on purpose."""
 
 
+class MissingDependency(PackForcingError, ImportError):
+    """An optional package is not installed; the message has the pip command."""
+
+
 class ConfigError(PackForcingError, ValueError):
-    """A model or policy setting that cannot work."""
+    """A model, policy or command setting cannot work."""
 
 
 class PromptError(PackForcingError, ValueError):
-    """A prompt the model's text encoder cannot read."""
+    """A prompt, schedule or embedding cannot be used."""
 
 
 class CheckpointError(PackForcingError):
-    """A weights file that is missing, damaged or of another model."""
+    """Weights are missing, damaged or of another model."""
 
 
 class FetchError(PackForcingError):
-    """Published weights that cannot be had: no network, no access, or not what was published."""
+    """Published weights cannot be downloaded: no network, no access, or other content."""
 
 
 class PlanError(PackForcingError):
-    """A memory budget that nothing fits into; `smallest` is the one in bytes that would do."""
+    """No configuration fits into a memory budget.
+
+    Attributes:
+        smallest: The smallest budget that would do, in bytes.
+    """
 
     def __init__(self, message: str, smallest: int) -> None:
-        super().__init__(message)
+        super().__init__(message, smallest)  # both, so that the error survives pickling
         self.smallest = smallest
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ExportError(PackForcingError):
-    """A graph that breaks the contract between export and runtime."""
+    """An exported graph breaks the contract with the runtime."""
 
 
 class BundleError(PackForcingError):
-    """A bundle that is missing, damaged or of another schema version."""
+    """A bundle is missing, damaged or of another schema version."""
 
 
 class CalibrationError(PackForcingError):
-    """Statistics that are missing, of another model, or that a sound rollout cannot give."""
+    """Activation statistics are missing, of another model, or not those of a sound rollout."""
 
 
 class BackendError(PackForcingError):
-    """The inference library is missing or refuses a graph."""
+    """An inference library, a GPU or an engine cannot be used."""
 
 
 class OutputError(PackForcingError):
-    """A result that cannot be written where it was asked for."""
+    """A result cannot be written."""
 
 
 class VideoError(PackForcingError):
-    """A video that cannot be read or measured."""
+    """A video or start picture cannot be read."""
+
+
+class ResumeError(PackForcingError):
+    """An interrupted render cannot be resumed: its files are damaged or of another request."""
 
 
 class RenderStopped(PackForcingError):
-    """A video that was asked to end before its last block."""
+    """A render was stopped before its last block."""

@@ -26,8 +26,7 @@ from packforcing.runtime.estimate import operations, parameters, weight_bytes
 from packforcing.runtime.plan import GIB, choose, estimates, make_plan
 from packforcing.sampler import draw_noise
 from packforcing.words import encode_words
-
-from .conftest import TINY
+from tests.conftest import TINY
 
 pytest.importorskip("diffusers")
 WAN = with_autoencoder(PAPER, "wan")
@@ -302,7 +301,7 @@ def test_the_command_says_which_autoencoder_fits():
     [(256, 256), *(pytest.param(s, marks=pytest.mark.full) for s in [(832, 480), (640, 368)])],
 )
 def test_estimates_are_close_to_what_the_builder_says(size, tmp_path):
-    from .test_plan import build, compare
+    from tests.runtime.test_plan import build, compare
 
     width, height = size
     config = msgspec.structs.replace(

@@ -1,0 +1,221 @@
+"""Write files and folders that are whole or absent, seal JSON, hash files, check disk space.
+
+Whatever is written gets its final name last: first a hidden partial name beside it, then the data
+flushed to the disk, then a rename, then the folder's entry flushed. A power cut leaves the older
+file or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from packforcing.errors import OutputError
+from packforcing.units import format_file_size
+
+HASH_CHUNK = 1 << 18  # bytes read at a time
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What identifies a file's content."""
+
+    sha256: str
+    bytes: int
+
+
+def file_record(path: Path) -> FileRecord:
+    """Return the SHA-256 and size of a file."""
+    return FileRecord(file_sha256(path), path.stat().st_size)
+
+
+def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
+    """Hash a file.
+
+    Args:
+        path: The file.
+        on_bytes: Called after each chunk with its size in bytes.
+
+    Returns:
+        The SHA-256 in hexadecimal.
+    """
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(HASH_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
+            if on_bytes:
+                on_bytes(size)
+    return digest.hexdigest()
+
+
+def partial_path(target: Path) -> Path:
+    """Return a hidden name beside `target` that no other run uses, with the same suffix."""
+    return target.with_name(f".{target.stem[:40]}.partial-{secrets.token_hex(4)}{target.suffix}")
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a partial name to write to; the file gets its name when the block ends.
+
+    The data is on the disk before the name is. An exception, an interrupt included, removes the
+    partial file and leaves what stood under `path`.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    target = Path(path)
+    partial = partial_path(target)
+    try:
+        yield partial
+        flush(partial)
+        partial.replace(target)
+        flush_folder(target.parent)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file atomically, as `new_file` does.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    with new_file(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def new_folder(
+    path: str | os.PathLike[str], replaceable: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which takes its place when the block ends.
+
+    Parent folders are made. An exception, an interrupt included, removes the partial folder and
+    leaves what stood under `path`.
+
+    Args:
+        path: The folder to write; a link is followed.
+        replaceable: Tells whether an existing folder that is not empty may be replaced.
+            None: an existing folder has to be empty.
+
+    Raises:
+        OutputError: The path is in use, or cannot be written.
+    """
+    try:
+        target = Path(path).resolve()  # so that '.' has a name and a link stays a link
+        if target.exists() and not (is_empty_folder(target) or (replaceable or _never)(target)):
+            raise OutputError(
+                f"{target} exists and is not an empty folder; choose a new or an empty one"
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = partial_path(target)
+        partial.mkdir()
+    except (OSError, RuntimeError, ValueError) as error:  # pathlib reports a loop of links so
+        raise OutputError(f"cannot write {path}: {error}") from error
+    try:
+        yield partial
+        flush(partial)
+        replace_folder(target, partial)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(target: Path, new: Path) -> None:
+    """Rename the folder `new` to `target`; on an error the older folder stays or comes back."""
+    if not target.exists():
+        new.rename(target)
+    else:
+        retired = new.with_name(f"{new.name}.old")
+        target.rename(retired)
+        try:
+            new.rename(target)
+        except OSError:
+            retired.rename(target)
+            raise
+        shutil.rmtree(retired, ignore_errors=True)
+    flush_folder(target.parent)
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Tell whether a path is a folder without entries."""
+    return path.is_dir() and next(path.iterdir(), None) is None
+
+
+def _never(path: Path) -> bool:
+    return False
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder with the files in it, is on the disk."""
+    for file in path.iterdir() if path.is_dir() else (path,):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+    if path.is_dir():
+        flush_folder(path)
+
+
+def flush_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system has that."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def require_disk_space(folder: Path, needed_bytes: int, what: str, remedy: str) -> None:
+    """Check that a disk has room before anything is written.
+
+    Args:
+        folder: An existing folder on the disk.
+        needed_bytes: Bytes that will be written.
+        what: The subject of the message, like "the bundle".
+        remedy: The end of the message: what to do where there is no room.
+
+    Raises:
+        OutputError: The disk has less room.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise OutputError(
+            f"{what} needs {format_file_size(needed_bytes)} and the disk of {folder} has "
+            f"{format_file_size(free_bytes)} left: {remedy}"
+        )
+
+
+def seal_json(name: str, body: bytes) -> bytes:
+    """Wrap JSON with its checksum: `{"sha256": ..., name: body}`.
+
+    Args:
+        name: The field that holds the body.
+        body: Encoded JSON.
+    """
+    digest = hashlib.sha256(body).hexdigest()
+    return msgspec.json.encode({"sha256": digest, name: msgspec.Raw(body)}) + b"\n"
+
+
+def unseal_json(name: str, sealed: bytes) -> bytes:
+    """Return the body of what `seal_json` wrote, as encoded JSON.
+
+    Raises:
+        ValueError: Not sealed JSON with this field, or the checksum differs.
+    """
+    fields = msgspec.json.decode(sealed, type=dict[str, msgspec.Raw])
+    if fields.keys() != {"sha256", name}:
+        raise ValueError(f"not JSON with the fields 'sha256' and '{name}'")
+    body = bytes(fields[name])
+    if hashlib.sha256(body).hexdigest() != msgspec.json.decode(fields["sha256"], type=str):
+        raise ValueError("its SHA-256 differs")
+    return body

@@ -1,0 +1,123 @@
+"""Files are whole or absent, sealed JSON shows damage, sizes have the units people expect."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+import packforcing.files as files
+from packforcing import errors
+from packforcing.extras import install_command, optional_imports
+from packforcing.units import format_file_size, format_gib, format_memory
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt, OSError])
+def test_an_interrupted_write_leaves_the_older_file_and_no_partial_one(tmp_path, interruption):
+    (tmp_path / "a.json").write_bytes(b"old")
+    expected = errors.OutputError if interruption is OSError else interruption
+    with pytest.raises(expected), files.new_file(tmp_path / "a.json") as partial:
+        partial.write_bytes(b"half")
+        raise interruption
+    assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_bytes() == b"old"
+    files.write_file(tmp_path / "a.json", b"new")
+    assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_bytes() == b"new"
+
+
+def test_data_is_flushed_before_the_name_and_the_name_after_it(tmp_path, monkeypatch):
+    steps = []
+    for name in ("flush", "flush_folder"):
+        original = getattr(files, name)
+        monkeypatch.setattr(
+            files, name, lambda path, o=original, n=name: (steps.append((n, path.name)), o(path))
+        )
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path,
+        "replace",
+        lambda self, to: (steps.append(("rename", Path(to).name)), replace(self, to))[1],
+    )
+    files.write_file(tmp_path / "a.bin", b"data")
+    assert [step for step, _ in steps] == ["flush", "rename", "flush_folder"]
+    assert steps[0][1].startswith(".a.partial-") and steps[1][1] == "a.bin"
+
+
+def test_a_name_that_cannot_be_written_is_an_output_error(tmp_path):
+    with pytest.raises(errors.OutputError, match=r"cannot write .*missing/a\.json"):
+        files.write_file(tmp_path / "missing" / "a.json", b"")
+
+
+def test_a_folder_appears_whole_and_replaces_only_what_it_may(tmp_path):
+    target = tmp_path / "out"
+    with files.new_folder(target) as partial:
+        (partial / "a").write_bytes(b"1")
+        assert not target.exists()
+    assert names(target) == ["a"] and names(tmp_path) == ["out"]
+    with pytest.raises(errors.OutputError, match="not an empty folder"), files.new_folder(target):
+        pass
+    with pytest.raises(RuntimeError), files.new_folder(target, lambda path: True) as partial:
+        (partial / "b").write_bytes(b"2")
+        raise RuntimeError
+    assert names(target) == ["a"] and names(tmp_path) == ["out"]
+    with files.new_folder(target, lambda path: True) as partial:
+        (partial / "b").write_bytes(b"2")
+    assert names(target) == ["b"] and names(tmp_path) == ["out"]
+
+
+def test_sealed_json_is_read_back_and_shows_every_damage(tmp_path):
+    sealed = files.seal_json("engine", b'{"a": 1}')
+    assert files.unseal_json("engine", sealed) == b'{"a": 1}'
+    assert json.loads(sealed)["engine"] == {"a": 1}
+    for damaged in (sealed.replace(b"1}", b"2}"), b"{}", b"[", sealed.replace(b"engine", b"motor")):
+        with pytest.raises(ValueError):
+            files.unseal_json("engine", damaged)
+
+
+def test_a_full_disk_is_found_before_writing(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10, 9, 1_500_000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
+    files.require_disk_space(tmp_path, 1_500_000, "the bundle", "make room")
+    with pytest.raises(errors.OutputError, match=r"the bundle needs 2\.9 GB .* 1\.5 MB left: make"):
+        files.require_disk_space(tmp_path, 2_900_000_000, "the bundle", "make room")
+
+
+def test_memory_is_in_binary_units_and_files_in_decimal_ones():
+    assert (
+        format_gib(3.901 * 2**30) == "3.90" and format_gib(3.901 * 2**30, round_up=True) == "3.91"
+    )
+    assert format_memory(3.9 * 2**30) == "3.90 GiB"
+    assert format_memory(25 * 2**20) == "25.0 MiB" and format_memory(4096) == "4 KiB"
+    assert format_file_size(2_900_000_000) == "2.9 GB" and format_file_size(4000) == "4.0 kB"
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it():
+    with pytest.raises(errors.MissingDependency) as caught, optional_imports("exporting", "export"):
+        import no_such_package.module  # noqa: F401
+    root = Path(__file__).parents[2]
+    assert str(caught.value) == (
+        f'exporting needs no_such_package, which is not installed: pip install "{root}[export]"'
+    )
+    assert install_command("cpu", "verify").endswith('[cpu,verify]"')
+    ours = pytest.raises(ModuleNotFoundError, match=r"packforcing\.no_such_room")
+    with ours, optional_imports("exporting", "export"):
+        import packforcing.no_such_room  # noqa: F401
+
+
+def test_every_error_is_drawn_in_the_tree_and_survives_pickling():
+    classes = {
+        name: value for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.PackForcingError)
+    }  # fmt: skip
+    drawn = {line.split()[0] for line in errors.__doc__.splitlines()[2:] if line.strip()}
+    assert drawn == classes.keys()
+    for name, kind in classes.items():
+        error = kind("what, where", 5) if name == "PlanError" else kind("what, where")
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind and str(again) == "what, where" and vars(again) == vars(error)
