@@ -23,7 +23,6 @@ from packforcing.errors import BackendError
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
 
-PLUGIN_TARGETS = ["sm86", "sm89", "sm120", "sm121"]  # of ONNX Runtime's TensorRT-RTX plugin
 MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name is another
 
 
@@ -164,24 +163,15 @@ def _on_cpu() -> str:
     return f"{library}, with {', '.join(names)}"
 
 
-def _with_provider(provider: str) -> Callable[[], str]:
-    def check() -> str:
-        card = _card()
-        library, providers = _onnxruntime()
-        if provider not in providers:
-            raise BackendError(
-                f"{library} is without {provider}: pip uninstall onnxruntime, then "
-                f"{_install('gpu')}"
-            )
-        return f"{library}, on {card.name}"
-
-    return check
-
-
-def _with_plugin() -> str:
-    library, _ = _onnxruntime()
-    plugin = packages("rtx-plugin")
-    return f"{library}, {plugin}, on {_card(PLUGIN_TARGETS).name}"
+def _onnxruntime_cuda() -> str:
+    card = _card()
+    library, providers = _onnxruntime()
+    if "CUDAExecutionProvider" not in providers:
+        raise BackendError(
+            f"{library} is without CUDAExecutionProvider: pip uninstall onnxruntime, then "
+            f"{_install('gpu')}"
+        )
+    return f"{library}, on {card.name}"
 
 
 def rtx_targets() -> list[str]:
@@ -228,9 +218,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "build with tensorrt-rtx": _build_rtx,
     "build with tensorrt": _tensorrt,  # it builds on the card that is to run the engine
     "run with onnxruntime": _on_cpu,
-    "run with onnxruntime-cuda": _with_provider("CUDAExecutionProvider"),
-    "run with onnxruntime-tensorrt": _with_provider("TensorrtExecutionProvider"),
-    "run with onnxruntime-rtx": _with_plugin,
+    "run with onnxruntime-cuda": _onnxruntime_cuda,
     "run with tensorrt-rtx": _run_rtx,
     "run with tensorrt": _tensorrt,
 }

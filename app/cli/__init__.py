@@ -121,8 +121,8 @@ _run_options = _options(
         metavar="NAME",
         default="onnxruntime",
         show_default=True,
-        help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt, "
-        "onnxruntime-cuda, onnxruntime-tensorrt or onnxruntime-rtx.",
+        help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt or "
+        "onnxruntime-cuda.",
     ),
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

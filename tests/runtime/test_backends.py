@@ -13,6 +13,7 @@ from packforcing import model_config
 from packforcing.app.reports.plan import load_figures
 from packforcing.errors import BackendError, CheckpointError, RenderStopped
 from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.backends import cuda_options
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import driver
 from packforcing.runtime.plan import RESERVE, make_plan
@@ -224,12 +225,11 @@ def test_a_library_that_is_not_installed(monkeypatch, tmp_path, backend, module,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
-def test_an_onnxruntime_without_the_provider(tmp_path, backend):
+def test_an_onnxruntime_without_the_provider(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this is onnxruntime-gpu")
-    result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", backend)
+    result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", "onnxruntime-cuda")
     message = "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
     assert_one_line(result.exit_code, result.stdout, result.stderr, message)
 
@@ -247,9 +247,36 @@ def test_cuda_bindings_that_are_not_installed(monkeypatch):
         CudaDevice()
 
 
-def test_an_unknown_backend():
-    with pytest.raises(BackendError, match=r"'cuda'; known backends: onnxruntime, .*tensorrt-rtx"):
-        Session.open(demo_bundle(), backend="cuda")
+@pytest.mark.parametrize("name", ["cuda", "onnxruntime-tensorrt", "onnxruntime-rtx"])
+def test_an_unknown_backend_is_refused_with_those_that_exist(name):
+    existing = "onnxruntime, onnxruntime-cuda, tensorrt-rtx, tensorrt$"
+    with pytest.raises(BackendError, match=f"'{name}'; known backends: {existing}"):
+        Session.open(demo_bundle(), backend=name)
+
+
+def pretend_onnxruntime_gpu(monkeypatch, cuda):
+    """Make ONNX Runtime list its CUDA provider, on an emulated GPU."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr("packforcing.runtime.device._cuda_runtime", lambda: cuda)
+
+
+def test_a_gpu_too_small_for_the_cuda_provider_is_refused(monkeypatch):
+    cuda = Cuda(total=1 << 16)
+    pretend_onnxruntime_gpu(monkeypatch, cuda)
+    with pytest.raises(BackendError, match=r"demo with onnxruntime-cuda needs .* GiB of GPU mem"):
+        Session.open(demo_bundle(), backend="onnxruntime-cuda")
+    assert not cuda.log
+
+
+def test_the_cuda_provider_works_in_the_devices_stream():
+    """Copies and calls would not follow each other otherwise."""
+    assert cuda_options(cuda_device(Cuda())) == {
+        "device_id": "0",
+        "has_user_compute_stream": "1",
+        "user_compute_stream": str(emulated.STREAM),
+    }
 
 
 def test_too_little_memory_is_told_in_figures():
