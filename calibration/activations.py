@@ -41,7 +41,7 @@ from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.engine_records import graph_files
 from packforcing.runtime.estimate import layer_matrices, weight_block
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.session import bounded, check_request
+from packforcing.runtime.session import check_request
 
 OCTAVE, LOWEST, BINS = 8, -10, 160  # bins per factor of two; the first begins at 2^LOWEST
 # magnitude in the middle of each bin
@@ -142,7 +142,7 @@ def calibrate(
             )
         _check_forms(path, found, config)
         source = begun
-    policy = bounded(config.policy, config.policy, blocks)
+    policy = config.policy.fit_to_video(blocks, config.policy)
     config = msgspec.structs.replace(config, policy=policy)
     backend = open_backend("onnxruntime", directory, manifest, config, None)
     try:

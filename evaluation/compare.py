@@ -21,20 +21,20 @@ import msgspec
 import numpy as np
 
 from packforcing import __version__
-from packforcing.app.reports.demo import save_page, whole_blocks
+from packforcing.app.reports.demo import save_page
 from packforcing.calibration.recipes import SNR, Loss
-from packforcing.config import Config, Policy, Precision, model_config
+from packforcing.config import Config, Policy, Precision
 from packforcing.embeddings import SUFFIX, load_embedding
 from packforcing.errors import BackendError, ConfigError, OutputError, PromptError
 from packforcing.evaluation.fidelity import Fidelity, fidelity
 from packforcing.evaluation.measures import Evaluation, Segment, Values, evaluate
+from packforcing.presets import model_config
 from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.plan import archive_bytes, make_plan, memory
 from packforcing.runtime.resume import discard
 from packforcing.runtime.session import (
     BlockInfo,
     Session,
-    bounded,
     check_memory,
     check_request,
 )
@@ -292,7 +292,7 @@ def _render(
         evaluation=found,
         block_seconds=[round(block.seconds, 5) for block in blocks],
         tokens_read=[
-            sum(map(len, whole_blocks(config.policy, block.index))) * config.block_tokens
+            sum(map(len, config.policy.full_resolution_blocks(block.index))) * config.block_tokens
             + len(block.read) * config.compressed_tokens
             for block in blocks
         ],
@@ -353,7 +353,7 @@ def _costs(bundle: Path, policy: Policy, pairs: Sequence[Pair], seconds: float) 
 
 def planned(config: Config, policy: Policy, seconds: float) -> Config:
     """The config whose buffers a video of this length takes under a policy."""
-    kept = bounded(policy, config.policy, config.blocks(config.frames(seconds)))
+    kept = policy.fit_to_video(config.blocks(config.frames(seconds)), config.policy)
     return msgspec.structs.replace(config, policy=kept)
 
 

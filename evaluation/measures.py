@@ -24,9 +24,9 @@ import cv2
 import msgspec
 import numpy as np
 
-from packforcing.config import model_config
 from packforcing.errors import VideoError
 from packforcing.evaluation import demo_judge
+from packforcing.presets import model_config
 from packforcing.words import COLOURS, GROUNDS, SHAPES, encode_words
 
 SEGMENT = 10.0  # seconds

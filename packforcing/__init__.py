@@ -9,8 +9,9 @@ _root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if os.path.isfile(os.path.join(_root, "pyproject.toml")):
     __path__.append(_root)
 
-from packforcing.config import MODELS, Config, Policy, model_config  # noqa: E402
+from packforcing.config import Config, Policy  # noqa: E402
 from packforcing.errors import PackForcingError  # noqa: E402
+from packforcing.presets import MODELS, model_config  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["MODELS", "Config", "PackForcingError", "Policy", "model_config"]

@@ -8,7 +8,7 @@ serves, training-free.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.transformer import patchify
 
-if TYPE_CHECKING:  # Wan's needs diffusers
-    from packforcing.model import Autoencoder
-
 # The paper's strides; kernel = stride, which alone gives 182 tokens at 480x832.
 STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
 
@@ -27,10 +24,10 @@ STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
 class Compressor(nn.Module):
     """Latents and pixels of a block to `tokens` and `extra`, the denoiser's inputs."""
 
-    def __init__(self, config: Config, autoencoder: Autoencoder) -> None:
+    def __init__(self, config: Config, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.config = config
-        self.encode = autoencoder.encode  # bound, not registered: its weights are its owner's
+        self.encode = encode  # a bound method, so that its weights are not registered here
         channels = (config.latent_channels, *config.compressor_widths)
         layers: list[nn.Module] = []
         for inputs, outputs, stride in zip(channels, channels[1:], STRIDES):

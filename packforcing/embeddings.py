@@ -11,14 +11,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from packforcing.config import Config
 from packforcing.errors import OutputError, PromptError
-
-if TYPE_CHECKING:
-    from packforcing.config import Config
 
 SUFFIX = ".safetensors"
 LARGEST = 1 << 30  # bytes of a file

@@ -63,7 +63,7 @@ class Model:
 def skeleton(config: Config) -> Model:
     """A model in evaluation mode, on torch's current device and dtype, weights as they come."""
     autoencoder = _autoencoder(config)
-    model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder))
+    model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder.encode))
     for part in model.parts().values():
         part.eval().requires_grad_(False)
     return model

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from packforcing.config import Config
 from packforcing.errors import PromptError
-
-if TYPE_CHECKING:
-    from packforcing.config import Config
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SHAPES = ("circle", "square", "triangle", "star")

@@ -27,8 +27,9 @@ from itertools import product
 
 import msgspec
 
-from packforcing.config import Config, Precision, with_autoencoder
+from packforcing.config import Config, Precision
 from packforcing.errors import ConfigError, PlanError
+from packforcing.presets import with_autoencoder
 from packforcing.runtime.estimate import (
     CARD,
     ITEM,

@@ -94,7 +94,7 @@ def check_memory(config: Config, policy: Policy, blocks: int) -> None:
 
     config: of the bundle. policy: that the video is to be made under.
     """
-    config = msgspec.structs.replace(config, policy=bounded(policy, config.policy, blocks))
+    config = msgspec.structs.replace(config, policy=policy.fit_to_video(blocks, config.policy))
     archive = min(archive_bytes(config, blocks), IN_MEMORY)
     needed = sum(memory(config).values()) + archive
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
@@ -373,7 +373,7 @@ class Session:
 
     def _rollout_for(self, blocks: int) -> Rollout:
         """Bound buffers, kept from video to video; full history alone depends on the length."""
-        policy = bounded(self.config.policy, self.manifest.config.policy, blocks)
+        policy = self.config.policy.fit_to_video(blocks, self.manifest.config.policy)
         if self._rollout is None or self._rollout.config.policy != policy:
             self._rollout = None  # free the old buffers first
             config = msgspec.structs.replace(self.config, policy=policy)
@@ -429,13 +429,6 @@ class Session:
 
     def _graph_seconds(self) -> dict[str, float]:
         return {name: graph.seconds for name, graph in self._backend.graphs.items()}
-
-
-def bounded(policy: Policy, own: Policy, blocks: int) -> Policy:
-    """Full history in as many slots as a video needs, or the model's `own` policy has; other
-    policies as they are."""
-    recent = min(policy.recent, max(own.recent, blocks - 1))
-    return msgspec.structs.replace(policy, recent=recent)
 
 
 def _cut(timeline: Timeline, block: int) -> bool:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from packforcing import __version__
-from packforcing.config import AUTOENCODERS, TINY_AUTOENCODERS
 from packforcing.errors import (
     ConfigError,
     ExportError,
@@ -28,6 +27,7 @@ from packforcing.errors import (
     PromptError,
     RenderStopped,
 )
+from packforcing.presets import AUTOENCODERS, TINY_AUTOENCODERS
 
 if TYPE_CHECKING:
     from packforcing.config import Config, Policy, Precision
@@ -425,7 +425,7 @@ def export(
       packforcing export --model wan-1.3b --random-weights --size 640x368 --out sizing
     """
     from packforcing.checkpoints.published import WEIGHTS, read_model_folder
-    from packforcing.config import model_config
+    from packforcing.presets import model_config
 
     if weights and random_weights:
         raise ConfigError("choose one of --weights and --random-weights")
@@ -951,8 +951,8 @@ def plan(
       packforcing plan my-bundle
     """
     from packforcing.app.reports import plan as plan_report
-    from packforcing.config import model_config
     from packforcing.errors import PlanError
+    from packforcing.presets import model_config
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.estimate import find_gpu
     from packforcing.runtime.plan import CUDA_CONTEXT, GIB, Plan, choose
@@ -1281,7 +1281,8 @@ def _shaped(
     """A config with another frame size, block, history, autoencoder or number format."""
     import msgspec
 
-    from packforcing.config import Precision, with_autoencoder
+    from packforcing.config import Precision
+    from packforcing.presets import with_autoencoder
 
     changes: dict[str, Any] = {}
     if size is not None:
@@ -1309,7 +1310,7 @@ def _shaped(
 
 
 def _policy(name: str, config: Config) -> Policy:
-    from packforcing.config import policies
+    from packforcing.presets import policies
 
     known = policies(config)
     if name not in known:

@@ -172,7 +172,7 @@ def read_map(reads: Sequence[Sequence[int]], policy: Policy) -> str:
     """
     squares: dict[str, list[tuple[int, int]]] = {"sink": [], "mid": [], "recent": []}
     for now, archived in enumerate(reads):
-        sink, recent = whole_blocks(policy, now)
+        sink, recent = policy.full_resolution_blocks(now)
         squares["sink"] += [(now, old) for old in sink]
         squares["recent"] += [(now, old) for old in recent]
         squares["mid"] += [(now, old) for old in archived]
@@ -185,13 +185,6 @@ def read_map(reads: Sequence[Sequence[int]], policy: Policy) -> str:
         f'<svg viewBox="0 0 {count} {count}" class="reads" role="img" '
         f'aria-label="which earlier blocks each block read">{paths}</svg>'
     )
-
-
-def whole_blocks(policy: Policy, block: int) -> tuple[range, range]:
-    """The sink and the recent blocks that a block reads at full resolution."""
-    start = policy.rollout_start(block)
-    sink = min(start + policy.sink, block)
-    return range(start, sink), range(max(sink, block - policy.recent), block)
 
 
 def rows(table: dict[str, tuple[str, ...]]) -> str:

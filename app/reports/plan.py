@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from packforcing.config import Config, with_autoencoder
+from packforcing.config import Config
 from packforcing.errors import BackendError, OutputError, PlanError
+from packforcing.presets import with_autoencoder
 from packforcing.runtime.backends import ENGINES
 from packforcing.runtime.bundle import contract, read_manifest
 from packforcing.runtime.engine_records import graph_files, read_record

@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)  # run several with different seeds instead
-    compressor = Compressor(model_config("demo"), load_autoencoder(args.autoencoder))
+    compressor = Compressor(model_config("demo"), load_autoencoder(args.autoencoder).encode)
     rng = np.random.default_rng([args.seed, KINDS[args.kind][1]])
     parts = [
         encode(compressor, rng, args.kind, BATCH)

@@ -54,7 +54,7 @@ def probe(weights: Path, tours: int, sink: int, seed: int = 777) -> dict[str, fl
     and their share of all tokens, `back_share`; with `sink` first blocks kept whole."""
     config = model_config("demo")
     model = load_model(config, weights)
-    compressor = Compressor(config, model.autoencoder)
+    compressor = Compressor(config, model.autoencoder.encode)
     frames, span = BLOCKS * config.block_frames * TEMPORAL_FACTOR, config.block_frames
     layout = Layout.make(config, BLOCKS, 1, sink, RECENT)
     errors: dict[str, list[Tensor]] = {"back": [], "new": []}

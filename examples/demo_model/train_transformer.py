@@ -258,7 +258,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     config = model_config("demo")
     torch.manual_seed(args.seed)
     autoencoder = load_autoencoder(args.autoencoder)
-    model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder))
+    model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder.encode))
     initialise(model.transformer)
     if args.start:
         begun = load_model(config, args.start)

@@ -39,9 +39,10 @@ from packforcing.checkpoints.published import (
     published,
     published_config,
 )
-from packforcing.config import PAPER, TINY_AUTOENCODERS, Config, with_autoencoder
+from packforcing.config import Config
 from packforcing.errors import CheckpointError, OutputError
 from packforcing.model import mismatch, weight_shapes
+from packforcing.presets import PAPER, TINY_AUTOENCODERS, with_autoencoder
 
 # safetensors' names of the number formats that weights may have, and their bytes
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -1,7 +1,7 @@
 """The published models of the family: where their weights are, and how they are stored.
 
 How a model is rolled out (block size, schedule, sampler, policy, positions) is its `Config` in
-`packforcing.config.MODELS`, under the same name. Also the folder that `packforcing
+`packforcing.presets.MODELS`, under the same name. Also the folder that `packforcing
 import-checkpoint` makes of a checkpoint. Free of torch.
 """
 
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from packforcing.config import MODELS, PAPER, Config
+from packforcing.config import Config
 from packforcing.errors import CheckpointError
+from packforcing.presets import MODELS, PAPER
 
 UNREAD = "not read here: see the source before use"  # a licence
 

@@ -20,7 +20,6 @@ from click.testing import CliRunner
 from packforcing import Policy, model_config
 from packforcing.app.cli import main
 from packforcing.app.reports.compare import FEWEST
-from packforcing.config import policies
 from packforcing.errors import ConfigError
 from packforcing.evaluation import compare
 from packforcing.evaluation.compare import (
@@ -35,6 +34,7 @@ from packforcing.evaluation.compare import (
 from packforcing.evaluation.demo_judge import places
 from packforcing.evaluation.measures import Evaluation, Segment, evaluate
 from packforcing.model import load_model
+from packforcing.presets import policies
 from packforcing.reference import rollout
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.cache import Cache

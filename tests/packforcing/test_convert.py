@@ -35,10 +35,11 @@ from packforcing.checkpoints.published import (
     published_config,
     read_model_folder,
 )
-from packforcing.config import AUTOENCODERS, PAPER, Precision, policies, with_autoencoder
+from packforcing.config import Precision
 from packforcing.embeddings import Embedding, save_embedding
 from packforcing.errors import CheckpointError, OutputError
 from packforcing.model import load_model, open_weights, random_weights, weight_shapes
+from packforcing.presets import AUTOENCODERS, PAPER, policies, with_autoencoder
 from packforcing.reference import rollout
 from packforcing.rope import block_positions, rope_table
 from packforcing.runtime.backends import open_backend

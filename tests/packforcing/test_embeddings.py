@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from packforcing import Config
 from packforcing.app.cli import main
-from packforcing.config import model_config
 from packforcing.embeddings import Embedding, load_embedding, pad_embedding, save_embedding
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
+from packforcing.presets import model_config
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest, write_manifest
 from packforcing.runtime.session import check_request

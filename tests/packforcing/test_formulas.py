@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import MODELS, Policy, model_config, transformer
-from packforcing.config import policies
 from packforcing.errors import ConfigError, PromptError
+from packforcing.presets import policies
 from packforcing.rope import axis_pairs, block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, select

@@ -118,7 +118,7 @@ def test_autoencoder_clips_do_not_see_each_other(tiny_model):
 def test_compressor_sizes_at_480x832():
     config = model_config("wan-1.3b")
     with torch.device("meta"):
-        compressor = Compressor(config, TinyAutoencoder(config))
+        compressor = Compressor(config, TinyAutoencoder(config).encode)
         tokens, extra = compressor(torch.zeros(1, 4, 16, 60, 104), torch.zeros(1, 16, 3, 480, 832))
     assert tokens.shape == (1, 182, 64)
     assert extra.shape == (1, 182, 1536)
@@ -129,7 +129,7 @@ def test_odd_block_repeats_its_last_frame(tiny_config, tiny_model):
     latents = torch.randn(1, 3, 4, *tiny_config.latent_size)
     pixels = torch.rand(1, 12, 3, tiny_config.height, tiny_config.width)
     even = msgspec.structs.replace(tiny_config, block_frames=4)
-    padded = Compressor(even, tiny_model.autoencoder)
+    padded = Compressor(even, tiny_model.autoencoder.encode)
     padded.load_state_dict(tiny_model.compressor.state_dict())
     expected = padded(
         torch.cat((latents, latents[:, -1:]), 1),
@@ -143,7 +143,7 @@ def test_odd_block_repeats_its_last_frame(tiny_config, tiny_model):
 @torch.inference_mode()
 def test_without_weights_the_low_branch_serves_alone(tiny_config, tiny_model):
     bare = Compressor(
-        msgspec.structs.replace(tiny_config, compressor_widths=()), tiny_model.autoencoder
+        msgspec.structs.replace(tiny_config, compressor_widths=()), tiny_model.autoencoder.encode
     )
     latents = torch.randn(1, 3, 4, *tiny_config.latent_size)
     pixels = torch.rand(1, 12, 3, tiny_config.height, tiny_config.width)

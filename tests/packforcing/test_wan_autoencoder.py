@@ -15,10 +15,10 @@ from click.testing import CliRunner
 from packforcing import Policy
 from packforcing.app.cli import main
 from packforcing.autoencoder import LATENT_MEAN, LATENT_STD, TinyAutoencoder
-from packforcing.config import PAPER, with_autoencoder
 from packforcing.errors import ConfigError, PlanError
 from packforcing.export import export_bundle
 from packforcing.model import load_model, random_model, random_weights, weight_shapes
+from packforcing.presets import PAPER, with_autoencoder
 from packforcing.reference import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.bundle import contract, decoder_state_shapes, encoder_state_shapes

@@ -70,7 +70,7 @@ def with_(config, **changes):
 def modules(config):
     with torch.device("meta"):
         autoencoder = TinyAutoencoder(config)
-        return Transformer(config), autoencoder, Compressor(config, autoencoder)
+        return Transformer(config), autoencoder, Compressor(config, autoencoder.encode)
 
 
 def count(tensors):

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import Config, Policy
-from packforcing.config import Precision, model_config, policies
+from packforcing.config import Precision
 from packforcing.errors import BackendError, ConfigError
 from packforcing.model import Model
+from packforcing.presets import model_config, policies
 from packforcing.prompts import Switch
 from packforcing.reference import rollout
 from packforcing.runtime import Session
