@@ -16,7 +16,7 @@ import torch
 from packforcing.reference import rollout
 from packforcing.sampler import draw_noise
 from packforcing.words import encode_words
-from tests.conftest import TINY, make_tiny_model
+from tests.helpers import TINY, make_tiny_model
 
 FILE = Path(__file__).with_name("golden.npz")
 BLOCKS = 10

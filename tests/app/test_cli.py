@@ -15,35 +15,14 @@ import av
 import cv2
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 import packforcing.runtime
 from packforcing import MODELS
 from packforcing.app.cli import main
 from packforcing.runtime.rollout import Rollout
+from tests.helpers import PROMPT, assert_one_line, run, run_without
 
-PROMPT = "a red star over navy stripes"
 HEAVY = "torch", "onnx", "onnxruntime", "av", "cv2"
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(arg) for arg in args])
-
-
-def run_without(module: str, *args: object) -> subprocess.CompletedProcess[str]:
-    """The command in a fresh interpreter in which `module` is not installed."""
-    code = (
-        f"import sys; sys.modules[{module!r}] = None; from packforcing.app.cli import main; main()"
-    )
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def assert_one_line(code: int, stdout: str, stderr: str, message: str) -> None:
-    assert code == 2, stderr
-    assert stdout == ""
-    assert stderr.count("\n") == 1 and stderr.startswith("error: ")
-    assert re.search(message, stderr), stderr
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ from packforcing.runtime.bundle import (
 from packforcing.runtime.engine_records import graph_files
 from packforcing.runtime.estimate import layer_matrices, weight_block
 from packforcing.runtime.plan import GIB, choose, make_plan
-from tests.conftest import TINY
+from tests.helpers import TINY, run_measured
 
 DENOISER = graph_file("denoiser")
 DEEP = msgspec.structs.replace(TINY, name="deep", layers=4, ffn_dim=384)
@@ -808,7 +808,6 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
     from packforcing.export import export_bundle
     from packforcing.export.engines import build_engines
     from packforcing.model import random_weights
-    from tests.export.test_engines import measured
 
     config = msgspec.structs.replace(MODELS["wan-1.3b"], layers=layers)
     export_bundle(config, random_weights(config), tmp_path / "fp16")
@@ -822,7 +821,7 @@ def test_an_engine_takes_a_byte_or_half_of_one_for_a_quantised_weight(layers, tm
                 f"--{what}={of}" for what, of in (("weights", weights), ("cache", cache)) if of
             ]
             given_ = *options, "--calibration", statistics, "--out", tmp_path / kind
-            _, seconds, peak = measured("quantize", tmp_path / "fp16", *given_)
+            _, seconds, peak = run_measured("quantize", tmp_path / "fp16", *given_)
             lines.append(f"quantize to {kind}: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
             assert peak <= 6e9
         targets = ["sm89", "sm120"] if "fp8" in kind else None  # not the third one

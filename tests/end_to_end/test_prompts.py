@@ -29,9 +29,8 @@ from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
 from packforcing.transformer import rotate
 from packforcing.words import encode_words
-from tests.conftest import TINY
 from tests.emulated import Cuda, on_gpu
-from tests.runtime.test_session import POLICIES, SEED, assert_follows
+from tests.helpers import POLICIES, SEED, TINY, assert_follows_reference
 
 STAR, CIRCLE, SQUARE = "a red star over navy stripes", "a blue circle over sand", "a white square"
 EFFECTS = "keep", "recompute", "cut"
@@ -263,7 +262,7 @@ def test_scheduled_blocks_equal_the_reference_given_the_same_history(session, ti
         if block.index in switches:
             prompt, how = switches[block.index]
             run.switch(text[prompt], how)
-        assert_follows(run, [block], 1e-4, 1e-4, 1e-4)
+        assert_follows_reference(run, [block], 1e-4, 1e-4, 1e-4)
 
 
 def test_a_scheduled_video_is_the_references(session, tiny_model):

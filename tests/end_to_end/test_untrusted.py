@@ -28,9 +28,8 @@ from packforcing.runtime.bundle import check_files, contract, graph_file, read_m
 from packforcing.runtime.engine_records import read_records
 from packforcing.runtime.plan import memory
 from packforcing.runtime.session import check_request
-from tests.conftest import TINY
 from tests.emulated import build_engines
-from tests.runtime.test_resume import DAMAGES, link
+from tests.helpers import DAMAGES, TINY, link
 
 FUZZ = pytest.mark.parametrize("examples", [60, pytest.param(2500, marks=pytest.mark.full)])
 

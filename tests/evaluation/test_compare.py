@@ -44,7 +44,7 @@ from packforcing.runtime.video_files import open_video
 from packforcing.sampler import draw_noise
 from packforcing.selection import affinity, likeness, select
 from packforcing.words import encode_words
-from tests.app.test_cli import assert_one_line, run_without
+from tests.helpers import assert_one_line, run_without
 
 NAMES = ("packforcing", "sink-window")
 PROMPTS = ("a red circle over plain navy", "a white star over plain sand and teal")

@@ -15,7 +15,7 @@ from packforcing.evaluation.compare import Comparison
 from packforcing.evaluation.fidelity import compare_frames, gmsd, ssim
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest
-from tests.app.test_cli import assert_one_line
+from tests.helpers import assert_one_line
 
 PROMPT, SECONDS = "a green circle over gray dots", 0.5
 

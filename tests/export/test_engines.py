@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -48,6 +47,7 @@ from tests.emulated import Cuda
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which builds without a GPU")
 
 from packforcing.export import engines
+from tests.helpers import run_measured
 
 RTX = "tensorrt-rtx"
 
@@ -493,27 +493,14 @@ def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_half_done(bundle
 # At full size
 
 
-def measured(*args: object) -> tuple[str, float, int]:
-    """What a command prints, how many seconds it takes and its peak of resident bytes."""
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "packforcing.app.cli", *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return printed, time.perf_counter() - began, usage.ru_maxrss * 1024
-
-
 @pytest.mark.full
 def test_the_full_model_is_exported_and_built_within_its_memory(tmp_path, capsys):
     directory = tmp_path / "bundle"
     model = ("--model", "wan-1.3b", "--random-weights")
-    _, seconds, peak = measured("export", *model, "--out", directory)
+    _, seconds, peak = run_measured("export", *model, "--out", directory)
     lines = [f"export: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory"]
     assert peak <= 5e9
-    _, seconds, peak = measured("build", directory, "--targets", "sm86,sm89,sm120", "--json")
+    _, seconds, peak = run_measured("build", directory, "--targets", "sm86,sm89,sm120", "--json")
     lines.append(f"build: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
     records = read_records(directory, RTX)
     for graph, record in records.items():

@@ -38,8 +38,8 @@ from packforcing.runtime.bundle import (
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import engine_file
 from packforcing.words import encode_words
-from tests.conftest import TINY
 from tests.emulated import build_engines
+from tests.helpers import TINY
 
 
 @pytest.fixture

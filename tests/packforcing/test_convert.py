@@ -48,7 +48,7 @@ from packforcing.runtime.cache import Cache
 from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
 from packforcing.transformer import patchify, unpatchify
-from tests.runtime.test_resume import frames_of
+from tests.helpers import frames_of
 
 TINY = {
     "height": 64, "width": 96, "dim": 24, "heads": 2, "ffn_dim": 16, "freq_dim": 8,
@@ -996,10 +996,9 @@ import msgspec
 from packforcing import MODELS
 from packforcing.checkpoints.convert import import_checkpoint
 from packforcing.checkpoints.published import published_config
-from tests.packforcing.test_convert import TINY
 peaks = []
 for folder, (dim, ffn) in {widths}.items():  # the small one first: what all imports have in common
-    sizes = TINY | dict(dim=dim, ffn_dim=ffn, layers={layers})
+    sizes = {TINY} | dict(dim=dim, ffn_dim=ffn, layers={layers})
     MODELS[{kind!r}] = msgspec.structs.replace(published_config({kind!r}), **sizes)
     import_checkpoint([folder], folder + "-model", kind={kind!r})
     peaks.append(int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))

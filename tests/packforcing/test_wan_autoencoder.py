@@ -26,7 +26,7 @@ from packforcing.runtime.estimate import operations, parameters, weight_bytes
 from packforcing.runtime.plan import GIB, choose, estimates, make_plan
 from packforcing.sampler import draw_noise
 from packforcing.words import encode_words
-from tests.conftest import TINY
+from tests.helpers import TINY, builder_figures, is_close_estimate
 
 pytest.importorskip("diffusers")
 WAN = with_autoencoder(PAPER, "wan")
@@ -301,16 +301,14 @@ def test_the_command_says_which_autoencoder_fits():
     [(256, 256), *(pytest.param(s, marks=pytest.mark.full) for s in [(832, 480), (640, 368)])],
 )
 def test_estimates_are_close_to_what_the_builder_says(size, tmp_path):
-    from tests.runtime.test_plan import build, compare
-
     width, height = size
     config = msgspec.structs.replace(
         WAN, layers=1, dim=64, heads=1, ffn_dim=64, width=width, height=height
     )
     expected = estimates(config)
     for graph in ("vae_decoder", "compressor"):
-        (found,) = build(config, tmp_path, graph)
+        (found,) = builder_figures(config, tmp_path, graph)
         assert all(
-            compare(f"wan.{width}.{name}", expected[name], size, 128 << 20)
+            is_close_estimate(f"wan.{width}.{name}", expected[name], size, 128 << 20)
             for name, size in found.items()
         )

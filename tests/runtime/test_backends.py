@@ -18,8 +18,8 @@ from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import driver
 from packforcing.runtime.plan import RESERVE, make_plan
 from tests import emulated
-from tests.app.test_cli import assert_one_line, run
 from tests.emulated import SCRATCH, Cuda, TensorRT, build_engines, cuda_device
+from tests.helpers import assert_one_line, run
 
 PROMPT = "a red star over navy stripes"
 DEMO = model_config("demo")

@@ -21,8 +21,7 @@ from packforcing.compressor import Compressor
 from packforcing.config import Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.runtime.buffers import Buffers
-from packforcing.runtime.bundle import contract, graph_file
-from packforcing.runtime.engine_records import encode_record, read_record, record_file, shapes
+from packforcing.runtime.engine_records import encode_record, read_record, record_file
 from packforcing.runtime.estimate import (
     CARD,
     GPUS,
@@ -48,8 +47,8 @@ from packforcing.runtime.plan import (
     smallest,
 )
 from packforcing.transformer import Transformer
-from tests.conftest import TINY
 from tests.emulated import Cuda, build_engines, cuda_device
+from tests.helpers import TINY, builder_figures, is_close_estimate
 
 WAN = model_config("wan-1.3b")
 CONFIGS = {
@@ -337,64 +336,13 @@ def test_an_unknown_card_is_refused():
         find_gpu("RTX 1")
 
 
-def compare(name, estimate, built, below):
-    """One line of estimate against builder, and whether it is as close as promised: weights
-    within 1%, scratch within 25% and short by no more than `below` bytes."""
-    error = estimate / built - 1
-    print(f"{name:<44} {built:>13,} {estimate:>13,} {error:>+7.1%}")
-    return abs(error) <= (0.01 if ".weights." in name else 0.25) and built - estimate <= below
-
-
-def job(config, path, graph, *others):
-    """What builds one engine of a config, with profiles for others that it could serve too."""
-    from packforcing.export.engines import RTX_TARGETS, Job
-
-    return Job(
-        backend="tensorrt-rtx",
-        graph=str(path),
-        engine=str(path.with_suffix(".engine")),
-        targets=RTX_TARGETS,
-        profiles=tuple(
-            {
-                tensor.name: tuple(axes.get(n, n) for n in tensor.shape)
-                for tensor in contract(config)[graph].inputs
-                if any(isinstance(n, str) for n in tensor.shape)
-            }
-            for other in (config, *others)
-            for axes in shapes(other, graph).values()
-        ),
-        attentions=config.layers if graph == "denoiser" else 0,
-        length="input" if graph == "denoiser" else None,
-        flags=(),
-    )
-
-
-def build(config, folder, graph, *others):
-    """The builder's figures by name, one dictionary per config."""
-    pytest.importorskip("tensorrt_rtx")
-    from packforcing.export.engines import build_engine
-    from packforcing.export.exporter import save
-    from packforcing.export.graphs import export_graph
-    from packforcing.model import random_weights
-
-    path = folder / graph_file(graph)
-    save(export_graph(config, random_weights(config), graph), path)
-    built = build_engine(job(config, path, graph, *others))
-    calls = [f"scratch.{call}" for call in shapes(config, graph)]
-    scratch = iter(built.scratch)
-    return [
-        {f"weights.{graph}": built.weights, **{call: next(scratch) for call in calls}}
-        for _ in (config, *others)
-    ]
-
-
 def test_estimates_are_close_to_what_the_builder_says(tmp_path):
     config = with_(WAN, layers=2, dim=512, heads=4, ffn_dim=2048, height=256, width=256)
     expected = estimates(config)
     for graph in CARD:
-        (found,) = build(config, tmp_path, graph)
+        (found,) = builder_figures(config, tmp_path, graph)
         assert all(
-            compare(f"small.{name}", expected[name], built, RESERVE)
+            is_close_estimate(f"small.{name}", expected[name], built, RESERVE)
             for name, built in found.items()
         )
 
@@ -410,14 +358,14 @@ def test_estimates_against_the_builder_at_full_size(tmp_path, layers):
     ]
     close = []
     first, *others = configs
-    denoisers = build(first, tmp_path, "denoiser", *others)
+    denoisers = builder_figures(first, tmp_path, "denoiser", *others)
     for config, found in zip(configs, denoisers):
         expected = estimates(config)
         for graph in ("compressor", "vae_decoder"):
-            found |= build(config, tmp_path, graph)[0]
+            found |= builder_figures(config, tmp_path, graph)[0]
         size = f"{layers}x{config.block_frames}.{config.width}x{config.height}"
         close += [
-            compare(f"{size}.{name}", expected[name], built, RESERVE)
+            is_close_estimate(f"{size}.{name}", expected[name], built, RESERVE)
             for name, built in found.items()
         ]
     assert all(close)

@@ -18,8 +18,6 @@ import time
 import tracemalloc
 from pathlib import Path
 
-import av
-import cv2
 import msgspec
 import numpy as np
 import pytest
@@ -39,8 +37,9 @@ from packforcing.runtime.bundle import write_manifest
 from packforcing.runtime.device import view
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.video_files import partial_path
+from tests.helpers import DAMAGES, PROMPT, frames_of, link
 
-PROMPT, SEED = "a red star over navy stripes", 5
+SEED = 5
 SECONDS, EVERY = 15, 3.0  # a block lasts 1.5 s: 11 blocks, two between checkpoints
 
 
@@ -63,13 +62,6 @@ def render(session, path, **changes):
 def stop_after(session, *blocks):
     """An `on_block` that stops the session after each of these."""
     return lambda info: session.stop() if info.index + 1 in blocks else None
-
-
-def frames_of(path: Path) -> np.ndarray:
-    if path.is_dir():
-        return np.stack([cv2.imread(str(file))[..., ::-1] for file in sorted(path.iterdir())])
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 @pytest.mark.parametrize(
@@ -469,36 +461,6 @@ def test_a_folder_that_cannot_give_way_is_refused_at_once(plain, tmp_path, monke
         with pytest.raises(OutputError, match="name a new folder in it"):
             render(plain, name)
     assert {left.name for left in tmp_path.iterdir()} == {"here", "link"}
-
-
-def flip(path: Path, other: Path, where: random.Random) -> None:
-    data = bytearray(path.read_bytes())
-    data[where.randrange(len(data))] ^= 1 << where.randrange(8)
-    path.write_bytes(data)
-
-
-def truncate(path: Path, other: Path, where: random.Random) -> None:
-    os.truncate(path, where.randrange(path.stat().st_size))
-
-
-def swap(path: Path, other: Path, where: random.Random) -> None:
-    data = path.read_bytes()
-    path.write_bytes(other.read_bytes())
-    other.write_bytes(data)
-
-
-def remove(path: Path, other: Path, where: random.Random) -> None:
-    path.unlink()
-
-
-def link(path: Path, other: Path, where: random.Random) -> None:
-    """The right bytes, from elsewhere."""
-    elsewhere = path.parent.parent / "elsewhere"
-    path.rename(elsewhere)
-    path.symlink_to(elsewhere)
-
-
-DAMAGES = flip, truncate, swap, remove, link
 
 
 @pytest.mark.parametrize("cases", [25, pytest.param(500, marks=pytest.mark.full)])

@@ -35,11 +35,8 @@ from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.session import _to_bytes
 from packforcing.sampler import draw_noise
 from packforcing.words import encode_words
-from tests.conftest import TINY
 from tests.emulated import Cuda, cuda_device, on_gpu
-
-PROMPT = "a red star over navy stripes"
-SEED = 3
+from tests.helpers import POLICIES, PROMPT, SEED, TINY, assert_follows_reference
 
 
 @pytest.fixture(scope="module")
@@ -64,39 +61,9 @@ def begin(session, blocks, policy=None) -> Rollout:
     return run
 
 
-POLICIES = {
-    "packforcing": None,
-    "no sink": Policy(sink=0, mid=2, recent=2),
-    "no recent": Policy(sink=1, mid=4, recent=0, selection="random"),
-    "absolute": Policy(sink=2, mid=2, recent=1, positions="absolute", selection="recency"),
-    "sliding window": Policy(sink=0, mid=0, recent=3),
-    "sink and window": Policy(sink=1, mid=0, recent=2),
-    "full history": Policy(sink=0, mid=0, recent=12),
-    "likeness": Policy(sink=1, mid=2, recent=1, selection="likeness"),
-    "first step": Policy(sink=1, mid=2, recent=1, selection="first-step"),
-    "high branch": Policy(sink=1, mid=3, recent=1, branches="high"),
-    "low branch": Policy(sink=1, mid=3, recent=1, branches="low"),
-}
-
-
-def assert_follows(run, expected, latents, frames, query):
-    """Block after block, each from the history that the reference had; largest errors allowed."""
-    for block in expected:
-        run.place()
-        run.denoise()
-        run.buffers.latents_as_patches[...] = run.buffers.tokens_as_latents
-        wanted = block.latents.numpy()
-        error = np.abs(run.buffers.latents.host[0] - wanted).max()
-        assert error <= latents * np.abs(wanted).max()
-        run.next_block(clean=wanted)
-        assert [run.scene + mid for mid in run.read] == block.read
-        np.testing.assert_allclose(run.buffers.pixels.host[0], block.frames.numpy(), atol=frames)
-        np.testing.assert_allclose(run.buffers.denoiser["q_pool"].host, block.query, atol=query)
-
-
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_blocks_equal_the_reference_given_the_same_history(session, reference, policy):
-    assert_follows(begin(session, 12, policy), reference(12, policy), 1e-4, 1e-4, 1e-4)
+    assert_follows_reference(begin(session, 12, policy), reference(12, policy), 1e-4, 1e-4, 1e-4)
 
 
 def test_the_first_step_asks_for_other_blocks_than_the_commit_before(reference):
@@ -117,7 +84,7 @@ def test_half_precision_follows_the_reference(tiny_half_bundle, reference, devic
             session._backend = on_gpu(session._backend, Cuda())
         run = begin(session, 12)
         run.select = lambda block, _: np.array(expected[min(block + 1, 11)].read, int)
-        assert_follows(run, expected, latents=1e-3, frames=0.02, query=2e-3)
+        assert_follows_reference(run, expected, latents=1e-3, frames=0.02, query=2e-3)
 
 
 def test_sixty_blocks_stay_with_the_reference(session, reference):

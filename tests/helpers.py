@@ -1,0 +1,238 @@
+"""What several test modules share: the tiny model, the command line, frames, damage, the builder.
+
+Test modules import nothing from each other. Heavy packages are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from packforcing import Config, Policy
+from packforcing.app.cli import main
+
+PROMPT = "a red star over navy stripes"
+SEED = 3
+
+TINY = Config(
+    name="tiny", height=64, width=96, fps=8, dim=48, heads=2, layers=2, ffn_dim=64, freq_dim=32,
+    block_frames=3, text_encoder="words", text_len=6, text_dim=22, compressor_widths=(8, 8, 8, 8),
+    latent_channels=4, vae_encoder_width=8, vae_decoder_widths=(8, 8, 8, 8), sampler="renoise",
+    policy=Policy(sink=1, mid=3, recent=2, mid_span=2.5),
+)  # fmt: skip
+
+POLICIES = {
+    "packforcing": None,
+    "no sink": Policy(sink=0, mid=2, recent=2),
+    "no recent": Policy(sink=1, mid=4, recent=0, selection="random"),
+    "absolute": Policy(sink=2, mid=2, recent=1, positions="absolute", selection="recency"),
+    "sliding window": Policy(sink=0, mid=0, recent=3),
+    "sink and window": Policy(sink=1, mid=0, recent=2),
+    "full history": Policy(sink=0, mid=0, recent=12),
+    "likeness": Policy(sink=1, mid=2, recent=1, selection="likeness"),
+    "first step": Policy(sink=1, mid=2, recent=1, selection="first-step"),
+    "high branch": Policy(sink=1, mid=3, recent=1, branches="high"),
+    "low branch": Policy(sink=1, mid=3, recent=1, branches="low"),
+}
+
+
+def make_tiny_model():
+    """Make weights for TINY from a seeded NumPy generator, scaled so that every part matters.
+
+    Torch's own initialization lets the autoencoder's pictures come out all but black.
+    """
+    import torch
+
+    from packforcing.model import random_model
+
+    model = random_model(TINY)
+    rng = np.random.Generator(np.random.Philox(7))
+    for part in model.parts().values():
+        state = part.state_dict()
+        for name, tensor in state.items():
+            values = rng.standard_normal(tensor.shape, dtype=np.float32)
+            scale = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.ndim > 1 else 0.1
+            state[name] = torch.from_numpy(values * np.float32(scale)) + (tensor.ndim == 1)
+        part.load_state_dict(state)
+    return model
+
+
+# The command line
+
+
+def run(*args: object) -> Result:
+    """Run a command in this process."""
+    return CliRunner().invoke(main, [str(arg) for arg in args])
+
+
+def run_without(module: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run a command in a fresh interpreter in which `module` is not installed."""
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from packforcing.app.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def run_measured(*args: object) -> tuple[str, float, int]:
+    """Run a command in a process of its own; return its output, seconds and peak resident bytes."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "packforcing.app.cli", *map(str, args)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return printed, time.perf_counter() - began, usage.ru_maxrss * 1024
+
+
+def assert_one_line(code: int, stdout: str, stderr: str, message: str) -> None:
+    """Assert that a command failed with exit code 2 and one line that matches `message`."""
+    assert code == 2, stderr
+    assert stdout == ""
+    assert stderr.count("\n") == 1 and stderr.startswith("error: ")
+    assert re.search(message, stderr), stderr
+
+
+def assert_refused(result: Result, *parts: str) -> None:
+    """Assert that a command failed with one line that holds each of `parts`."""
+    assert_one_line(result.exit_code, result.stdout, result.stderr, "")
+    assert all(part in result.stderr for part in parts), result.stderr
+
+
+# Frames
+
+
+def frames_of(path: Path) -> np.ndarray:
+    """Read a video, or a folder of pictures, uint8 RGB [T, H, W, 3]."""
+    if path.is_dir():
+        return np.stack([cv2.imread(str(file))[..., ::-1] for file in sorted(path.iterdir())])
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def assert_follows_reference(rollout, expected, latents, frames, query) -> None:
+    """Compare block after block, each from the history that the reference had.
+
+    latents, frames, query: the largest errors allowed; that of latents is relative.
+    """
+    for block in expected:
+        rollout.place()
+        rollout.denoise()
+        rollout.buffers.latents_as_patches[...] = rollout.buffers.tokens_as_latents
+        clean = block.latents.numpy()
+        error = np.abs(rollout.buffers.latents.host[0] - clean).max()
+        assert error <= latents * np.abs(clean).max()
+        rollout.next_block(clean=clean)
+        assert [rollout.scene + mid for mid in rollout.read] == block.read
+        pixels = rollout.buffers.pixels.host[0]
+        np.testing.assert_allclose(pixels, block.frames.numpy(), atol=frames)
+        np.testing.assert_allclose(rollout.buffers.denoiser["q_pool"].host, block.query, atol=query)
+
+
+# Damage to one file; `other` is a second one of the same folder
+
+
+def flip(path: Path, other: Path, where: random.Random) -> None:
+    """Change one bit."""
+    data = bytearray(path.read_bytes())
+    data[where.randrange(len(data))] ^= 1 << where.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path: Path, other: Path, where: random.Random) -> None:
+    os.truncate(path, where.randrange(path.stat().st_size))
+
+
+def swap(path: Path, other: Path, where: random.Random) -> None:
+    data = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(data)
+
+
+def remove(path: Path, other: Path, where: random.Random) -> None:
+    path.unlink()
+
+
+def link(path: Path, other: Path, where: random.Random) -> None:
+    """Put a link to the right bytes, which lie elsewhere, in the file's place."""
+    elsewhere = path.parent.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+DAMAGES = flip, truncate, swap, remove, link
+
+
+# What TensorRT-RTX's builder says of a graph, and how close the estimates come
+
+
+def builder_job(config: Config, path: Path, graph: str, *others: Config):
+    """Describe the build of one engine, with profiles for `others` that it could serve too."""
+    from packforcing.export.engines import RTX_TARGETS, Job
+    from packforcing.runtime.bundle import contract
+    from packforcing.runtime.engine_records import shapes
+
+    return Job(
+        backend="tensorrt-rtx",
+        graph=str(path),
+        engine=str(path.with_suffix(".engine")),
+        targets=RTX_TARGETS,
+        profiles=tuple(
+            {
+                tensor.name: tuple(axes.get(n, n) for n in tensor.shape)
+                for tensor in contract(config)[graph].inputs
+                if any(isinstance(n, str) for n in tensor.shape)
+            }
+            for other in (config, *others)
+            for axes in shapes(other, graph).values()
+        ),
+        attentions=config.layers if graph == "denoiser" else 0,
+        length="input" if graph == "denoiser" else None,
+        flags=(),
+    )
+
+
+def builder_figures(
+    config: Config, folder: Path, graph: str, *others: Config
+) -> list[dict[str, int]]:
+    """Build one engine; return the builder's weight and scratch bytes by name, per config."""
+    pytest.importorskip("tensorrt_rtx")
+    from packforcing.export.engines import build_engine
+    from packforcing.export.exporter import save
+    from packforcing.export.graphs import export_graph
+    from packforcing.model import random_weights
+    from packforcing.runtime.bundle import graph_file
+    from packforcing.runtime.engine_records import shapes
+
+    path = folder / graph_file(graph)
+    save(export_graph(config, random_weights(config), graph), path)
+    built = build_engine(builder_job(config, path, graph, *others))
+    calls = [f"scratch.{call}" for call in shapes(config, graph)]
+    scratch = iter(built.scratch)
+    return [
+        {f"weights.{graph}": built.weights, **{call: next(scratch) for call in calls}}
+        for _ in (config, *others)
+    ]
+
+
+def is_close_estimate(name: str, estimate: float, built: float, below: int) -> bool:
+    """Print one line of estimate against builder; tell whether it is as close as promised.
+
+    Weights within 1%, scratch within 25% and short by no more than `below` bytes.
+    """
+    error = estimate / built - 1
+    print(f"{name:<44} {built:>13,} {estimate:>13,} {error:>+7.1%}")
+    return abs(error) <= (0.01 if ".weights." in name else 0.25) and built - estimate <= below
