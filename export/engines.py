@@ -40,10 +40,11 @@ import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import BackendError, BundleError, ConfigError, ExportError, OutputError
+from packforcing.files import FileRecord
 from packforcing.runtime.backends.tensorrt import MODULES, STREAMING
 from packforcing.runtime.bundle import (
     ENGINE_FOLDER,
-    FileRecord,
+    GPU_GRAPHS,
     Manifest,
     check_files,
     contract,
@@ -62,8 +63,8 @@ from packforcing.runtime.engine_records import (
     read_record,
     shapes,
 )
-from packforcing.runtime.estimate import CARD
-from packforcing.runtime.plan import TARGETS, check_target, gib
+from packforcing.runtime.plan import TARGETS, check_target
+from packforcing.units import format_gib
 
 RTX_TARGETS = ("sm86", "sm89", "sm120")  # RTX 30, 40 and 50: built for where none is named
 PARTIAL, LOCK = ".partial", ".lock"
@@ -147,7 +148,7 @@ def build_engines(
     manifest = read_manifest(directory)
     tool = _tool(backend)
     targets = check_targets(manifest.config, backend, targets)
-    for graph in CARD:
+    for graph in GPU_GRAPHS:
         check_graph(directory / graph_file(graph), graph, manifest.config, targets)
     folder = directory / ENGINE_FOLDER
     try:
@@ -156,7 +157,7 @@ def build_engines(
             shutil.rmtree(folder / backend / PARTIAL, ignore_errors=True)  # of a killed build
             check_files(directory, manifest)
             records = {}
-            for graph in CARD:
+            for graph in GPU_GRAPHS:
                 key = Key(
                     graph=graph_files(manifest, graph),
                     tool=tool,
@@ -345,14 +346,15 @@ def _check_room(graph: Path) -> None:
     free = psutil.virtual_memory().available
     if free < memory:
         raise BackendError(
-            f"building {graph.stem} takes {gib(memory)} GiB of memory, {gib(free)} GiB is free: "
-            "close other programs, or build on a larger machine and copy the bundle"
+            f"building {graph.stem} takes {format_gib(memory)} GiB of memory, "
+            f"{format_gib(free)} GiB is free: close other programs, or build on a "
+            "larger machine and copy the bundle"
         )
     free = shutil.disk_usage(graph.parent).free
     if free < disk:
         raise OutputError(
-            f"building {graph.stem} takes {gib(disk)} GiB of disk, {gib(free)} GiB is free in "
-            f"{graph.parent}: make room there"
+            f"building {graph.stem} takes {format_gib(disk)} GiB of disk, "
+            f"{format_gib(free)} GiB is free in {graph.parent}: make room there"
         )
 
 

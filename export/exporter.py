@@ -18,6 +18,7 @@ import onnx_ir as ir
 from packforcing.config import Config
 from packforcing.errors import OutputError
 from packforcing.export.graphs import WRAPPERS, export_graph
+from packforcing.files import file_record
 from packforcing.model import Weights, weight_shapes
 from packforcing.runtime.bundle import (
     DTYPES,
@@ -26,7 +27,6 @@ from packforcing.runtime.bundle import (
     SCHEMA_VERSION,
     Manifest,
     contract,
-    file_record,
     graph_file,
     write_manifest,
 )

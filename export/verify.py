@@ -39,6 +39,7 @@ from packforcing.runtime.backends import ENGINES, Bindable, Graph
 from packforcing.runtime.backends.tensorrt import Engines
 from packforcing.runtime.bundle import (
     DTYPES,
+    GPU_GRAPHS,
     GraphSpec,
     check_files,
     contract,
@@ -47,7 +48,6 @@ from packforcing.runtime.bundle import (
 )
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import read_records, record_file
-from packforcing.runtime.estimate import CARD
 from packforcing.runtime.nvml import gpus
 
 Run = Callable[[Tensors], Tensors]
@@ -138,7 +138,7 @@ def verify(
             on_graph(name, number, len(manifest.graphs))
         oracle, recorded = oracles.pop(name), calls.pop(name)
         expected = [Expected(oracle, spec, call) for call in recorded]
-        if runnable and name in CARD:
+        if runnable and name in GPU_GRAPHS:
             wide = [sized(spec, call, small, config) for call in recorded]
             fitting = [call for call in wide if score_bytes(config, call) < free_memory()]
             for_engines[name] = [Expected(oracle, spec, call) for call in fitting]
@@ -244,7 +244,7 @@ def built_engines(directory: Path) -> tuple[str, list[str]]:
     built = {
         backend: read_records(directory, backend)
         for backend in ENGINES
-        if all(record_file(directory, backend, graph).exists() for graph in CARD)
+        if all(record_file(directory, backend, graph).exists() for graph in GPU_GRAPHS)
     }
     if not built:
         return "none built, or not all of them", []

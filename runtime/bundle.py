@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  makes float8_e4m3fn known to NumPy
@@ -46,11 +45,11 @@ import msgspec
 from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
+from packforcing.files import FileRecord, file_record
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
-PART = 1 << 18  # bytes of a file that are read at a time to hash it
 ENGINE_FOLDER = (
     "engines"  # the folder of what was built from the graphs (runtime/engine_records.py)
 )
@@ -60,6 +59,13 @@ DTYPES = {
     "fp16": "float16",
     "int8": "int8",
     "fp8": "float8_e4m3fn",
+}
+GPU_GRAPHS = ("denoiser", "compressor", "vae_decoder")  # the others run on the host
+GPU_CALLS = {  # calls of these and their graphs: the denoiser has two shapes
+    "denoiser.block": "denoiser",
+    "denoiser.compressed": "denoiser",
+    "compressor": "compressor",
+    "vae_decoder": "vae_decoder",
 }
 Shape = tuple[int | str, ...]  # a name stands for an axis that ONNX leaves open
 
@@ -77,13 +83,6 @@ class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the bundle, to be recognised byte by byte."""
-
-    sha256: str
-    bytes: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,22 +197,6 @@ def encoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
 def graph_file(name: str) -> str:
     """The file that holds a graph."""
     return f"{name}.onnx"
-
-
-def file_record(path: Path) -> FileRecord:
-    """Size and SHA-256 of a file."""
-    return FileRecord(file_sha256(path), path.stat().st_size)
-
-
-def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file; on_bytes is told of each part how large it is."""
-    digest, part = hashlib.sha256(), memoryview(bytearray(PART))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(part):
-            digest.update(part[:size])
-            if on_bytes:
-                on_bytes(size)
-    return digest.hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from packforcing.errors import BackendError
 from packforcing.runtime.nvml import driver, gpus
-from packforcing.runtime.plan import gib
+from packforcing.units import format_gib
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +152,10 @@ class CudaDevice(HostDevice):
         free, total = self.free_memory()
         if size > free:
             raise BackendError(
-                f"{what} needs {gib(size)} GiB of GPU memory; {self.name} has {gib(free)} of "
-                f"{gib(total)} GiB free: close other programs that use it, or look with "
-                "'packforcing plan --budget' for a bundle that fits"
+                f"{what} needs {format_gib(size)} GiB of GPU memory; {self.name} has "
+                f"{format_gib(free)} of {format_gib(total)} GiB free: close other "
+                "programs that use it, or look with 'packforcing plan --budget' for a bundle that "
+                "fits"
             )
 
     def allocate(

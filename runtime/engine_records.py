@@ -12,7 +12,6 @@ loaded.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +19,15 @@ import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import BackendError
+from packforcing.files import FileRecord, file_record, seal_json, unseal_json
 from packforcing.runtime.bundle import (
     ENGINE_FOLDER,
-    FileRecord,
+    GPU_CALLS,
+    GPU_GRAPHS,
     Manifest,
-    file_record,
     graph_file,
     read_manifest,
 )
-from packforcing.runtime.estimate import CALLS, CARD
 
 Length = Literal["input", "mask"]
 
@@ -57,7 +56,7 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     @property
     def figures(self) -> dict[str, int]:
         """What it takes on a card, by the names of `packforcing.runtime.plan.estimates`."""
-        graph = next(CALLS[call] for call in self.scratch)
+        graph = next(GPU_CALLS[call] for call in self.scratch)
         scratch = {f"scratch.{call}": size for call, size in self.scratch.items()}
         return {f"weights.{graph}": self.weights, **scratch}
 
@@ -87,7 +86,7 @@ def shapes(config: Config, graph: str) -> dict[str, dict[str, int]]:
     new = {"denoiser.block": config.block_tokens, "denoiser.compressed": config.compressed_tokens}
     return {
         call: {"N": new[call], "C": config.context_tokens} if call in new else {}
-        for call, name in CALLS.items()
+        for call, name in GPU_CALLS.items()
         if name == graph
     }
 
@@ -116,16 +115,9 @@ def differences(found: Key, wanted: Key) -> list[str]:
     ]
 
 
-class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
-    sha256: str
-    engine: msgspec.Raw
-
-
 def encode_record(record: EngineRecord) -> bytes:
     """What an engine's JSON file holds: the record and its own SHA-256."""
-    body = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    sealed = _Sealed(hashlib.sha256(body).hexdigest(), msgspec.Raw(body))
-    return msgspec.json.encode(sealed) + b"\n"
+    return seal_json("engine", msgspec.json.format(msgspec.json.encode(record), indent=1))
 
 
 def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord | None:
@@ -135,17 +127,14 @@ def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord
     """
     path = record_file(directory, backend, graph)
     try:
-        sealed = msgspec.json.decode(path.read_bytes(), type=_Sealed)
-        record = msgspec.json.decode(sealed.engine, type=EngineRecord)
+        body = unseal_json("engine", path.read_bytes())
+        return msgspec.json.decode(body, type=EngineRecord)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise BackendError(f"cannot read {path}: {error.strerror}") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BackendError(f"{path} is damaged: {_build(directory)}") from error
-    if hashlib.sha256(sealed.engine).hexdigest() != sealed.sha256:
-        raise BackendError(f"{path} is damaged (its SHA-256 differs): {_build(directory)}")
-    return record
+    except ValueError as error:
+        raise BackendError(f"{path} is damaged ({error}): {_build(directory)}") from error
 
 
 def check_engine(directory: str | Path, backend: str, graph: str, record: EngineRecord) -> None:
@@ -177,7 +166,7 @@ def current_records(directory: str | Path, backend: str) -> dict[str, EngineReco
     """
     manifest = read_manifest(directory)
     records: dict[str, EngineRecord] = {}
-    for graph in CARD:
+    for graph in GPU_GRAPHS:
         record = read_record(directory, backend, graph)
         if record is None:
             raise BackendError(

@@ -15,21 +15,13 @@ from typing import NamedTuple
 from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import ConfigError
-from packforcing.runtime.bundle import DTYPES, TensorSpec, contract
+from packforcing.runtime.bundle import DTYPES, GPU_CALLS, GPU_GRAPHS, TensorSpec, contract
 
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 ARRAY_ITEM = {"int64": 8} | {DTYPES[kind]: size for kind, size in ITEM.items()}
 FEWEST_STRIPS = 5  # of the decoder that TensorRT-RTX works through in turn; fewer it keeps at once
 WAN_STAGES = 5  # tensors of Wan's stage at full size that are alive at once
 INT4_BLOCK = 128  # weights that share a scale
-CARD = ("denoiser", "compressor", "vae_decoder")  # graphs that run there; the host has the rest
-# Calls of these and their graphs: the denoiser has two shapes.
-CALLS = {
-    "denoiser.block": "denoiser",
-    "denoiser.compressed": "denoiser",
-    "compressor": "compressor",
-    "vae_decoder": "vae_decoder",
-}
 
 
 class CardFigures(NamedTuple):
@@ -215,7 +207,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
     counts = parameters(config)
     on_host = ITEM["fp32"] + ITEM["fp16"]
     sizes = {name: count * on_host for name, count in counts.items()}
-    sizes |= {name: counts[name] * full for name in CARD}
+    sizes |= {name: counts[name] * full for name in GPU_GRAPHS}
     plain = sum(inputs * outputs * full for inputs, outputs in layer_matrices(config))
     # TensorRT writes down what each value of the compressor's average pool is divided by
     sizes["compressor"] += full * _clip(config)
@@ -241,7 +233,10 @@ def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
             tensor.name: size(tensor, axes.get(call, {}))
             for tensor in (*graphs[graph].inputs, *graphs[graph].outputs)
         }
-        for call, graph in {**CALLS, **{name: name for name in ("prompt", "vae_encoder")}}.items()
+        for call, graph in {
+            **GPU_CALLS,
+            **{name: name for name in ("prompt", "vae_encoder")},
+        }.items()
     }
 
 
@@ -295,13 +290,14 @@ def seconds_per_block(config: Config, card: CardFigures) -> float:
     work, moved, weights = operations(config), tensor_bytes(config), weight_bytes(config)
     if config.precision.weights == "fp8":
         work = {
-            call: count // 2 if CALLS[call] == "denoiser" else count for call, count in work.items()
+            call: count // 2 if GPU_CALLS[call] == "denoiser" else count
+            for call, count in work.items()
         }
     return sum(
         times
         * max(
             work[call] / rate,
-            (sum(moved[call].values()) + weights[CALLS[call]]) / (card.bandwidth * 1e9),
+            (sum(moved[call].values()) + weights[GPU_CALLS[call]]) / (card.bandwidth * 1e9),
         )
         for call, times in calls_per_block(config).items()
     )

@@ -20,7 +20,6 @@ a worse plan. What is given up, in this order:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -30,16 +29,16 @@ import msgspec
 from packforcing.config import Config, Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.presets import with_autoencoder
+from packforcing.runtime.bundle import GPU_GRAPHS
 from packforcing.runtime.estimate import (
-    CARD,
     ITEM,
     matrix_bytes,
     scratch_bytes,
     tensor_bytes,
     weight_bytes,
 )
+from packforcing.units import format_gib
 
-GIB = 1 << 30
 LONGEST = 24 * 3600.0  # seconds of video; beyond a day a typing error is likelier than a wish
 # Kept free of everything below: kernels compiled on the card may want more scratch than the
 # builder foresaw, and allocators round up.
@@ -163,7 +162,7 @@ def estimates(config: Config) -> dict[str, int]:
     """Bytes that engines take: weights.<engine>, and scratch.<call> for each shape of a call."""
     weights = weight_bytes(config)
     return {
-        **{f"weights.{name}": weights[name] for name in CARD},
+        **{f"weights.{name}": weights[name] for name in GPU_GRAPHS},
         **{f"scratch.{call}": size for call, size in scratch_bytes(config).items()},
     }
 
@@ -180,7 +179,7 @@ def make_plan(
         raise ConfigError(f"seconds must be above 0 and at most {LONGEST:.0f}; it is {seconds:g}")
     check_target(config.precision, target)
     engines = {**estimates(config), **(built or {})}
-    weights = {f"weights.{name}": engines[f"weights.{name}"] for name in CARD}
+    weights = {f"weights.{name}": engines[f"weights.{name}"] for name in GPU_GRAPHS}
     buffers, policy, token = memory(config), config.policy, token_bytes(config)
     on_host_only = host_only(config)
     on_host = weight_bytes(config)["prompt"] + weight_bytes(config)["vae_encoder"]
@@ -252,10 +251,11 @@ def choose(
         least = stream(candidate, budget)
         if least.total <= budget:
             return least
+    smallest = format_gib(least.total, round_up=True)
     raise PlanError(
-        f"{config.name} at {config.width}x{config.height} does not fit into {gib(budget)} GiB on "
-        f"{target}: the least it can take is {gib(least.total, up=True)} GiB, with "
-        f"{describe(least)}; give --budget {gib(least.total, up=True)} or more{_tiny(least)}",
+        f"{config.name} at {config.width}x{config.height} does not fit into {format_gib(budget)} "
+        f"GiB on {target}: the least it can take is {smallest} GiB, with {describe(least)}; give "
+        f"--budget {smallest} or more{_tiny(least)}",
         least.total,
     )
 
@@ -265,7 +265,7 @@ def _tiny(plan: Plan) -> str:
     if plan.config.vae != "wan":
         return ""
     tiny = make_plan(with_autoencoder(plan.config, "taehv"), plan.target)
-    return f", or {gib(tiny.total, up=True)} with the tiny autoencoder (--vae taehv)"
+    return f", or {format_gib(tiny.total, round_up=True)} with the tiny autoencoder (--vae taehv)"
 
 
 def plans(
@@ -352,10 +352,5 @@ def describe(plan: Plan) -> str:
         IN_WORDS[plan.config.vae],
     ]
     if plan.streamed:
-        parts.append(f"{gib(plan.streamed)} GiB of weights streamed")
+        parts.append(f"{format_gib(plan.streamed)} GiB of weights streamed")
     return ", ".join(parts)
-
-
-def gib(size: int, up: bool = False) -> str:
-    """Bytes as GiB with two decimals; `up` rounds up, for budgets that must be enough."""
-    return f"{(math.ceil if up else round)(size * 100 / GIB) / 100:.2f}"

@@ -39,8 +39,9 @@ import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import BackendError, CheckpointError, OutputError
+from packforcing.files import FileRecord, file_record
 from packforcing.runtime.buffers import IN_MEMORY, Archive, archive_rows
-from packforcing.runtime.bundle import DTYPES, FileRecord, file_record
+from packforcing.runtime.bundle import DTYPES
 from packforcing.runtime.cache import Slot
 from packforcing.runtime.plan import archive_bytes, memory, token_bytes
 from packforcing.runtime.rollout import Rollout

@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from packforcing.files import file_record
 from packforcing.runtime.backends import Backend, Graph
-from packforcing.runtime.bundle import contract, file_record, graph_file, read_manifest
+from packforcing.runtime.bundle import GPU_GRAPHS, contract, graph_file, read_manifest
 from packforcing.runtime.device import Array, CudaDevice, view
 from packforcing.runtime.engine_records import (
     EngineRecord,
@@ -28,7 +29,6 @@ from packforcing.runtime.engine_records import (
     record_file,
     shapes,
 )
-from packforcing.runtime.estimate import CARD
 
 STREAM = 7
 
@@ -183,7 +183,7 @@ def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
     """A backend's graphs on this CUDA; those of the host stay there."""
     device = cuda_device(cuda)
     graphs = {
-        name: OnDevice(cuda, name, graph) if name in CARD else graph
+        name: OnDevice(cuda, name, graph) if name in GPU_GRAPHS else graph
         for name, graph in backend.graphs.items()
     }
     return Backend(device, graphs, device.close, device.name)
@@ -200,7 +200,7 @@ def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **c
     differ from what the bundle calls for.
     """
     manifest = read_manifest(bundle)
-    for graph in CARD:
+    for graph in GPU_GRAPHS:
         calls = shapes(manifest.config, graph)
         path = engine_file(bundle, "tensorrt-rtx", graph)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -955,7 +955,8 @@ def plan(
     from packforcing.presets import model_config
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.estimate import find_gpu
-    from packforcing.runtime.plan import CUDA_CONTEXT, GIB, Plan, choose
+    from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose
+    from packforcing.units import GIB
 
     engines = None
     if bundle is None:

@@ -13,20 +13,12 @@ from packforcing.config import Config
 from packforcing.errors import BackendError, OutputError, PlanError
 from packforcing.presets import with_autoencoder
 from packforcing.runtime.backends import ENGINES
-from packforcing.runtime.bundle import contract, read_manifest
+from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
 from packforcing.runtime.engine_records import graph_files, read_record
-from packforcing.runtime.estimate import CALLS, CARD, GPUS, seconds_per_block
-from packforcing.runtime.plan import (
-    CUDA_CONTEXT,
-    GIB,
-    Plan,
-    describe,
-    estimates,
-    gib,
-    make_plan,
-    smallest,
-)
+from packforcing.runtime.estimate import GPUS, seconds_per_block
+from packforcing.runtime.plan import CUDA_CONTEXT, Plan, describe, estimates, make_plan, smallest
 from packforcing.runtime.video_files import partial_path
+from packforcing.units import GIB, format_gib
 
 Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
 
@@ -77,10 +69,10 @@ def measured(directory: Path) -> Measured:
     """Looks for engines of a bundle, and loads them where there is a GPU for them."""
     manifest = read_manifest(directory)
     for backend in ENGINES:
-        records = [read_record(directory, backend, graph) for graph in CARD]
+        records = [read_record(directory, backend, graph) for graph in GPU_GRAPHS]
         current = [
             record
-            for graph, record in zip(CARD, records)
+            for graph, record in zip(GPU_GRAPHS, records)
             if record and record.key.graph == graph_files(manifest, graph)
         ]
         built = {name: size for record in current for name, size in record.figures.items()}
@@ -105,7 +97,7 @@ def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int
             f"scratch.{call}": size
             for graph, engine in loaded.items()
             for call, size in zip(
-                (call for call, name in CALLS.items() if name == graph), engine.scratch()
+                (call for call, name in GPU_CALLS.items() if name == graph), engine.scratch()
             )
         }
     finally:
@@ -161,15 +153,16 @@ def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[str]:
     yield form.format("budget", "target", "sink + mid + recent", "weights", "cache", "streamed",
                       "total", "autoencoder", "needs")  # fmt: skip
     for budget, target, plan in rows:
-        named = "-" if budget is None else gib(budget)
+        named = "-" if budget is None else format_gib(budget)
         if isinstance(plan, PlanError):
-            yield f"{named:>6}  {target:<6}  nothing fits below {gib(plan.smallest, up=True)}"
+            smallest_budget = format_gib(plan.smallest, round_up=True)
+            yield f"{named:>6}  {target:<6}  nothing fits below {smallest_budget}"
             continue
         precision = plan.config.precision
         yield form.format(
             named, target, _history(plan.config),
-            precision.weights, precision.cache, gib(plan.streamed) if plan.streamed else "-",
-            gib(plan.total), plan.config.vae, needs(plan) or "-",
+            precision.weights, precision.cache, format_gib(plan.streamed) if plan.streamed else "-",
+            format_gib(plan.total), plan.config.vae, needs(plan) or "-",
         )  # fmt: skip
     targets = list(dict.fromkeys(target for _, target, _ in rows))
     if free:
@@ -178,8 +171,8 @@ def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[str]:
         whole, least = smallest(config, target)
         formats = f"{least.config.precision.weights} weights, {least.config.precision.cache} cache"
         yield (
-            f"  {target:<6}  {gib(least.total, up=True)} with {formats}; "
-            f"{gib(whole.total, up=True)} if the decoder worked on whole frames"
+            f"  {target:<6}  {format_gib(least.total, round_up=True)} with {formats}; "
+            f"{format_gib(whole.total, round_up=True)} if the decoder worked on whole frames"
         )
     yield from ("", *predictions(config, *targets))
 
@@ -258,7 +251,7 @@ def _rows(sizes: dict[str, int]) -> Iterator[str]:
 
 
 def _row(name: str, size: int) -> str:
-    return f"  {name:<43} {size:>14,} {gib(size):>7}".rstrip()
+    return f"  {name:<43} {size:>14,} {format_gib(size):>7}".rstrip()
 
 
 def draw(rows: Sequence[Row], config: Config, path: Path) -> None:

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from packforcing.checkpoints.published import PARTS, PUBLISHED, UNREAD, Published
 from packforcing.errors import CheckpointError, FetchError, OutputError
-from packforcing.runtime.bundle import file_sha256
+from packforcing.files import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

@@ -31,8 +31,8 @@ from transformers import UMT5Config, UMT5EncoderModel
 from packforcing.checkpoints.convert import Stored, check_formats, contents, parts, reader
 from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
+from packforcing.files import file_sha256
 from packforcing.model import mismatch
-from packforcing.runtime.bundle import file_sha256
 
 LONGEST = 512  # tokens, Wan's
 DECODERS = ("decoder.", "lm_head.")  # tensors of the whole model that encoding does without

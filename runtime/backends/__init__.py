@@ -19,6 +19,7 @@ from packforcing.errors import BackendError, BundleError
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import (
     DTYPES,
+    GPU_GRAPHS,
     GraphSpec,
     Manifest,
     check_files,
@@ -26,7 +27,6 @@ from packforcing.runtime.bundle import (
     graph_file,
 )
 from packforcing.runtime.device import CudaDevice, HostDevice
-from packforcing.runtime.estimate import CARD
 from packforcing.runtime.plan import memory
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -95,10 +95,10 @@ def open_backend(
             if name in ENGINES
             else {
                 graph: load(graph, device if isinstance(device, CudaDevice) else None)
-                for graph in CARD
+                for graph in GPU_GRAPHS
             }
         )
-        on_host = {graph: load(graph) for graph in specs if graph not in CARD}
+        on_host = {graph: load(graph) for graph in specs if graph not in GPU_GRAPHS}
     except BaseException:
         close()
         raise
@@ -191,7 +191,9 @@ def cuda_device(directory: Path, config: Config) -> CudaDevice:
         )
     device = CudaDevice()
     weights = sum(
-        file.stat().st_size for graph in CARD for file in directory.glob(f"{graph_file(graph)}*")
+        file.stat().st_size
+        for graph in GPU_GRAPHS
+        for file in directory.glob(f"{graph_file(graph)}*")
     )
     buffers = memory(config)
     device.require(

@@ -32,7 +32,8 @@ from packforcing.runtime.engine_records import (
     engine_file,
     shapes,
 )
-from packforcing.runtime.plan import RESERVE, Plan, gib, make_plan, stream
+from packforcing.runtime.plan import RESERVE, Plan, make_plan, stream
+from packforcing.units import format_gib
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 RUNTIME_CACHE = "runtime.cache"
@@ -101,9 +102,9 @@ class Engines:
         planned = self._plan.device["scratch"]
         if scratch > planned + RESERVE:
             raise BackendError(
-                f"the engines want {gib(scratch)} GiB of scratch memory on {self.device.name}, "
-                f"{gib(planned)} GiB was planned: report this, with what 'packforcing plan "
-                f"{self._directory}' prints"
+                f"the engines want {format_gib(scratch)} GiB of scratch memory on "
+                f"{self.device.name}, {format_gib(planned)} GiB was planned: report "
+                f"this, with what 'packforcing plan {self._directory}' prints"
             )
         self._scratch = self.device.allocate("scratch", (scratch,), "uint8")
         return {graph: Engine(self, engine, specs[graph]) for graph, engine in loaded.items()}

@@ -26,12 +26,8 @@ from packforcing.errors import (
     OutputError,
     PackForcingError,
 )
-from packforcing.runtime.bundle import (
-    check_files,
-    file_record,
-    read_manifest,
-    write_manifest,
-)
+from packforcing.files import file_record
+from packforcing.runtime.bundle import check_files, read_manifest, write_manifest
 from packforcing.runtime.engine_records import (
     Key,
     check_engine,
@@ -368,7 +364,7 @@ def test_no_other_file_may_lie_in_a_bundle(bundle):
 KILLED = """
 import os, signal, sys
 from packforcing.export import engines
-engines.CARD = ("compressor",)
+engines.GPU_GRAPHS = ("compressor",)
 directory, last = sys.argv[1], int(sys.argv[2])
 changes = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "subprocess.Popen"}
 seen = 0

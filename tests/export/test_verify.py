@@ -27,14 +27,9 @@ from packforcing.export.oracle import (
     without_rest,
 )
 from packforcing.export.verify import Verification, run, verify
+from packforcing.files import file_record
 from packforcing.runtime.backends import Graph
-from packforcing.runtime.bundle import (
-    contract,
-    file_record,
-    graph_file,
-    read_manifest,
-    write_manifest,
-)
+from packforcing.runtime.bundle import contract, graph_file, read_manifest, write_manifest
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import engine_file
 from packforcing.words import encode_words
@@ -285,7 +280,7 @@ def test_engines_are_run_and_compared_where_there_is_a_gpu(built, tiny_bundle, m
             value.const_value = ir.tensor(array * array.dtype.type(2), name=value.name)
             other = built / "engines" / "other.onnx"
             ir.save(graph, other)
-            paths = {name: tiny_bundle / graph_file(name) for name in verifying.CARD}
+            paths = {name: tiny_bundle / graph_file(name) for name in verifying.GPU_GRAPHS}
             paths["compressor"] = other
             return {name: Graph(path, specs[name], None) for name, path in paths.items()}
 
@@ -297,7 +292,7 @@ def test_engines_are_run_and_compared_where_there_is_a_gpu(built, tiny_bundle, m
     found = verify(built)
     assert {(check.graph, check.run) for check in found.missed} == {("compressor", "tensorrt-rtx")}
     ran = {check.graph for check in found.checks if check.run == "tensorrt-rtx"}
-    assert ran == set(verifying.CARD)
+    assert ran == set(verifying.GPU_GRAPHS)
 
 
 def test_calls_recorded_on_a_small_grid_are_repeated_to_the_shapes_of_engines(tiny_bundle):

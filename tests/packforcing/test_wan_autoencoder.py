@@ -23,8 +23,9 @@ from packforcing.reference import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.bundle import contract, decoder_state_shapes, encoder_state_shapes
 from packforcing.runtime.estimate import operations, parameters, weight_bytes
-from packforcing.runtime.plan import GIB, choose, estimates, make_plan
+from packforcing.runtime.plan import choose, estimates, make_plan
 from packforcing.sampler import draw_noise
+from packforcing.units import GIB
 from packforcing.words import encode_words
 from tests.helpers import TINY, builder_figures, is_close_estimate
 
