@@ -1,3 +1,5 @@
+"""Run the command line as `python -m packforcing.app.cli`."""
+
 from packforcing.app.cli import main
 
 main()

@@ -19,6 +19,7 @@ import pytest
 import packforcing.runtime
 from packforcing import MODELS
 from packforcing.app.cli import main
+from packforcing.app.cli.group import COMMANDS
 from packforcing.runtime.rollout import Rollout
 from tests.helpers import PROMPT, assert_one_line, run, run_without
 
@@ -157,11 +158,11 @@ def test_no_command_shows_the_help():
 def test_the_list_of_commands_says_of_each_what_it_does():
     """In one line of a terminal of 80 columns, which click would end with dots."""
     commands = run("--help").stdout.partition("Commands:\n")[2].splitlines()
-    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert [line.split()[0] for line in commands] == sorted(COMMANDS)
     assert [line for line in commands if not line.endswith(".") or line.endswith("...")] == []
 
 
-@pytest.mark.parametrize("command", main.commands)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -176,6 +177,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed(code):
 import atexit, sys
 atexit.register(lambda: print("loaded:", *sorted(set(sys.modules) & set({HEAVY!r}))))
 from packforcing.app.cli import main
+from packforcing.app.cli.group import COMMANDS
 {code}
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -451,4 +453,4 @@ def test_the_readmes_commands_exist():
     assert len(lines) >= 4
     for line in lines:
         name, *args = shlex.split(line)
-        main.commands[name].make_context(name, args)  # parses, does not run
+        main.get_command(None, name).make_context(name, args)  # parses, does not run

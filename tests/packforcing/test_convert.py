@@ -601,7 +601,7 @@ def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, 
     assert len(commands) == 11
     for name, *args in commands:
         if name in ("fetch", "encode-prompt", "build"):
-            main.commands[name].make_context(name, args)  # parses, does not run
+            main.get_command(None, name).make_context(name, args)  # parses, does not run
         else:
             here = {"tensorrt-rtx": "onnxruntime", "320x192": "80x112", "60": "4"}
             run(name, *(here.get(arg, arg) for arg in args))
