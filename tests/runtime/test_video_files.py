@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import weakref
 import zlib
@@ -96,6 +97,33 @@ def test_mp4_is_the_same_however_many_cpus_there_are(tmp_path):
     finally:
         os.sched_setaffinity(0, cpus)
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "all.mp4").read_bytes()
+
+
+ENCODE = """
+import hashlib, sys
+import numpy as np
+from packforcing.runtime.video_files import open_video
+
+frames = np.random.default_rng(0).standard_normal((120, 64, 96, 3)).cumsum(0) * 8 + 128
+with open_video(sys.argv[1], 96, 64, 8) as video:
+    video.write(frames.clip(0, 255).astype(np.uint8))
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
+def test_mp4_is_the_same_whatever_memory_held_before(tmp_path):
+    """glibc fills fresh memory with a byte of its choice: an encoder that reads what it never wrote
+    gives another file."""
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", ENCODE, tmp_path / "a.mp4"],
+            env={**os.environ, "MALLOC_PERTURB_": perturbation},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for perturbation in ("85", "170")
+    }  # fmt: skip
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
