@@ -5,7 +5,7 @@ INSTALLED := .venv/installed
 DEMO := out/demo
 TYPED := build/typed
 
-.PHONY: demo test full bench lint clean
+.PHONY: demo test full bench figures docs lint typed clean
 
 demo: $(INSTALLED)  ## export the demo model, render a prompt with it, write a report
 	$(BIN)/packforcing export --model demo --out $(DEMO)/bundle
@@ -20,14 +20,19 @@ full: $(INSTALLED)  ## the long proofs as well
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_runtime
 
-# The folders of this package come together only when it is installed: links show mypy the same.
-lint: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# The rooms come together as one package only when it is installed: links show tools the same.
+typed:
 	@rm -rf $(TYPED) && mkdir -p $(TYPED)/packforcing
 	@ln -s $(CURDIR)/packforcing/* $(CURDIR)/runtime $(CURDIR)/export $(CURDIR)/calibration \
 	  $(CURDIR)/evaluation $(CURDIR)/app $(TYPED)/packforcing
+
+lint: $(INSTALLED) typed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	cd $(TYPED) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml packforcing
+
+docs: $(INSTALLED) typed  ## the site; broken links fail
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

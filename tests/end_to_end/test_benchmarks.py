@@ -1,4 +1,4 @@
-"""The ablations behind docs/quantisation.md run, and their tables say what has to be so."""
+"""The ablations of docs/results/2026-11-quantization.md run, and their tables hold together."""
 
 import re
 import sys

@@ -594,7 +594,7 @@ def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, 
     Path("prompts.txt").write_text("cat.safetensors\n")
 
     page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
-    section = page.partition("on an 8 GB card\n")[2].partition("\n## ")[0]
+    section = page.partition("on an 8 GB GPU\n")[2].partition("\n## ")[0]
     (lines,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
     commands = [shlex.split(line)[1:] for line in lines.replace("\\\n", "").splitlines()
                 if line.startswith("packforcing ")]  # fmt: skip
