@@ -27,7 +27,7 @@ class Recipe(NamedTuple):
     clips: tuple[float, ...]
 
 
-# Clipping gains 0.01 dB in int8 (docs/results/2026-11-quantization.md), and fp8 grids grow with values
+# Clipping gains 0.01 dB in int8 (docs/results/2026-11-quantization.md); fp8 grids grow with values
 WEIGHTS = {
     "int8": Recipe("INT8", -127, 127, (1.0,)),
     "int4": Recipe("INT4", -8, 7, tuple(1 - step / 40 for step in range(13))),
