@@ -27,7 +27,7 @@ import numpy as np
 from packforcing.calibration.activations import BINS, MIDDLES, add
 from packforcing.config import Config
 from packforcing.errors import ConfigError, PackForcingError
-from packforcing.evaluation.compare import draw_prompts
+from packforcing.evaluation.prompt_sets import draw_prompts
 from packforcing.prompts import encode
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.backends import Bindable, open_backend
@@ -203,7 +203,7 @@ def main() -> None:
     rollout = Rollout(config, backend)
 
     def video(number: int) -> np.ndarray:
-        rollout.begin(encode(prompts[number].given, config), blocks, prompts[number].seed)
+        rollout.begin(encode(prompts[number].content, config), blocks, prompts[number].seed)
         frames = []
         for _ in range(blocks):
             rollout.next_block()

@@ -131,8 +131,8 @@ def endless(seconds: float, video: Path) -> dict:
     """Demo video of this length rendered to h264, with its checkpoints: what grows after its first
     ten minutes, or its first half, and what its last minute looks like. (Every segment has a new
     encoder, whose memory settles at some 7 MB within a dozen of them.)"""
-    from packforcing.evaluation.compare import last
-    from packforcing.evaluation.measures import evaluate
+    from packforcing.evaluation.compare import end_values
+    from packforcing.evaluation.measures import evaluate_video
 
     with Session.open(demo_bundle()) as session:
         config = session.config
@@ -161,7 +161,7 @@ def endless(seconds: float, video: Path) -> dict:
         "ms_per_block_early": round(1000 * early, 2),
         "ms_per_block_late": round(1000 * late, 2),
         "times_real_time": round(seconds / summary.seconds_total, 2),
-        "last_minute": last(evaluate(video, PROMPT).segments, 60),
+        "last_minute": end_values(evaluate_video(video, PROMPT).segments, 60),
     }
 
 

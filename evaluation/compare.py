@@ -1,5 +1,5 @@
-"""The same prompts and seeds under several policies, or by a bundle and what was quantised of it:
-rendered, measured, compared.
+"""Render and measure the same prompts and seeds under several policies, or by a bundle and what
+was quantized from it.
 
 Every finished pair of a policy, or bundle, and a prompt is a video and, written after it, a JSON
 file of the same name, which holds a key of all that went in. A later call renders what has no such
@@ -19,40 +19,28 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import psutil
 
 from packforcing import __version__
-from packforcing.app.reports.demo import save_page
 from packforcing.calibration.recipes import SNR, Loss
 from packforcing.config import Config, Policy, Precision
-from packforcing.embeddings import SUFFIX, load_embedding
-from packforcing.errors import BackendError, ConfigError, OutputError, PromptError
-from packforcing.evaluation.fidelity import Fidelity, fidelity
-from packforcing.evaluation.measures import Evaluation, Segment, Values, evaluate
+from packforcing.errors import BackendError, ConfigError, MissingDependency, OutputError
+from packforcing.evaluation.fidelity import Fidelity, video_fidelity
+from packforcing.evaluation.intervals import Estimate, estimate_mean
+from packforcing.evaluation.measures import Evaluation, Segment, Values, evaluate_video
+from packforcing.evaluation.prompt_sets import Prompt
+from packforcing.extras import optional_imports
+from packforcing.files import write_file
 from packforcing.presets import model_config
 from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.plan import archive_bytes, make_plan, memory
 from packforcing.runtime.resume import discard
-from packforcing.runtime.session import (
-    BlockInfo,
-    Session,
-    check_memory,
-    check_request,
-)
+from packforcing.runtime.session import BlockInfo, Session, check_memory, check_request
 from packforcing.runtime.video_files import check_output
-from packforcing.words import make_prompt, random_attributes, random_tour
 
 END = 20.0  # seconds: what is left of a video at its end
-CLOSE = 5.0  # seconds at the beginning over which videos of several bundles are told apart
-RESAMPLES, LEVEL = 10_000, 0.95  # of the bootstrap
-TARGET = "sm89"  # that device bytes are planned for; it has every number format
-
-
-class Prompt(NamedTuple):
-    """What is asked for: words to read and to show, and what the session is given."""
-
-    text: str
-    given: str | np.ndarray
-    seed: int
+CLOSE = 5.0  # seconds at the beginning in which frames of several bundles are compared
+TARGET = "sm89"  # that device bytes are planned for; it has every dtype
 
 
 class Job(NamedTuple):
@@ -79,7 +67,7 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 class Costs(msgspec.Struct, frozen=True):
-    """What a policy takes, in bytes by plan and as measured."""
+    """What a policy costs, in bytes by plan and as measured."""
 
     policy: Policy
     precision: Precision
@@ -87,19 +75,10 @@ class Costs(msgspec.Struct, frozen=True):
     buffers: int  # on the host, fixed
     archive: int  # on the host at the end of a video
     host_peak: int  # resident, the largest of its videos
-    device: int  # on a card, by plan
+    device: int  # on a GPU, by plan
     tokens_read: int  # by the last block
     block_seconds: float  # median
     last_block_seconds: float  # median over the last `END` seconds of the videos
-
-
-class Estimate(msgspec.Struct, frozen=True):
-    """A mean over prompts, and where 95% of the bootstrap's means lie; None for one prompt."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    prompts: int
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -113,7 +92,7 @@ Summary = dict[str, dict[str, Row]]  # by policy, by measure
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """All that was found; the first policy is the one that others are compared with."""
+    """The result of a comparison; the first policy is the one that others are compared with."""
 
     bundle: str
     config: Config
@@ -123,14 +102,14 @@ class Comparison(msgspec.Struct, frozen=True):
     end: Summary  # over their last `END` seconds
     pairs: list[Pair]
     # where bundles are compared, by name: their first `CLOSE` seconds against the first bundle's,
-    # prompt by prompt, and dB of every quantised matrix, worst first
+    # prompt by prompt, and dB of every quantized matrix, worst first
     fidelity: dict[str, list[Fidelity]]
     snr: dict[str, dict[str, float | None]]
     outputs: dict[str, dict[str, Loss]]  # of their denoisers, against the first bundle's
     unmeasured: str  # why there are no `outputs`; "" where there are, or no other bundles
 
 
-def compare(
+def run_comparison(
     bundle: Path,
     policies: Mapping[str, Policy],
     prompts: Sequence[Prompt],
@@ -142,12 +121,24 @@ def compare(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Renders and measures what `folder` lacks, writes compare.json there, returns all of it.
+    """Render and measure what a folder lacks, and write compare.json there.
 
-    others: bundles of the same model in another precision, by name, under their own policy. Videos
-    are lossless then, so that their frames can be told apart. progress is told how many frames are
-    done, of how many that were missing. Raises what `Session` and `evaluate` raise, `ConfigError`
-    for another model and `OutputError`.
+    Args:
+        bundle: The bundle to render with.
+        policies: Policies by name. The others are compared with the first.
+        prompts: Prompts, each rendered under every policy.
+        seconds: Length of every video.
+        folder: Folder of the results; finished videos in it are used.
+        others: Bundles of the same model in another precision, by name, under their own policy.
+            Videos are lossless then, so that their frames can be compared.
+        backend: Backend of the sessions.
+        threads: Threads of the sessions; None: as many as the machine has cores.
+        progress: Called with the number of frames done, and of all that were missing.
+
+    Raises:
+        ConfigError: A bundle is of another model, or a video does not fit into memory.
+        OutputError: A result cannot be written.
+        PackForcingError: What `Session` and `evaluate_video` raise.
     """
     config = read_manifest(bundle).config
     bundles = dict.fromkeys(policies, bundle)
@@ -159,9 +150,12 @@ def compare(
         policies = {**policies, **{name: _alike(path, config) for name, path in others.items()}}
     suffix = ".mkv" if others else ".mp4"
     for prompt in prompts:
-        check_request(config, prompt.given, seconds, prompt.seed)
+        check_request(config, prompt.content, seconds, prompt.seed)
     videos = folder / "videos"
-    _make(videos)
+    try:
+        videos.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {videos}: {error.strerror}") from error
     jobs = [
         Job(
             name,
@@ -188,9 +182,9 @@ def compare(
             bundles[name], policy=policy, backend=backend, threads=threads
         ) as session:
             for job in group:
-                tell = partial(_tell, progress, next(done), len(missing), frames)
-                pair = _render(session, job, prompts[job.number], seconds, tell)
-                save_page(job.video.with_suffix(".json"), _json(pair))
+                on_share = partial(_report_share, progress, next(done), len(missing), frames)
+                pair = _render(session, job, prompts[job.number], seconds, on_share)
+                write_file(job.video.with_suffix(".json"), _json(pair))
                 finished[job] = pair
     pairs = [finished[job] for job in jobs]
     outputs, unmeasured = _outputs(bundle, others) if others else ({}, "")
@@ -204,8 +198,8 @@ def compare(
             )
             for name, policy in policies.items()
         },
-        whole=summarise(pairs, None),
-        end=summarise(pairs, END),
+        whole=summarize(pairs, None),
+        end=summarize(pairs, END),
         pairs=pairs,
         fidelity=_fidelity(folder, pairs, config) if others else {},
         snr={
@@ -216,7 +210,7 @@ def compare(
         outputs=outputs,
         unmeasured=unmeasured,
     )
-    save_page(folder / "compare.json", _json(result))
+    write_file(folder / "compare.json", _json(result))
     return result
 
 
@@ -226,35 +220,35 @@ def _alike(bundle: Path, config: Config) -> Policy:
     if msgspec.structs.replace(other, precision=config.precision) != config:
         raise ConfigError(
             f"{bundle} differs from the bundle it is compared with in more than precision: "
-            "name one that was exported or quantised from the same model, at the same size"
+            "name one that was exported or quantized from the same model, at the same size"
         )
     return other.policy
 
 
 def _fidelity(folder: Path, pairs: Sequence[Pair], config: Config) -> dict[str, list[Fidelity]]:
     frames = round(CLOSE * config.fps)
-    wanted = {pair.number: folder / pair.video for pair in pairs if pair.policy == pairs[0].policy}
-    found: dict[str, list[Fidelity]] = {}
+    first = pairs[0].policy
+    references = {pair.number: folder / pair.video for pair in pairs if pair.policy == first}
+    by_bundle: dict[str, list[Fidelity]] = {}
     for pair in pairs:
-        if pair.policy != pairs[0].policy:
-            close = fidelity(folder / pair.video, wanted[pair.number], frames)
-            found.setdefault(pair.policy, []).append(close)
-    return found
+        if pair.policy != first:
+            close = video_fidelity(folder / pair.video, references[pair.number], frames)
+            by_bundle.setdefault(pair.policy, []).append(close)
+    return by_bundle
 
 
 def _outputs(bundle: Path, others: Mapping[str, Path]) -> tuple[dict[str, dict[str, Loss]], str]:
-    """The losses, or why there are none: of videos that are rendered nothing is to be withheld."""
+    """The losses, or why there are none: the videos are rendered, so the rest is still shown."""
     try:
-        from packforcing.calibration.output_error import output_losses
+        with optional_imports("measuring the denoisers' outputs", "verify"):
+            from packforcing.calibration.output_error import output_losses
 
         return output_losses(bundle, others), ""
-    except ModuleNotFoundError as error:
-        return {}, f"{error.name} is not installed: pip install '.[verify]' in the checkout"
-    except BackendError as error:
+    except (BackendError, MissingDependency) as error:
         return {}, str(error)
 
 
-def _tell(
+def _report_share(
     progress: Callable[[int, int], None] | None, done: int, jobs: int, frames: int, share: float
 ) -> None:
     if progress:
@@ -262,11 +256,9 @@ def _tell(
 
 
 def _render(
-    session: Session, job: Job, prompt: Prompt, seconds: float, tell: Callable[[float], None]
+    session: Session, job: Job, prompt: Prompt, seconds: float, on_share: Callable[[float], None]
 ) -> Pair:
-    """Renders and measures one pair; the video stands under its name when it is whole."""
-    import psutil
-
+    """Render and measure one pair; the video stands under its name when it is whole."""
     process, config = psutil.Process(), session.config
     blocks: list[BlockInfo] = []
     peak = 0
@@ -275,21 +267,21 @@ def _render(
         nonlocal peak
         blocks.append(info)
         peak = max(peak, process.memory_info().rss)
-        tell(info.frames / info.frames_total / 2)
+        on_share(info.frames / info.frames_total / 2)
 
     video = job.video
     discard(video)  # of a comparison that was interrupted: every block is to be measured
-    session.render(prompt.given, seconds, video, prompt.seed, on_block=on_block)
+    session.render(prompt.content, seconds, video, prompt.seed, on_block=on_block)
     # the detectors are of the demo model's world
     words = prompt.text if session.manifest.config.name == model_config("demo").name else None
-    found = evaluate(video, words, lambda done, total: tell(0.5 + done / total / 2))
+    evaluation = evaluate_video(video, words, lambda done, total: on_share(0.5 + done / total / 2))
     return Pair(
         policy=job.policy,
         number=job.number,
         prompt=prompt.text,
         seed=prompt.seed,
         video=f"{video.parent.name}/{video.name}",
-        evaluation=found,
+        evaluation=evaluation,
         block_seconds=[round(block.seconds, 5) for block in blocks],
         tokens_read=[
             sum(map(len, config.policy.full_resolution_blocks(block.index))) * config.block_tokens
@@ -304,14 +296,15 @@ def _render(
 def _key(bundle: Path, backend: str, policy: Policy, prompt: Prompt, seconds: float) -> str:
     """Of all that a pair depends on; the manifest holds the hash of every file of the bundle."""
     manifest = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
-    given = prompt.given if isinstance(prompt.given, str) else prompt.given.tobytes().hex()
-    inputs = [__version__, manifest, backend, given, prompt.text, prompt.seed, float(seconds)]
+    content = prompt.content
+    words = content if isinstance(content, str) else content.tobytes().hex()
+    inputs = [__version__, manifest, backend, words, prompt.text, prompt.seed, float(seconds)]
     inputs.append(msgspec.to_builtins(policy))
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
 
 
 def _finished(job: Job) -> Pair | None:
-    """What an earlier call left, if its video is there as well; None for a damaged file too."""
+    """The result of an earlier call, if its video is there as well; None for a damaged file."""
     with suppress(OSError, msgspec.DecodeError):
         pair = msgspec.json.decode(job.video.with_suffix(".json").read_bytes(), type=Pair)
         if job.video.is_file():
@@ -319,49 +312,49 @@ def _finished(job: Job) -> Pair | None:
     return None
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def _json(value: object) -> str:
-    return msgspec.json.format(msgspec.json.encode(value), indent=1).decode() + "\n"
+def _json(value: object) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
 def _costs(bundle: Path, policy: Policy, pairs: Sequence[Pair], seconds: float) -> Costs:
     manifest = read_manifest(bundle)
     config = manifest.config
     blocks = config.blocks(config.frames(seconds))
-    kept = planned(config, policy, seconds)
-    buffers = memory(kept)
+    config = config_for_video(config, policy, seconds)
+    buffers = memory(config)
     tail = max(1, round(END * config.fps / config.block_pixel_frames))
     return Costs(
         policy=policy,
         precision=config.precision,
         bundle=sum(record.bytes for record in manifest.files.values()),
         buffers=sum(size for name, size in buffers.items() if name != "archive_per_block"),
-        archive=archive_bytes(kept, blocks),
+        archive=archive_bytes(config, blocks),
         host_peak=max(pair.host_peak for pair in pairs),
-        device=make_plan(kept, TARGET, seconds=seconds).total,
+        device=make_plan(config, TARGET, seconds=seconds).total,
         tokens_read=max(pair.tokens_read[-1] for pair in pairs),
         block_seconds=float(np.median([pair.block_seconds for pair in pairs])),
         last_block_seconds=float(np.median([pair.block_seconds[-tail:] for pair in pairs])),
     )
 
 
-def planned(config: Config, policy: Policy, seconds: float) -> Config:
-    """The config whose buffers a video of this length takes under a policy."""
-    kept = policy.fit_to_video(config.blocks(config.frames(seconds)), config.policy)
-    return msgspec.structs.replace(config, policy=kept)
+def config_for_video(config: Config, policy: Policy, seconds: float) -> Config:
+    """Return the config whose buffers a video of this length takes under a policy."""
+    policy = policy.fit_to_video(config.blocks(config.frames(seconds)), config.policy)
+    return msgspec.structs.replace(config, policy=policy)
 
 
-def summarise(pairs: Sequence[Pair], end: float | None) -> Summary:
-    """Means and differences by policy and measure; `end` takes so many seconds of each video."""
+def summarize(pairs: Sequence[Pair], end: float | None) -> Summary:
+    """Return means and differences by policy and measure.
+
+    Args:
+        pairs: Pairs of all policies; differences are from the first pair's policy.
+        end: Seconds at the end of each video that count; None: all of it.
+    """
     values: dict[str, dict[str, dict[int, float]]] = {}
     for pair in pairs:
-        measured = pair.evaluation.values if end is None else last(pair.evaluation.segments, end)
+        measured = (
+            pair.evaluation.values if end is None else end_values(pair.evaluation.segments, end)
+        )
         for name, value in measured.items():
             row = values.setdefault(pair.policy, {}).setdefault(name, {})
             if value is not None:
@@ -374,71 +367,31 @@ def summarise(pairs: Sequence[Pair], end: float | None) -> Summary:
             base = values[first][name]
             both = [row[number] - base[number] for number in row if number in base]
             summary[policy][name] = Row(
-                estimate(list(row.values())), None if policy == first else estimate(both)
+                estimate_mean(list(row.values())), None if policy == first else estimate_mean(both)
             )
     return summary
 
 
-def last(segments: Sequence[Segment], seconds: float) -> Values:
-    """Mean values of the segments that reach into the last `seconds`."""
+def end_values(segments: Sequence[Segment], seconds: float) -> Values:
+    """Return mean values of the segments that reach into the last seconds.
+
+    Args:
+        segments: All segments of a video.
+        seconds: Length of its end.
+    """
     begin = segments[-1].stop - seconds
-    chosen = [segment for segment in segments if segment.stop > max(begin, 0)]
+    last = [segment for segment in segments if segment.stop > max(begin, 0)]
     means: Values = {}
     for name in segments[-1].values:
         parts = [
             (segment.values[name], segment.values["returns"] if name == "loop_closure"
              else segment.stop - segment.start)
-            for segment in chosen
+            for segment in last
         ]  # fmt: skip
-        known = [(value, weight) for value, weight in parts if value is not None and weight]
+        measured = [(value, weight) for value, weight in parts if value is not None and weight]
         if name == "returns":
-            means[name] = sum(value for value, _ in known)
+            means[name] = sum(value for value, _ in measured)
         else:
-            weights = sum(weight for _, weight in known)
-            means[name] = sum(v * w for v, w in known) / weights if weights else None
+            weights = sum(weight for _, weight in measured)
+            means[name] = sum(v * w for v, w in measured) / weights if weights else None
     return means
-
-
-def estimate(values: Sequence[float]) -> Estimate | None:
-    """Mean and 95% interval by bootstrap over the values (percentiles, always the same draws)."""
-    if not values:
-        return None
-    given = np.asarray(values, np.float64)
-    if len(given) == 1:
-        return Estimate(float(given[0]), None, None, 1)
-    draws = np.random.default_rng(0).integers(len(given), size=(RESAMPLES, len(given)))
-    low, high = np.quantile(given[draws].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(given.mean()), float(low), float(high), len(given))
-
-
-def draw_prompts(config: Config, count: int, seed: int) -> list[Prompt]:
-    """Prompts for the demo model, every second one a tour; prompt i has the seed `seed` + i."""
-    if config.text_encoder != "words":
-        raise ConfigError(
-            f"prompts are made up for the demo model alone: give --prompts a file with one prompt "
-            f"for {config.name} in a line"
-        )
-    rng = np.random.Generator(np.random.Philox(key=seed % 2**64))  # others are refused later
-    words = [(random_tour if number % 2 else random_attributes)(rng) for number in range(count)]
-    texts = [make_prompt(**given) for given in words]
-    return [Prompt(text, text, seed + number) for number, text in enumerate(texts)]
-
-
-def read_prompts(path: Path, seed: int) -> list[Prompt]:
-    """A prompt in each line; one that ends in .safetensors names a file of an embedding, from the
-    folder of this file. Raises `PromptError`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise PromptError(f"cannot read prompts from {path}: {reason}") from error
-    prompts: list[Prompt] = []
-    for text in filter(None, map(str.strip, lines)):
-        given: str | np.ndarray = text
-        if text.endswith(SUFFIX):
-            embedding = load_embedding(path.parent / text)
-            text, given = embedding.prompt or text, embedding.text
-        prompts.append(Prompt(text, given, seed + len(prompts)))
-    if not prompts:
-        raise PromptError(f"{path} holds no prompt: write one in each line")
-    return prompts

@@ -1,8 +1,8 @@
-"""Reads colours and shape back from frames of the demo world. Numpy and OpenCV, no model.
+"""Read color, shape and ground back from frames of the demo world. NumPy and OpenCV, no model.
 
 The world is drawn by `examples/demo_model/world.py`, with the palette of this file. A pixel
-belongs to the nearest colour of the palette (eight subjects, two tones of six grounds). The
-ground is the majority's; the subject is the largest blob of one subject colour, and its outline
+belongs to the nearest color of the palette (eight subjects, two tones of six grounds). The
+ground is the majority's; the subject is the largest blob of one subject color, and its outline
 tells the shape. `matches` states when a video counts as right, `returns` how well the places of a
 tour look the same when the camera comes back to them.
 """
@@ -13,10 +13,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
+from packforcing.extras import optional_imports
 from packforcing.words import COLOURS, GROUNDS, SHAPES
+
+with optional_imports("reading the demo world's videos", "evaluate"):
+    import cv2
 
 SUBJECT_RGB = {
     "red": (232, 28, 36),
@@ -28,7 +31,7 @@ SUBJECT_RGB = {
     "white": (250, 250, 250),
     "cyan": (40, 222, 242),
 }
-GROUND_RGB = {  # the ground's colour and its second tone
+GROUND_RGB = {  # the ground's color and its second tone
     "navy": ((18, 28, 84), (42, 58, 128)),
     "forest": ((20, 70, 34), (46, 106, 60)),
     "sand": ((200, 176, 128), (166, 140, 96)),
@@ -68,7 +71,7 @@ _PALETTE = np.array(
 
 
 def _nearest_table() -> np.ndarray:
-    """Index of the nearest palette colour for RGB in 32 levels each, uint8 [32, 32, 32]."""
+    """Index of the nearest palette color for RGB in 32 levels each, uint8 [32, 32, 32]."""
     level = np.arange(4, 256, 8, dtype=np.float32)
     rgb = np.stack(np.meshgrid(level, level, level, indexing="ij"), -1)
     return np.square(rgb[..., None, :] - _PALETTE).sum(-1).argmin(-1).astype(np.uint8)
@@ -77,22 +80,31 @@ def _nearest_table() -> np.ndarray:
 _NEAREST = _nearest_table()
 
 
-class Reading(NamedTuple):
-    """What one frame shows; the first four are None where no subject is seen."""
+class Scene(NamedTuple):
+    """What one frame shows; the first four are None where no subject is seen.
 
-    colour: str | None
+    Attributes:
+        center: Of the subject, x and y in pixels.
+        outline: Of the subject, int32 [points, 1, 2].
+    """
+
+    color: str | None
     shape: str | None
-    centre: tuple[float, float] | None  # of the subject, in pixels
-    outline: np.ndarray | None  # of the subject, int32 [points, 1, 2]
+    center: tuple[float, float] | None
+    outline: np.ndarray | None
     ground: str
 
 
-def read(frame: np.ndarray) -> Reading:
-    """Reads one frame, uint8 [H, W, 3] RGB."""
+def read_scene(frame: np.ndarray) -> Scene:
+    """Read one frame.
+
+    Args:
+        frame: uint8 RGB [H, W, 3].
+    """
     nearest = _nearest(frame)
     votes = np.bincount(nearest.ravel(), minlength=len(_PALETTE))
     ground = GROUNDS[int(votes[len(COLOURS) :].reshape(-1, 2).sum(1).argmax())]
-    best_area, colour, best = float(MIN_AREA), None, None
+    best_area, color, best = float(MIN_AREA), None, None
     for index in np.flatnonzero(votes[: len(COLOURS)] >= MIN_AREA):
         blob = cv2.morphologyEx(
             (nearest == index).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)
@@ -101,22 +113,16 @@ def read(frame: np.ndarray) -> Reading:
         for outline in outlines:
             area = cv2.contourArea(outline)
             if area > best_area:
-                best_area, colour, best = area, COLOURS[index], outline
+                best_area, color, best = area, COLOURS[index], outline
     if best is None:
-        return Reading(None, None, None, None, ground)
+        return Scene(None, None, None, None, ground)
     moments = cv2.moments(best)
-    centre = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
-    return Reading(colour, _shape(best), centre, best, ground)
-
-
-def read_frame(frame: np.ndarray) -> dict[str, str | None]:
-    """One frame, uint8 [H, W, 3] RGB, to its `colour`, `shape` and `ground`; None where unseen."""
-    seen = read(frame)
-    return {"colour": seen.colour, "shape": seen.shape, "ground": seen.ground}
+    center = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
+    return Scene(color, _shape(best), center, best, ground)
 
 
 def _nearest(frame: np.ndarray) -> np.ndarray:
-    """Index of each pixel's palette colour, uint8 [H, W]."""
+    """Index of each pixel's palette color, uint8 [H, W]."""
     return _NEAREST[tuple(np.moveaxis(frame >> 3, -1, 0))]
 
 
@@ -131,15 +137,18 @@ class Visit(NamedTuple):
 
 
 def places(prompt: str) -> list[str]:
-    """The grounds that a prompt names: two of a tour."""
+    """Return the grounds that a prompt names: two of a tour."""
     return [word for word in re.findall(r"\w+", prompt.lower()) if word in GROUNDS]
 
 
 def visits(prompt: str, frames: Iterable[np.ndarray]) -> Iterator[Visit]:
-    """Stretches of `STAY` frames or more, of frames [H, W, 3], that show one place alone.
+    """Yield the stretches of `STAY` frames or more that show one place of a tour alone.
 
-    A place is known by its ground. Fewer than two grounds in the prompt: not a tour, no visits.
-    Frames are read one by one, and none is kept.
+    A place is known by its ground. No frame stays in memory.
+
+    Args:
+        prompt: The prompt. Fewer than two grounds in it: not a tour, no visits.
+        frames: Frames, uint8 RGB [H, W, 3].
     """
     tour = places(prompt)
     if len(tour) < 2:
@@ -170,7 +179,7 @@ def _view(votes: np.ndarray) -> np.ndarray:
 
 
 def view_error(before: Visit, after: Visit) -> float:
-    """How differently two visits to one place look, 0 to 1.
+    """Return how differently two visits to one place look, 0 to 1.
 
     Of the pixels where either view shows a landmark (another ground than the place's own), the
     share where the views disagree. Pixels that the subject hid in one of them or that were not
@@ -179,8 +188,8 @@ def view_error(before: Visit, after: Visit) -> float:
     in both views scores 1: there is nothing to know it by.
     """
     own = GROUNDS.index(before.place)
-    seen = (before.view >= 0) & (after.view >= 0)
-    landmark = seen & ((before.view != own) | (after.view != own))
+    visible = (before.view >= 0) & (after.view >= 0)
+    landmark = visible & ((before.view != own) | (after.view != own))
     wrong = landmark & (before.view != after.view)
     wrong, landmark = (
         cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((EDGE, EDGE), np.uint8))
@@ -198,7 +207,12 @@ class Return(NamedTuple):
 
 
 def returns(prompt: str, frames: Iterable[np.ndarray]) -> Iterator[Return]:
-    """Every return to a place of a tour, against the first visit there, in order."""
+    """Yield every return to a place of a tour, against the first visit there, in order.
+
+    Args:
+        prompt: The prompt of a tour.
+        frames: Its frames, uint8 RGB [H, W, 3].
+    """
     first: dict[str, Visit] = {}
     here = None
     for visit in visits(prompt, frames):
@@ -209,32 +223,51 @@ def returns(prompt: str, frames: Iterable[np.ndarray]) -> Iterator[Return]:
 
 
 def loop_closure(prompt: str, frames: np.ndarray) -> list[float]:
-    """The errors of `returns`."""
-    return [found.error for found in returns(prompt, frames)]
+    """Return the errors of `returns`."""
+    return [visit.error for visit in returns(prompt, frames)]
 
 
-def judge(frames: np.ndarray) -> dict[str, list[str | None]]:
-    """Readings of every frame of [T, H, W, 3], by kind."""
-    readings = [read_frame(frame) for frame in frames]
-    return {kind: [reading[kind] for reading in readings] for kind in ("colour", "shape", "ground")}
+def read_words(frames: np.ndarray) -> dict[str, list[str | None]]:
+    """Read color, shape and ground of every frame.
+
+    Args:
+        frames: uint8 RGB [T, H, W, 3].
+
+    Returns:
+        A word per frame, or None where no subject is seen, by "color", "shape" and "ground".
+    """
+    scenes = [read_scene(frame) for frame in frames]
+    return {
+        "color": [scene.color for scene in scenes],
+        "shape": [scene.shape for scene in scenes],
+        "ground": [scene.ground for scene in scenes],
+    }
 
 
 def matches(
-    prompt: str, frames: np.ndarray, readings: dict[str, list[str | None]] | None = None
+    prompt: str, frames: np.ndarray, words: dict[str, list[str | None]] | None = None
 ) -> dict[str, bool]:
-    """Whether the video shows what the prompt names.
+    """Tell whether a video shows what its prompt names.
 
-    A kind is right when at least half of all frames *and* at least half of the last second
-    read the named word. `both` is subject colour and ground. Words a prompt leaves out are right.
+    A kind is right when at least half of all frames *and* at least half of the last second show
+    the word of the prompt. Kinds that a prompt leaves out are right.
+
+    Args:
+        prompt: The prompt.
+        frames: uint8 RGB [T, H, W, 3].
+        words: What `read_words` read from the frames, to save the work.
+
+    Returns:
+        By "color", "shape", "ground" and "both", which is subject color and ground.
     """
-    words = set(re.findall(r"\w+", prompt.lower()))
-    readings = judge(frames) if readings is None else readings
+    prompt_words = set(re.findall(r"\w+", prompt.lower()))
+    words = read_words(frames) if words is None else words
     right = {}
-    for kind, pool in (("colour", COLOURS), ("shape", SHAPES), ("ground", GROUNDS)):
-        wanted = words & set(pool)
-        hits = np.array([not wanted or reading in wanted for reading in readings[kind]])
+    for kind, pool in (("color", COLOURS), ("shape", SHAPES), ("ground", GROUNDS)):
+        expected = prompt_words & set(pool)
+        hits = np.array([not expected or word in expected for word in words[kind]])
         right[kind] = bool(hits.mean() >= 0.5 and hits[-FPS:].mean() >= 0.5)
-    right["both"] = right["colour"] and right["ground"]
+    right["both"] = right["color"] and right["ground"]
     return right
 
 
@@ -246,17 +279,17 @@ def _shape(outline: np.ndarray) -> str:
         return "star"
     x, y, width, height = cv2.boundingRect(outline)
     margin = max(width, height)  # one of the same area may be wider
-    seen = np.zeros((height + 2 * margin, width + 2 * margin), np.uint8)
-    cv2.fillPoly(seen, [outline - (x - margin, y - margin)], 1)
-    moments = cv2.moments(seen, binaryImage=True)
+    mask = np.zeros((height + 2 * margin, width + 2 * margin), np.uint8)
+    cv2.fillPoly(mask, [outline - (x - margin, y - margin)], 1)
+    moments = cv2.moments(mask, binaryImage=True)
     area = moments["m00"]
-    centre = np.array([moments["m10"], moments["m01"]]) / area
+    center = np.array([moments["m10"], moments["m01"]]) / area
     overlap = {}
     for name in ("circle", "square", "triangle"):
         points = SHAPE_OUTLINES[name]
         radius = np.sqrt(area / cv2.contourArea(points.astype(np.float32)))
-        drawn = np.zeros_like(seen)
-        corners = np.rint((centre + radius * points) * 2**_SHIFT).astype(np.int32)
+        drawn = np.zeros_like(mask)
+        corners = np.rint((center + radius * points) * 2**_SHIFT).astype(np.int32)
         cv2.fillPoly(drawn, [corners], 1, shift=_SHIFT)
-        overlap[name] = np.count_nonzero(seen & drawn) / np.count_nonzero(seen | drawn)
+        overlap[name] = np.count_nonzero(mask & drawn) / np.count_nonzero(mask | drawn)
     return max(overlap, key=lambda name: overlap[name])

@@ -1,13 +1,13 @@
-"""How well a video holds, ten seconds at a time. NumPy, OpenCV and PyAV; no network.
+"""Measure how well a video holds, ten seconds at a time. NumPy, OpenCV and PyAV; no network.
 
 The measures carry the names of VBench's dimensions (https://arxiv.org/abs/2311.17982) where they
-ask the same, but not its networks: histograms of colours and of oriented gradients stand in for
+ask the same, but not its networks: histograms of colors and of oriented gradients stand in for
 DINO and CLIP, DIS optical flow for RAFT and for the interpolator AMT. So their values compare
-videos with each other, not with published scores. `MEASURES` defines each; docs/compare.md says it
-at more length.
+videos with each other, not with published scores. `MEASURES` defines each; docs/compare.md has the
+long form.
 
-What the demo model was asked to show is read exactly, by the detectors of its own world
-(`packforcing.evaluation.demo_judge`); given the prompt, they also say which pixels are the subject.
+What the demo model was prompted to show is read exactly, by the detectors of its own world
+(`packforcing.evaluation.demo_judge`). With the prompt, they also outline the subject.
 In any other video the subject is what moves against the camera.
 """
 
@@ -20,17 +20,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import msgspec
 import numpy as np
 
 from packforcing.errors import VideoError
 from packforcing.evaluation import demo_judge
+from packforcing.evaluation.video_reader import probe_video, read_frames
+from packforcing.extras import optional_imports
 from packforcing.presets import model_config
 from packforcing.words import COLOURS, GROUNDS, SHAPES, encode_words
 
+with optional_imports("measuring videos", "evaluate"):
+    import cv2
+
 SEGMENT = 10.0  # seconds
-SHORT_SIDE = (32, 480)  # pixels: below, flow finds nothing; above, frames are measured smaller
 REFERENCE = 1.0  # seconds at the start that the rest is compared with
 DYNAMIC = 6 / 256  # short sides a second / 8: VBench's threshold, on frames 1/8 s apart
 TOP = 0.05  # of the flow vectors, the longest: VBench's dynamic degree
@@ -41,47 +44,73 @@ LAB = ((0.0, 100.0), (-110.0, 110.0), (-110.0, 110.0))  # what sRGB reaches, abo
 
 
 class Measure(NamedTuple):
-    head: str  # of a column
-    better: str  # "higher", "lower" or "" where neither is
+    """What a measure is called and what it means.
+
+    Attributes:
+        title: Its name in a table of its own row.
+        head: The head of a column.
+        better: "higher", "lower", or "" where neither is.
+        meaning: One line.
+    """
+
+    title: str
+    head: str
+    better: str
     meaning: str
 
 
-MEASURES = {
-    "subject_consistency": Measure(
-        "subject", "higher", "likeness of the subject's colours to the first second's and to the "
-        "frame before's, half and half; 0 to 1",
+# By the names that evaluations have in JSON, which keep their spelling.
+MEASURES = dict(
+    subject_consistency=Measure(
+        "subject consistency", "subject", "higher", "likeness of the subject's colors to the first "
+        "second's and to the frame before's, half and half; 0 to 1",
     ),
-    "background_consistency": Measure("backgr.", "higher", "the same of all other pixels; 0 to 1"),
-    "structure_consistency": Measure(
-        "struct.", "higher", "likeness of the frame's oriented gradients to the first second's and "
-        "to the frame before's, half and half; 0 to 1",
+    background_consistency=Measure(
+        "background consistency", "backgr.", "higher", "the same of all other pixels; 0 to 1"
     ),
-    "colour_drift": Measure(
-        "drift", "lower", "distance of the frame's mean colour from the first second's, in CIELAB"
+    structure_consistency=Measure(
+        "structure consistency", "struct.", "higher", "likeness of the frame's oriented gradients "
+        "to the first second's and to the frame before's, half and half; 0 to 1",
     ),
-    "motion": Measure(
-        "motion", "", "the fastest 5% of the optical flow, in % of the short side per second"
+    colour_drift=Measure(
+        "color drift", "drift", "lower",
+        "distance of the frame's mean color from the first second's, in CIELAB",
     ),
-    "dynamic_degree": Measure("dynamic", "", "share of frames whose motion is above 18.75%"),
-    "smoothness": Measure(
-        "smooth", "higher", "likeness of every second frame to what flow makes of its neighbours; "
-        "0 to 1",
+    motion=Measure(
+        "motion", "motion", "",
+        "the fastest 5% of the optical flow, in % of the short side per second",
     ),
-    "flicker": Measure(
-        "flicker", "lower", "difference to the frame before moved along the flow, in levels of 255"
+    dynamic_degree=Measure(
+        "dynamic degree", "dynamic", "", "share of frames whose motion is above 18.75%"
     ),
-}  # fmt: skip
-DEMO_MEASURES = {
-    "colour": Measure("colour", "higher", "share of frames whose subject has the colour named"),
-    "shape": Measure("shape", "higher", "share of frames whose subject has the shape named"),
-    "colour_and_shape": Measure("both", "higher", "share of frames where both are right"),
-    "ground": Measure("ground", "higher", "share of frames over a ground that is named"),
-    "speed": Measure("speed", "", "of the subject, in % of the short side per second"),
-    "returns": Measure("returns", "", "times the camera came back to a place of a tour"),
-    "loop_closure": Measure(
-        "loop", "lower", "share of a place's landmarks that differ from the first visit's; 0 to 1"
+    smoothness=Measure(
+        "smoothness", "smooth", "higher", "likeness of every second frame to what flow makes of "
+        "the frames beside it; 0 to 1",
     ),
-}
+    flicker=Measure(
+        "flicker", "flicker", "lower",
+        "difference to the frame before moved along the flow, in levels of 255",
+    ),
+)  # fmt: skip
+DEMO_MEASURES = dict(
+    colour=Measure(
+        "color", "color", "higher", "share of frames whose subject has the color of the prompt"
+    ),
+    shape=Measure(
+        "shape", "shape", "higher", "share of frames whose subject has the shape of the prompt"
+    ),
+    colour_and_shape=Measure(
+        "color and shape", "both", "higher", "share of frames where both are right"
+    ),
+    ground=Measure("ground", "ground", "higher", "share of frames over a ground of the prompt"),
+    speed=Measure("speed", "speed", "", "of the subject, in % of the short side per second"),
+    returns=Measure("returns", "returns", "", "times the camera came back to a place of a tour"),
+    loop_closure=Measure(
+        "loop closure", "loop", "lower",
+        "share of a place's landmarks that differ from the first visit's; 0 to 1",
+    ),
+)  # fmt: skip
+ALL_MEASURES = {**MEASURES, **DEMO_MEASURES}
 Values = dict[str, float | None]  # by measure; None where there was nothing to measure
 
 
@@ -94,7 +123,7 @@ class Segment(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """What was measured of a video; `values` are those of all of it."""
+    """The measures of a video; `values` are those of all of it."""
 
     video: str
     prompt: str | None
@@ -106,19 +135,25 @@ class Evaluation(msgspec.Struct, frozen=True):
     segments: list[Segment]
 
 
-def evaluate(
+def evaluate_video(
     video: str | os.PathLike[str],
     prompt: str | None = None,
     on_frame: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measures a video file in bounded memory, however long it is.
+    """Measure a video file in bounded memory, however long it is.
 
-    prompt: what the demo model was asked to show; adds `DEMO_MEASURES`. on_frame is told how many
-    frames were read, of how many (a tour's are read twice). Raises `VideoError`, and `PromptError`
-    for a prompt that is not the demo model's.
+    Args:
+        video: The file.
+        prompt: What the demo model was prompted to show; adds `DEMO_MEASURES`.
+        on_frame: Called with the number of frames read so far, and of all. A tour's are read
+            twice.
+
+    Raises:
+        VideoError: The file cannot be measured.
+        PromptError: The prompt is not the demo model's.
     """
     path = Path(video)
-    fps, count, size = probe(path)
+    fps, count, size = probe_video(path)
     tour = False
     if prompt is not None:
         config = model_config("demo")
@@ -136,12 +171,12 @@ def evaluate(
                 on_frame(done, max(done, count * (1 + tour)))
             yield frame
 
-    tally = measure(frames(0), fps, prompt)
+    tally = measure_frames(frames(0), fps, prompt)
     if tally.frames < 3:
         raise VideoError(f"{path} has {tally.frames} frames: three are needed to measure anything")
     if prompt is not None:
-        for found in demo_judge.returns(prompt, frames(tally.frames) if tour else ()):
-            tally.add(found.frame, {"loop_closure": found.error, "returns": 1.0})
+        for visit in demo_judge.returns(prompt, frames(tally.frames) if tour else ()):
+            tally.add(visit.frame, {"loop_closure": visit.error, "returns": 1.0})
     return Evaluation(str(path), prompt, fps, tally.frames, *size, tally.total(), tally.segments())
 
 
@@ -153,7 +188,7 @@ class Tally:
         self._sums: list[dict[str, list[float]]] = []
 
     def add(self, frame: int, values: Values) -> None:
-        """Values of frame number `frame`; None is left out."""
+        """Add the values of frame number `frame`; None is left out."""
         index = int(frame / self.fps / SEGMENT)
         while len(self._sums) <= index:
             self._sums.append({})
@@ -165,6 +200,7 @@ class Tally:
                 pair[1] += 1
 
     def segments(self) -> list[Segment]:
+        """Return the means of each segment."""
         length = self.frames / self.fps
         return [
             Segment(i * SEGMENT, min((i + 1) * SEGMENT, length), self._means([sums]))
@@ -172,6 +208,7 @@ class Tally:
         ]
 
     def total(self) -> Values:
+        """Return the means over all frames."""
         return self._means(self._sums)
 
     def _means(self, segments: list[dict[str, list[float]]]) -> Values:
@@ -183,12 +220,17 @@ class Tally:
         return means
 
 
-def measure(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None) -> Tally:
-    """Measures frames, uint8 RGB [H, W, 3], as they come; two of them are kept.
+def measure_frames(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None) -> Tally:
+    """Measure frames as they come, two of which are in memory at a time.
 
     All but `returns` and `loop_closure`, which take another pass over a tour's frames.
+
+    Args:
+        frames: Frames, uint8 RGB [H, W, 3].
+        fps: Frames per second.
+        prompt: What the demo model was prompted to show.
     """
-    tally = Tally(fps, MEASURES if prompt is None else {**MEASURES, **DEMO_MEASURES})
+    tally = Tally(fps, MEASURES if prompt is None else ALL_MEASURES)
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def flow(a: _Frame, b: _Frame) -> np.ndarray:
@@ -213,12 +255,12 @@ def measure(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None)
             between = cv2.addWeighted(halves[0], 0.5, halves[1], 0.5, 0)
             values["smoothness"] = 1 - _difference(before.pixels, between) / 255
         if prompt is not None:
-            seen = demo_judge.read(pixels)
-            now = now._replace(seen=seen)
+            scene = demo_judge.read_scene(pixels)
+            now = now._replace(scene=scene)
             rate = fps / min(now.gray.shape)
-            values |= _demo_values(seen, before and before.seen, prompt, rate)
-            subject = _inside(seen.outline, subject.shape)
-        values |= reference.compare(now, subject)
+            values |= _demo_values(scene, before and before.scene, prompt, rate)
+            subject = _inside(scene.outline, subject.shape)
+        values |= reference.likeness(now, subject)
         tally.add(index, values)
         earlier, before = before, now
     return tally
@@ -227,28 +269,28 @@ def measure(frames: Iterable[np.ndarray], fps: float, prompt: str | None = None)
 class _Frame(NamedTuple):
     pixels: np.ndarray
     gray: np.ndarray
-    seen: demo_judge.Reading | None
+    scene: demo_judge.Scene | None
 
 
 class _Reference:
-    """Colours and gradients of the first frames, which all later ones are compared with."""
+    """Colors and gradients of the first frames, which all later ones are compared with."""
 
     def __init__(self, frames: int) -> None:
-        self._frames, self._seen = frames, 0
-        self._colour = np.zeros(3)
+        self._frames, self._count = frames, 0
+        self._color = np.zeros(3)
         self._first: dict[str, np.ndarray] = {}
         self._last: dict[str, np.ndarray] = {}
 
-    def compare(self, frame: _Frame, subject: np.ndarray) -> Values:
-        """Consistency of the subject's pixels, bool [H, W], of the rest, and of all gradients;
-        colour drift."""
+    def likeness(self, frame: _Frame, subject: np.ndarray) -> Values:
+        """Consistency of the subject's pixels, bool [H, W], of the rest and of all gradients, and
+        color drift."""
         lab = cv2.cvtColor(frame.pixels.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-        begins = self._seen < self._frames
-        colour = lab.mean((0, 1))
-        self._seen += 1
+        begins = self._count < self._frames
+        color = lab.mean((0, 1))
+        self._count += 1
         if begins:
-            self._colour += (colour - self._colour) / self._seen
-        values: Values = {"colour_drift": float(np.linalg.norm(colour - self._colour))}
+            self._color += (color - self._color) / self._count
+        values: Values = dict(colour_drift=float(np.linalg.norm(color - self._color)))
         parts = {
             "subject": _histogram(lab, subject) if subject.any() else None,
             "background": None if subject.all() else _histogram(lab, ~subject),
@@ -263,7 +305,7 @@ class _Reference:
             first, last = self._first.get(part), self._last.get(part)
             self._last[part] = shares
             if first is not None and last is not None:
-                like = _cosine if part == "structure" else _likeness
+                like = _cosine if part == "structure" else _overlap
                 both = like(shares, first) + like(shares, last)
                 values[f"{part}_consistency"] = both / 2
         return values
@@ -272,11 +314,11 @@ class _Reference:
 def _histogram(lab: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Shares of L, a and b among the pixels of a mask, [3, BINS].
 
-    Blurred by a bin, so that a colour at the edge of two is not another one at the next frame.
+    Blurred by a bin, so that a color at the edge of two is not another one at the next frame.
     """
-    chosen = where.astype(np.uint8)
+    mask = where.astype(np.uint8)
     rows = [
-        cv2.calcHist([lab], [channel], chosen, [BINS], list(bounds)).ravel()
+        cv2.calcHist([lab], [channel], mask, [BINS], list(bounds)).ravel()
         for channel, bounds in enumerate(LAB)
     ]
     blurred = cv2.GaussianBlur(np.stack(rows), (5, 1), 1, borderType=cv2.BORDER_REPLICATE)
@@ -287,7 +329,9 @@ def _gradients(gray: np.ndarray) -> np.ndarray:
     """Histograms of oriented gradients (Dalal and Triggs, 2005) of the frame as `SIDE` x `SIDE`
     pixels: in every cell, lengths by direction without its sign, [cells x DIRECTIONS].
 
-    A quarter of a grey level a pixel is added throughout, so that frames without any are alike.
+    A quarter of a gray level a pixel is added throughout, so that frames without any are alike.
+    Lengths count as they are: scikit-image's `hog` scales every cell to 1, so that noise in an
+    empty cell weighs as much as an edge.
     """
     small = cv2.resize(gray, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     across, down = (cv2.Sobel(small, cv2.CV_32F, *d, scale=1 / 8) for d in ((1, 0), (0, 1)))
@@ -299,7 +343,7 @@ def _gradients(gray: np.ndarray) -> np.ndarray:
     return sums + CELL**2 / DIRECTIONS / 4
 
 
-def _likeness(a: np.ndarray, b: np.ndarray) -> float:
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Bhattacharyya's coefficient of histograms, averaged over rows: 1 for equal ones."""
     a, b = (h / h.sum(1, keepdims=True) for h in (a, b))
     return float(np.minimum(np.sqrt(a * b).sum(1), 1).mean())
@@ -329,7 +373,7 @@ def _moving(flow: np.ndarray) -> np.ndarray:
 
 
 def _moved(pixels: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """The picture whose pixel at x is the given one's at x + flow(x)."""
+    """The picture whose pixel at x is that of `pixels` at x + flow(x)."""
     rows, columns = flow.shape[:2]
     x, y = flow[..., 0] + np.arange(columns), flow[..., 1] + np.arange(rows)[:, None]
     maps = x.astype(np.float32), y.astype(np.float32)
@@ -349,91 +393,49 @@ def _inside(outline: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _demo_values(
-    now: demo_judge.Reading, before: demo_judge.Reading | None, prompt: str, rate: float
+    now: demo_judge.Scene, before: demo_judge.Scene | None, prompt: str, rate: float
 ) -> Values:
-    """What the detectors say of a frame; a kind of word that the prompt leaves out is right.
+    """What the detectors see in a frame; a kind of word that the prompt leaves out is right.
 
     rate: frames a second over the short side in pixels.
     """
     words = set(re.findall(r"\w+", prompt.lower()))
-    right = {
-        name: float(not words & set(pool) or getattr(now, name) in words)
-        for name, pool in (("colour", COLOURS), ("shape", SHAPES), ("ground", GROUNDS))
-    }
-    values: Values = {**right, "colour_and_shape": min(right["colour"], right["shape"])}
-    if before is not None and before.centre and now.centre:
-        values["speed"] = 100 * math.dist(before.centre, now.centre) * rate
+    color, shape, ground = (
+        float(not words & set(pool) or word in words)
+        for word, pool in ((now.color, COLOURS), (now.shape, SHAPES), (now.ground, GROUNDS))
+    )
+    values: Values = dict(
+        colour=color, shape=shape, ground=ground, colour_and_shape=min(color, shape)
+    )
+    if before is not None and before.center and now.center:
+        values["speed"] = 100 * math.dist(before.center, now.center) * rate
     return values
 
 
-def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """Frames of a file, uint8 RGB [H, W, 3], none larger than `SHORT_SIDE`; raises `VideoError`."""
-    import av
-
-    done = 0
-    try:
-        with av.open(path.absolute()) as container:  # no protocol before a colon in it
-            stream = container.streams.video[0]
-            shrink = min(1.0, SHORT_SIDE[1] / min(stream.width, stream.height))
-            width, height = round(stream.width * shrink), round(stream.height * shrink)
-            for frame in container.decode(stream):
-                yield frame.to_ndarray(format="rgb24", width=width, height=height)
-                done += 1
-    except (OSError, av.FFmpegError) as error:
-        raise VideoError(f"{path} is damaged after {done} frames: {error.strerror}") from error
+def measure_table(evaluation: Evaluation) -> Iterator[str]:
+    """Yield lines of text: a row per segment, a column per measure, and the whole video."""
+    length = evaluation.frames / evaluation.fps
+    yield f"{evaluation.video}: {evaluation.width}x{evaluation.height}, {length:.1f} s"
+    heads = (ALL_MEASURES[name].head for name in evaluation.values)
+    yield f"{'seconds':>11}" + "".join(f"{head:>9}" for head in heads)
+    rows = {f"{part.start:g}-{part.stop:g}": part.values for part in evaluation.segments}
+    if len(rows) > 1:
+        rows["all"] = evaluation.values
+    for span, values in rows.items():
+        yield f"{span:>11}" + "".join(f"{format_value(value):>9}" for value in values.values())
 
 
-def probe(path: Path) -> tuple[float, int, tuple[int, int]]:
-    """Frames per second, how many frames (0 where the file does not say), width and height of a
-    video; raises `VideoError`."""
-    import av
-
-    try:
-        with path.open("rb"):
-            pass  # gives a plainer reason than the decoders do
-        with av.open(path.absolute()) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video; name a file that does, like .mp4")
-            stream = container.streams.video[0]
-            rate, size = stream.average_rate, (stream.width, stream.height)
-            count = stream.frames or int((container.duration or 0) / 1e6 * float(rate or 0))
-    except (OSError, av.FFmpegError) as error:
-        raise VideoError(
-            f"cannot read {path}: {error.strerror}; name a video file, like .mp4 or .mkv"
-        ) from error
-    if not rate:
-        raise VideoError(f"{path} does not say how many frames a second it has")
-    if min(size) < SHORT_SIDE[0]:
-        raise VideoError(
-            f"{path} is {size[0]}x{size[1]}: too small to measure, {SHORT_SIDE[0]} pixels at least"
-        )
-    return float(rate), count, size
-
-
-def table(found: Evaluation) -> Iterator[str]:
-    """Lines of text: a row per segment, a column per measure, and the whole video."""
-    length = found.frames / found.fps
-    yield f"{found.video}: {found.width}x{found.height}, {length:.1f} s"
-    measures = {**MEASURES, **DEMO_MEASURES}
-    yield f"{'seconds':>11}" + "".join(f"{measures[name].head:>9}" for name in found.values)
-    for segment in found.segments:
-        span = f"{segment.start:g}-{segment.stop:g}"
-        yield f"{span:>11}" + "".join(f"{shown(value):>9}" for value in segment.values.values())
-    if len(found.segments) > 1:
-        yield f"{'all':>11}" + "".join(f"{shown(value):>9}" for value in found.values.values())
-
-
-def shown(value: float | None) -> str:
-    """A value in four characters or so; "-" where nothing was measured."""
+def format_value(value: float | None) -> str:
+    """Format a value in four characters or so; "-" where nothing was measured."""
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def described(found: Iterable[Evaluation]) -> dict[str, Any]:
-    """All of it for a program, with what the measures mean."""
+def evaluations_json(evaluations: Iterable[Evaluation]) -> dict[str, Any]:
+    """Return evaluations and what the measures mean, for JSON."""
     return {
-        "videos": [msgspec.to_builtins(one) for one in found],
+        "videos": [msgspec.to_builtins(evaluation) for evaluation in evaluations],
         "measures": {
-            name: {"better": one.better, "meaning": one.meaning}
-            for name, one in {**MEASURES, **DEMO_MEASURES}.items()
+            name: {"better": measure.better, "meaning": measure.meaning}
+            for name, measure in ALL_MEASURES.items()
         },
     }

@@ -148,10 +148,7 @@ def policies(config: Config) -> dict[str, Policy]:
     of sink and recent frames, in whole blocks, and of compressed blocks. The windows hold as many
     full blocks as the model's own context, so that they compare at equal memory: "sliding-window"
     as in Self-Forcing and CausVid (within a window, packed and absolute positions differ by a
-    constant), "sink-window" as in StreamingLLM and, with absolute positions, in LongLive. The
-    other names change one setting of "packforcing": the selection of mid blocks, the number of
-    sink blocks, the positions that a mid block spans (a half or a quarter of its own latent
-    frames) or, where the model has a compressor, the branch that is used alone.
+    constant), "sink-window" as in StreamingLLM and, with absolute positions, in LongLive.
     """
     own = config.policy
     sink = own.sink or 1
@@ -164,25 +161,9 @@ def policies(config: Config) -> dict[str, Policy]:
         mid=PAPER.policy.mid,
         recent=-(-recent_frames // config.block_frames),
     )
-    packed = own if own.mid else paper
-    changes: dict[str, dict[str, Any]] = {
-        "first-step": {"selection": "first-step"},
-        "likeness": {"selection": "likeness"},
-        "recency": {"selection": "recency"},
-        "random": {"selection": "random"},
-        **{f"sink-{blocks}": {"sink": blocks} for blocks in range(3)},
-        "half-span": {"mid_span": config.block_frames / 2},
-        "quarter-span": {"mid_span": config.block_frames / 4},
-    }
-    if config.compressor_widths:
-        changes |= {f"{branch}-branch": {"branches": branch} for branch in ("high", "low")}
     return {
-        "packforcing": packed,
+        "packforcing": own if own.mid else paper,
         "sliding-window": Policy(sink=0, mid=0, recent=window),
         "sink-window": Policy(sink=sink, mid=0, recent=window - sink),
         "full-history": Policy(sink=0, mid=0, recent=1_000_000),
-        **{
-            f"packforcing-{name}": msgspec.structs.replace(packed, **change)
-            for name, change in changes.items()
-        },
     }

@@ -160,9 +160,9 @@ def calibrate(
             f"calibrating needs {error.name}, which is not installed: "
             "pip install '.[calibration]' in the checkout"
         ) from error
-    from packforcing.evaluation.compare import read_prompts
+    from packforcing.evaluation.prompt_sets import read_prompts
 
-    wanted = [prompt.given for prompt in read_prompts(Path(prompts), seed)]
+    wanted = [prompt.content for prompt in read_prompts(Path(prompts), seed)]
     with count_progress("block", quiet=as_json) as progress:
         source = activations.calibrate(
             bundle, wanted, out, seconds=seconds, seed=seed, on_block=progress

@@ -49,19 +49,19 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
     Example:
       packforcing evaluate square.mp4 --prompt "a blue square over sand checks"
     """
-    from packforcing.evaluation.measures import described, probe, table
-    from packforcing.evaluation.measures import evaluate as measure
+    from packforcing.evaluation.measures import evaluate_video, evaluations_json, measure_table
+    from packforcing.evaluation.video_reader import probe_video
 
     for video in videos:  # all of them before the first is read
-        probe(Path(video))
-    found = []
+        probe_video(Path(video))
+    evaluations = []
     for video in videos:
         with count_progress("frame", quiet=as_json) as on_frame:
-            found.append(measure(video, prompt, on_frame))
+            evaluations.append(evaluate_video(video, prompt, on_frame))
     if as_json:
-        print_json(described(found))
+        print_json(evaluations_json(evaluations))
     else:
-        click.echo("\n\n".join("\n".join(table(one)) for one in found))
+        click.echo("\n\n".join("\n".join(measure_table(one)) for one in evaluations))
 
 
 @click.command()
@@ -121,8 +121,9 @@ def compare(
       packforcing compare half --with eight --seconds 5 --prompts 16
     """
     from packforcing.app.reports import compare as compare_report
-    from packforcing.evaluation.compare import compare as run
-    from packforcing.evaluation.compare import draw_prompts, read_prompts
+    from packforcing.evaluation.compare import run_comparison
+    from packforcing.evaluation.policies import comparison_policies
+    from packforcing.evaluation.prompt_sets import draw_prompts, read_prompts
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
 
@@ -135,7 +136,8 @@ def compare(
         chosen = {directory.resolve().name: config.policy}
     else:
         names = (policies or "packforcing,sliding-window,sink-window").split(",")
-        chosen = {name: policy_by_name(name, config) for name in map(str.strip, names)}
+        known = comparison_policies(config)
+        chosen = {name: policy_by_name(name, known) for name in map(str.strip, names)}
     if prompts.isdecimal():
         if not 0 < int(prompts) <= MOST_PROMPTS:
             raise ConfigError(f"--prompts takes 1 to {MOST_PROMPTS}; it is {prompts}")
@@ -144,7 +146,7 @@ def compare(
         asked = read_prompts(Path(prompts), seed)
     folder = Path(out)
     with count_progress("frame", quiet=as_json) as progress:
-        found = run(
+        found = run_comparison(
             directory, chosen, asked, seconds, folder,
             others={Path(path).resolve().name: Path(path) for path in others},
             backend=backend, threads=threads, progress=progress,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from packforcing.errors import (
@@ -28,7 +29,7 @@ def shaped(
     import msgspec
 
     from packforcing.config import Precision
-    from packforcing.presets import with_autoencoder
+    from packforcing.presets import policies, with_autoencoder
 
     changes: dict[str, Any] = {}
     if size is not None:
@@ -42,7 +43,7 @@ def shaped(
     if vae is not None:
         config = with_autoencoder(config, vae)
     if policy is not None:
-        config = msgspec.structs.replace(config, policy=policy_by_name(policy, config))
+        config = msgspec.structs.replace(config, policy=policy_by_name(policy, policies(config)))
     if history is not None:
         example = "SINK,MID,RECENT, like 2,16,1"
         sink, mid, recent = _integers(history, ",", "--history", example, 3)
@@ -55,10 +56,7 @@ def shaped(
     return config
 
 
-def policy_by_name(name: str, config: Config) -> Policy:
-    from packforcing.presets import policies
-
-    known = policies(config)
+def policy_by_name(name: str, known: Mapping[str, Policy]) -> Policy:
     if name not in known:
         raise ConfigError(f"unknown policy '{name}'; known policies: {', '.join(known)}")
     return known[name]

@@ -334,6 +334,7 @@ def _checked(
     policy_name: str | None = None,
 ) -> tuple[Path, Config, Policy | None]:
     """The bundle, its config and the policy asked for, once the request is known to be possible."""
+    from packforcing.presets import policies
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.session import check_request
@@ -341,7 +342,8 @@ def _checked(
     directory = Path(bundle) if bundle is not None else demo_bundle()
     config = read_manifest(directory).config
     check_request(config, prompt, seconds, seed)
-    return directory, config, None if policy_name is None else policy_by_name(policy_name, config)
+    policy = None if policy_name is None else policy_by_name(policy_name, policies(config))
+    return directory, config, policy
 
 
 def _session(

@@ -37,13 +37,12 @@ from packforcing.evaluation.compare import (
     TARGET,
     Comparison,
     Costs,
-    Estimate,
     Row,
     Summary,
-    estimate,
-    planned,
+    config_for_video,
 )
-from packforcing.evaluation.measures import DEMO_MEASURES, MEASURES, SEGMENT, shown
+from packforcing.evaluation.intervals import Estimate, estimate_mean
+from packforcing.evaluation.measures import ALL_MEASURES, SEGMENT, format_value
 from packforcing.runtime.plan import make_plan
 
 if TYPE_CHECKING:
@@ -55,7 +54,6 @@ SAMPLE_WIDTH, GAP = 160, 4  # pixels
 COLUMNS = 3  # of curves
 FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
 WORST = 12  # matrices of a quantised bundle
-KNOWN = {**MEASURES, **DEMO_MEASURES}
 
 
 def check_matplotlib() -> None:
@@ -78,14 +76,14 @@ def write_report(folder: Path, found: Comparison) -> Path:
 
 def table(found: Comparison) -> Iterator[str]:
     """Lines for a terminal: measures of the last seconds, and costs, a row per policy."""
-    names = [name for name in KNOWN if any(name in row for row in found.end.values())]
+    names = [name for name in ALL_MEASURES if any(name in row for row in found.end.values())]
     width = max(map(len, found.costs)) + 2
     yield f"10-second segments of the last {min(END, found.seconds):g} s, mean over prompts"
-    yield " " * width + "".join(f"{KNOWN[name].head:>9}" for name in names)
+    yield " " * width + "".join(f"{ALL_MEASURES[name].head:>9}" for name in names)
     for policy, measures in found.end.items():
         values = (measures[name].value for name in names)
         means = (None if value is None else value.mean for value in values)
-        yield f"{policy:<{width}}" + "".join(f"{shown(mean):>9}" for mean in means)
+        yield f"{policy:<{width}}" + "".join(f"{format_value(mean):>9}" for mean in means)
     yield ""
     costs = {policy: _costs(cost) for policy, cost in found.costs.items()}
     heads = next(iter(costs.values()))
@@ -132,7 +130,7 @@ def _fidelity(found: Comparison) -> dict[str, tuple[str, ...]]:
             ("SSIM", "", [one.ssim for one in given], min),
             ("GMSD", "", [one.gmsd for one in given], max),
         ):
-            mean = estimate(values)
+            mean = estimate_mean(values)
             parts.append(
                 f"{head} {mean.mean:.4g}{unit}{_interval(mean, '.4g')}, worst {worst(values):.4g}"
                 if mean
@@ -191,8 +189,8 @@ def _page(folder: Path, found: Comparison) -> str:
         reads="".join(_reads(found)),
         plan=_plan(found),
         meanings=rows({
-            measure.head: (name.replace("_", " "), measure.better, measure.meaning)
-            for name, measure in KNOWN.items()
+            measure.head: (measure.title, measure.better, measure.meaning)
+            for measure in ALL_MEASURES.values()
         }),
         versions=rows({"Made with": (versions(),), "Bundle": (found.bundle,)}),
     )  # fmt: skip
@@ -246,12 +244,12 @@ def _quantised(found: Comparison) -> str:
 def _summary(summary: Summary) -> str:
     """A table: a row per measure, a column per policy."""
     lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(p)}</th>" for p in summary) + "</tr>"]
-    for name, measure in KNOWN.items():
+    for name, measure in ALL_MEASURES.items():
         if not any(name in measures for measures in summary.values()):
             continue
         cells = "".join(_cell(measures[name], measure.better) for measures in summary.values())
         mark = {"higher": " &uarr;", "lower": " &darr;"}.get(measure.better, "")
-        lines.append(f"<tr><th>{name.replace('_', ' ')}{mark}</th>{cells}</tr>")
+        lines.append(f"<tr><th>{measure.title}{mark}</th>{cells}</tr>")
     return "".join(lines)
 
 
@@ -264,7 +262,7 @@ def _cell(row: Row, better: str) -> str:
         assert change.low is not None and change.high is not None
         if change.low > 0 or change.high < 0:
             verdict = "better" if (change.low > 0) == (better == "higher") else "worse"
-    text = f"{shown(row.value.mean)}<small>{_interval(row.value)}</small>"
+    text = f"{format_value(row.value.mean)}<small>{_interval(row.value)}</small>"
     if change:
         text += f"<small>{change.mean:+.2g}{_interval(change, '+.2g')}</small>"
     return f'<td class="{verdict}">{text}</td>'
@@ -282,7 +280,7 @@ def _curves(found: Comparison) -> str:
 
     names = [
         name
-        for name in KNOWN
+        for name in ALL_MEASURES
         if any(
             segment.values.get(name) is not None
             for pair in found.pairs
@@ -377,7 +375,7 @@ def _curve(axis: Axes, found: Comparison, name: str) -> None:
                 times.append((column[0].start + column[0].stop) / 2)
                 means.append(np.mean(values))
         axis.plot(times, means, lw=1.4, marker=".", ms=4)
-    axis.set_title(name.replace("_", " "), loc="left")
+    axis.set_title(ALL_MEASURES[name].title, loc="left")
 
 
 def _per_segment(values: np.ndarray, block: float) -> tuple[np.ndarray, np.ndarray]:
@@ -435,7 +433,7 @@ def _plan(found: Comparison) -> str:
     plans: list[Any] = []
     for cost in each.values():
         config = msgspec.structs.replace(found.config, precision=cost.precision)
-        config = planned(config, cost.policy, found.seconds)
+        config = config_for_video(config, cost.policy, found.seconds)
         plans.append((None, TARGET, make_plan(config, TARGET, seconds=found.seconds)))
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "plan.png"

@@ -1,4 +1,4 @@
-"""Rolls out random prompts under the real cache policy, judges the videos, draws a sheet.
+"""Roll out random prompts under the real cache policy, judge the videos, draw a sheet.
 
 The rollout is `packforcing.reference` for many prompts at once: the same calls in the same order.
 """
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
     number: int
     prompt: str
     right: dict[str, bool]
-    present: np.ndarray  # bool [T], whether the subject's colour is seen
+    present: np.ndarray  # bool [T], whether the subject's color is seen
     shaped: np.ndarray  # bool [T], whether its shape is
     returns: list[float]  # loop-closure errors
     stills: np.ndarray  # uint8 [8, H, W, 3]
@@ -173,9 +173,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
         videos = roll(model, [prompts[i] for i in numbers], numbers, config.blocks(frames))
         for i, video in zip(numbers, videos[:, :frames].numpy()):
             words = set(prompts[i].split())
-            seen = demo_judge.judge(video)
+            seen = demo_judge.read_words(video)
             present, shaped = (
-                np.array([word in words for word in seen[kind]]) for kind in ("colour", "shape")
+                np.array([word in words for word in seen[kind]]) for kind in ("color", "shape")
             )
             right = demo_judge.matches(prompts[i], video, seen)
             returns = demo_judge.loop_closure(prompts[i], video)
@@ -198,7 +198,7 @@ def report(
     """Prints the shares of videos that are right and draws the first 24 as a sheet."""
     steps = f"{config.sampler}, {len(config.timesteps)} steps, shift {config.shift}"
     shares = {kind: np.mean([r.right[kind] for r in results])
-              for kind in ("colour", "ground", "both", "shape")}  # fmt: skip
+              for kind in ("color", "ground", "both", "shape")}  # fmt: skip
     print(f"{args.weights.name}, {len(results)} prompts, {args.seconds} s, {steps}: "
           + ", ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
           + f" ({seconds:.0f} s)")  # fmt: skip
@@ -208,7 +208,7 @@ def report(
         mean = f"{np.mean(errors):.3f}" if errors else "unknown"
         print(f"{len(errors)} returns in {sum(bool(r.returns) for r in results)} of the tours, "
               f"loop-closure error {mean}")  # fmt: skip
-    frames = {"colour": [r.present for r in results], "shape": [r.shaped for r in results]}
+    frames = {"color": [r.present for r in results], "shape": [r.shaped for r in results]}
     for what, seen in frames.items():
         parts = np.array_split(np.stack(seen).mean(0), 10)
         print(f"{what} right, by tenth: " + " ".join(f"{part.mean():.2f}" for part in parts))

@@ -21,7 +21,7 @@ def _score(name: str, clips: list[tuple[str, np.ndarray]]) -> None:
         wrong.update(kind for kind, ok in matches(other, frames).items() if ok)
     for label, counter in (("own prompt", right), ("another clip's prompt", wrong)):
         line = ", ".join(f"{kind} {counter[kind] / len(clips):.2f}"
-                         for kind in ("colour", "ground", "both", "shape"))  # fmt: skip
+                         for kind in ("color", "ground", "both", "shape"))  # fmt: skip
         print(f"{name}, {label}: {line}")
 
 

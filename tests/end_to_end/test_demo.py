@@ -13,7 +13,7 @@ import torch
 
 from packforcing import model_config
 from packforcing.evaluation import demo_judge
-from packforcing.evaluation.measures import read_frames
+from packforcing.evaluation.video_reader import read_frames
 from packforcing.model import load_model
 from packforcing.reference import rollout
 from packforcing.runtime import Session, demo_bundle

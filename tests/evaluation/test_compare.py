@@ -22,19 +22,13 @@ from packforcing.app.cli import main
 from packforcing.app.reports.compare import FEWEST
 from packforcing.errors import ConfigError
 from packforcing.evaluation import compare
-from packforcing.evaluation.compare import (
-    Comparison,
-    Prompt,
-    draw_prompts,
-    estimate,
-    last,
-    read_prompts,
-    summarise,
-)
+from packforcing.evaluation.compare import Comparison, end_values, summarize
 from packforcing.evaluation.demo_judge import places
-from packforcing.evaluation.measures import Evaluation, Segment, evaluate
+from packforcing.evaluation.intervals import Estimate, estimate_mean
+from packforcing.evaluation.measures import Evaluation, Segment, evaluate_video
+from packforcing.evaluation.policies import comparison_policies
+from packforcing.evaluation.prompt_sets import Prompt, draw_prompts, read_prompts
 from packforcing.model import load_model
-from packforcing.presets import policies
 from packforcing.reference import rollout
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.cache import Cache
@@ -76,20 +70,24 @@ def test_every_pair_is_what_render_and_evaluate_give(compared, tmp_path):
         (name, prompt) for name in NAMES for prompt in PROMPTS
     ]
     pair = found.pairs[3]
-    policy = policies(model_config("demo"))[pair.policy]
+    policy = comparison_policies(model_config("demo"))[pair.policy]
     with Session.open(demo_bundle(), policy=policy, threads=1) as session:
         session.render(pair.prompt, SECONDS, tmp_path / "again.mp4", pair.seed)
-    again = evaluate(tmp_path / "again.mp4", pair.prompt)
+    again = evaluate_video(tmp_path / "again.mp4", pair.prompt)
     assert again.values == pytest.approx(pair.evaluation.values, nan_ok=True)
     assert again.frames == pair.evaluation.frames == found.config.frames(SECONDS)
-    assert evaluate(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
+    assert evaluate_video(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
 
 
 def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkeypatch):
-    chosen = {name: policies(model_config("demo"))[name] for name in (NAMES[0], "full-history")}
+    chosen = {
+        name: comparison_policies(model_config("demo"))[name] for name in (NAMES[0], "full-history")
+    }
     sizes = [
         sum(memory(config).values()) + archive_bytes(config, config.blocks(config.frames(600)))
-        for config in (compare.planned(model_config("demo"), p, 600) for p in chosen.values())
+        for config in (
+            compare.config_for_video(model_config("demo"), p, 600) for p in chosen.values()
+        )
     ]
     assert sizes[0] < sizes[1]
     present = {"SC_PHYS_PAGES": sum(sizes) // 2, "SC_PAGE_SIZE": 1}
@@ -98,7 +96,7 @@ def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkey
     with pytest.raises(
         ConfigError, match=r"^full-history: this video needs .* GB under its policy"
     ):
-        compare.compare(demo_bundle(), chosen, prompts, 600, tmp_path)
+        compare.run_comparison(demo_bundle(), chosen, prompts, 600, tmp_path)
     assert not any(tmp_path.glob("videos/*"))
 
 
@@ -141,9 +139,9 @@ def test_only_what_is_missing_is_rendered_again(tmp_path, monkeypatch):
 
     def again(names=NAMES, seed=0):
         rendered.clear()
-        chosen = {name: policies(model_config("demo"))[name] for name in names}
+        chosen = {name: comparison_policies(model_config("demo"))[name] for name in names}
         prompts = [Prompt(text, text, seed) for text in PROMPTS]
-        compare.compare(demo_bundle(), chosen, prompts, SHORT, tmp_path, threads=1)
+        compare.run_comparison(demo_bundle(), chosen, prompts, SHORT, tmp_path, threads=1)
         return rendered, json.loads((tmp_path / "compare.json").read_text())
 
     monkeypatch.setattr(Session, "render", render)
@@ -168,9 +166,9 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return evaluate(*args)
+        return evaluate_video(*args)
 
-    monkeypatch.setattr(compare, "evaluate", second)
+    monkeypatch.setattr(compare, "evaluate_video", second)
     result = run(tmp_path, SHORT)
     assert result.exit_code == 130, result.output
     assert not (tmp_path / "compare.json").exists() and not list(tmp_path.rglob(".*"))
@@ -196,15 +194,15 @@ def pair(policy, number, value, **extra):
 
 def test_an_interval_is_as_wide_as_theory_has_it_and_always_the_same():
     values = np.random.default_rng(3).normal(5, 2, 400).tolist()
-    found = estimate(values)
-    assert found == estimate(values)
+    found = estimate_mean(values)
+    assert found == estimate_mean(values)
     half = 1.96 * np.std(values) / len(values) ** 0.5
     assert found.mean == pytest.approx(np.mean(values))
     assert (found.mean - found.low, found.high - found.mean) == pytest.approx(
         (half, half), rel=0.05
     )
-    assert estimate([4.0]) == compare.Estimate(4.0, None, None, 1)
-    assert estimate([]) is None
+    assert estimate_mean([4.0]) == Estimate(4.0, None, None, 1)
+    assert estimate_mean([]) is None
 
 
 def test_differences_are_taken_prompt_by_prompt():
@@ -213,7 +211,7 @@ def test_differences_are_taken_prompt_by_prompt():
     change = np.random.default_rng(5).normal(0.5, 0.1, 12)
     pairs = [pair("a", i, values[i]) for i in range(12)]
     pairs += [pair("b", i, values[i] + change[i]) for i in range(12)]
-    found = summarise(pairs, None)
+    found = summarize(pairs, None)
     assert found["a"]["flicker"].difference is None
     assert found["b"]["flicker"].value.low < 0 < found["b"]["flicker"].value.high
     assert 0.4 < found["b"]["flicker"].difference.low < found["b"]["flicker"].difference.high < 0.6
@@ -221,7 +219,7 @@ def test_differences_are_taken_prompt_by_prompt():
 
 def test_a_prompt_without_a_value_is_left_out_of_both():
     pairs = [pair("a", 0, 1.0), pair("a", 1, 9.0), pair("b", 0, 2.0), pair("b", 1, 9.0, count=0)]
-    found = summarise(pairs, None)["b"]["loop_closure"]
+    found = summarize(pairs, None)["b"]["loop_closure"]
     assert (found.value.mean, found.value.prompts) == (2.0, 1)
     assert (found.difference.mean, found.difference.prompts) == (1.0, 1)
 
@@ -232,11 +230,11 @@ def test_the_end_is_weighted_by_length_and_returns():
         Segment(10, 20, {"flicker": 1.0, "loop_closure": 0.1, "returns": 3.0}),
         Segment(20, 25, {"flicker": 4.0, "loop_closure": 0.5, "returns": 1.0}),
     ]
-    end = last(segments, 15)
+    end = end_values(segments, 15)
     assert end == pytest.approx({"flicker": 2.0, "loop_closure": 0.2, "returns": 4.0})
-    assert last(segments, 1000)["returns"] == 9
+    assert end_values(segments, 1000)["returns"] == 9
     nothing = {"flicker": None, "loop_closure": None, "returns": 0.0}
-    assert last([Segment(0, 9, nothing)], 20) == nothing
+    assert end_values([Segment(0, 9, nothing)], 20) == nothing
 
 
 # Prompts
@@ -261,8 +259,8 @@ def test_a_line_may_name_an_embedding(tmp_path):
     save_embedding(tmp_path / "fox.safetensors", Embedding(text, "a fox", "umt5", "0" * 64))
     (tmp_path / "prompts.txt").write_text("a red star\nfox.safetensors\n")
     plain, fox = read_prompts(tmp_path / "prompts.txt", seed=1)
-    assert (plain.given, plain.seed, fox.text, fox.seed) == ("a red star", 1, "a fox", 2)
-    assert np.array_equal(fox.given, text)
+    assert (plain.content, plain.seed, fox.text, fox.seed) == ("a red star", 1, "a fox", 2)
+    assert np.array_equal(fox.content, text)
 
 
 # The page
@@ -373,11 +371,11 @@ def test_the_reference_measures_as_the_runtime_does(tmp_path):
                     left, skip = left - len(fresh), 0
             assert left == 0
             for name, values in found.items():
-                values.append(evaluate(tmp_path / f"{name}.mkv", prompt.text).values)
+                values.append(evaluate_video(tmp_path / f"{name}.mkv", prompt.text).values)
     apart = {}
     for name in found["runtime"][0]:
         runtime, reference = (
-            estimate([video[name] for video in videos if video[name] is not None])
+            estimate_mean([video[name] for video in videos if video[name] is not None])
             for videos in found.values()
         )
         print(f"{name}: runtime {runtime}, reference {reference}")
@@ -487,6 +485,6 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
     for name, shares in found.items():
         print(f"{name}: {np.mean(shares):.3f} of the blocks selected show the place")
     for more, less in (("affinity", "random"), ("affinity", "recency"), ("likeness", "affinity")):
-        gain = estimate(np.subtract(found[more], found[less]).tolist())
+        gain = estimate_mean(np.subtract(found[more], found[less]).tolist())
         print(f"{more} over {less}: {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f})")
         assert gain.low > 0

@@ -12,7 +12,7 @@ from packforcing.app.cli import main
 from packforcing.app.reports.compare import _loss_plot
 from packforcing.calibration.weights import quantize_bundle
 from packforcing.evaluation.compare import Comparison
-from packforcing.evaluation.fidelity import compare_frames, gmsd, ssim
+from packforcing.evaluation.fidelity import frame_fidelity, gmsd, ssim
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest
 from tests.helpers import assert_one_line
@@ -27,13 +27,13 @@ def frames(seed: int, count: int = 2) -> np.ndarray:
 def test_psnr_is_that_of_all_frames_and_equal_frames_have_none():
     a, b = frames(0), frames(1)
     b[0] = a[0]  # one frame equal: half of the error, 3.01 dB more than the other's
-    found = compare_frames(a, b)
+    found = frame_fidelity(a, b)
     assert found.psnr == pytest.approx(cv2.PSNR(a[1], b[1]) + 10 * np.log10(2))
     assert found.ssim == pytest.approx((1 + ssim(a[1], b[1])) / 2)
     assert found.gmsd == pytest.approx(gmsd(a[1], b[1]) / 2)
-    assert compare_frames(a, a) == (None, 1, 0)
+    assert frame_fidelity(a, a) == (None, 1, 0)
     with pytest.raises(ValueError, match="shorter"):
-        compare_frames(a, b[:1])
+        frame_fidelity(a, b[:1])
 
 
 def test_ssim_is_the_formula_in_every_window():
@@ -103,7 +103,7 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
         with Session.open(bundle, threads=1) as session:
             videos.append(np.concatenate(list(session.stream(PROMPT, SECONDS))))
     (close,) = found.fidelity["four"]
-    assert close == pytest.approx(compare_frames(videos[1], videos[0]))
+    assert close == pytest.approx(frame_fidelity(videos[1], videos[0]))
     assert f"PSNR {close.psnr:.4g} dB" in result.stdout
     assert found.costs["four"].precision.weights == "int4"
     whole, small = (found.costs[name] for name in (first, "four"))

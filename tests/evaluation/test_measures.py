@@ -22,10 +22,10 @@ from packforcing.evaluation.measures import (
     DEMO_MEASURES,
     MEASURES,
     SEGMENT,
-    SHORT_SIDE,
-    evaluate,
-    measure,
+    evaluate_video,
+    measure_frames,
 )
+from packforcing.evaluation.video_reader import SHORT_SIDE
 from packforcing.runtime.video_files import open_video
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def pan(steps):
 
 
 def values(frames, prompt=None):
-    return measure(frames, FPS, prompt).total()
+    return measure_frames(frames, FPS, prompt).total()
 
 
 def test_a_still_picture_does_not_change():
@@ -94,7 +94,7 @@ def test_colour_drift_is_a_distance_in_cielab_from_the_first_second():
         return 116 * linear ** (1 / 3) - 16
 
     frames = [gray] * int(SEGMENT * FPS) + [bright] * 32
-    before, after = (found.values for found in measure(frames, FPS).segments())
+    before, after = (found.values for found in measure_frames(frames, FPS).segments())
     assert before["colour_drift"] == pytest.approx(0, abs=1e-3)
     assert after["colour_drift"] == pytest.approx(lightness(140) - lightness(100), rel=0.01)
     assert before["background_consistency"] == pytest.approx(1)
@@ -155,7 +155,7 @@ def test_an_uneven_outline_is_the_shape_it_is_nearest(name):
         frame = np.full((128, 128, 3), demo_judge.GROUND_RGB["gray"][0], np.uint8)
         points = rng.uniform(30, 98, 2) + rng.uniform(22, 28) * outline
         cv2.fillPoly(frame, [np.rint(points).astype(np.int32)], demo_judge.SUBJECT_RGB["red"])
-        assert demo_judge.read(frame).shape == name
+        assert demo_judge.read_scene(frame).shape == name
 
 
 def test_another_clips_prompt_is_not_what_is_seen(world):
@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_video():
             yield frame
             del frame
 
-    measure(frames(), FPS)
+    measure_frames(frames(), FPS)
     assert most <= 4
 
 
@@ -271,7 +271,7 @@ def run(*args):
 def test_a_file_is_measured_by_ten_seconds(tour):
     drawn, path = tour
     told = []
-    found = evaluate(path, drawn.prompt, lambda done, total: told.append((done, total)))
+    found = evaluate_video(path, drawn.prompt, lambda done, total: told.append((done, total)))
     assert [(part.start, part.stop) for part in found.segments] == [(0, 10), (10, 20), (20, 21)]
     assert found.frames == len(drawn.frames) and told[-1] == (2 * found.frames,) * 2
     assert found.values["colour_and_shape"] == 1  # H.264 and all

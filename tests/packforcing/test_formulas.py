@@ -190,28 +190,6 @@ def test_packforcing_keeps_the_papers_frames_whatever_the_block():
     assert kept == {"longlive": (3, 16, 2), "causal-forcing-frame": (8, 16, 4)}
 
 
-@pytest.mark.parametrize("name", ["demo", "wan-1.3b", "longlive"])
-def test_ablations_change_one_thing_in_packforcing(name):
-    presets = policies(model_config(name))
-    plain = msgspec.structs.asdict(presets["packforcing"])
-    changed = {
-        preset.removeprefix("packforcing-"): {
-            field: value
-            for field, value in msgspec.structs.asdict(policy).items()
-            if value != plain[field]
-        }
-        for preset, policy in presets.items()
-        if preset.startswith("packforcing-")
-    }
-    assert changed.pop(f"sink-{plain['sink']}", {}) == {}
-    assert all(len(fields) == 1 for fields in changed.values())
-    assert changed["random"] == {"selection": "random"}
-    span = model_config(name).block_frames
-    assert changed["quarter-span"] == {"mid_span": span / 4}
-    branches = {"high-branch", "low-branch"} & set(changed)
-    assert bool(branches) == bool(model_config(name).compressor_widths)
-
-
 def test_the_high_branch_alone_needs_a_compressor():
     policy = Policy(sink=1, mid=4, recent=1, branches="high")
     with pytest.raises(ConfigError, match="no compressor"):
