@@ -23,7 +23,7 @@ from packforcing.calibration.matmuls import known, stored
 from packforcing.calibration.output_error import output_losses
 from packforcing.calibration.weights import DENOISER, quantize_product
 from packforcing.errors import PackForcingError
-from packforcing.export.exporter import save
+from packforcing.export.exporter import save_graph
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import MANIFEST
 
@@ -58,7 +58,7 @@ def main() -> None:
                 variants[f"{name} {kind}"] = path = Path(folder, f"{name}-{kind}")
                 path.mkdir()
                 shutil.copyfile(bundle / MANIFEST, path / MANIFEST)
-                save(model, path / DENOISER)
+                save_graph(model, path / DENOISER)
         losses = output_losses(bundle, variants)
     print(f"{'part':18}{'matrices':>10}" + "".join(f"{kind:>10}" for kind in KINDS))
     for name, count in counts.items():

@@ -46,7 +46,7 @@ from packforcing.calibration.recipes import (
     quantised_layers,
 )
 from packforcing.errors import BundleError, CalibrationError, ConfigError
-from packforcing.export.exporter import complete, save, writing
+from packforcing.export.exporter import new_bundle, save_graph, write_bundle_manifest
 from packforcing.export.lint import lint
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
 from packforcing.runtime.estimate import INT4_BLOCK, weight_block
@@ -117,7 +117,7 @@ def quantize_bundle(
     config = msgspec.structs.replace(
         config, precision=msgspec.structs.replace(config.precision, **asked)
     )
-    with writing(directory, sum(record.bytes for record in manifest.files.values())) as folder:
+    with new_bundle(directory, sum(record.bytes for record in manifest.files.values())) as folder:
         for name in manifest.files:
             if not name.startswith(DENOISER):
                 shutil.copyfile(source / name, folder / name)
@@ -142,11 +142,11 @@ def quantize_bundle(
                 quantize_cache(model.graph, *names, step, config.precision.cache)
         common.RemoveUnusedNodesPass()(model)  # what was read before, casts of it included
         lint("denoiser", model, contract(config)["denoiser"])
-        save(model, folder / DENOISER)
+        save_graph(model, folder / DENOISER)
         worst_first = dict(sorted(snr.items(), key=lambda item: item[1]))
         if snr:
             (folder / SNR).write_bytes(msgspec.json.format(msgspec.json.encode(worst_first)))
-        complete(folder, config, manifest.tools)
+        write_bundle_manifest(folder, config, manifest.tools)
         sizes = [
             sum(path.stat().st_size for path in where.glob(f"{DENOISER}*"))
             for where in (source, folder)

@@ -1,4 +1,7 @@
-"""Reference model to ONNX bundle. Needs torch, onnx and onnxscript (the `export` extra)."""
+"""Export the reference model to ONNX graphs, build engines from them, verify both.
+
+Exporting needs the extra `export`, building `tensorrt-rtx` or `tensorrt`, verifying `verify`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def export_bundle(
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
-    """Writes the bundle of a model, whole or not at all; see `packforcing.export.exporter`."""
+    """Write the bundle of a model; see `packforcing.export.exporter.export_bundle`."""
     from packforcing.export.exporter import export_bundle
 
     return export_bundle(config, weights, directory, on_graph)

@@ -181,11 +181,12 @@ DAMAGES = flip, truncate, swap, remove, link
 
 def builder_job(config: Config, path: Path, graph: str, *others: Config):
     """Describe the build of one engine, with profiles for `others` that it could serve too."""
-    from packforcing.export.engines import RTX_TARGETS, Job
+    from packforcing.export.builder import BuildJob
+    from packforcing.export.engines import RTX_TARGETS
     from packforcing.runtime.bundle import contract
     from packforcing.runtime.engine_records import shapes
 
-    return Job(
+    return BuildJob(
         backend="tensorrt-rtx",
         graph=str(path),
         engine=str(path.with_suffix(".engine")),
@@ -210,15 +211,15 @@ def builder_figures(
 ) -> list[dict[str, int]]:
     """Build one engine; return the builder's weight and scratch bytes by name, per config."""
     pytest.importorskip("tensorrt_rtx")
-    from packforcing.export.engines import build_engine
-    from packforcing.export.exporter import save
+    from packforcing.export.builder import build_engine
+    from packforcing.export.exporter import save_graph
     from packforcing.export.graphs import export_graph
     from packforcing.model import random_weights
     from packforcing.runtime.bundle import graph_file
     from packforcing.runtime.engine_records import shapes
 
     path = folder / graph_file(graph)
-    save(export_graph(config, random_weights(config), graph), path)
+    save_graph(export_graph(config, random_weights(config), graph), path)
     built = build_engine(builder_job(config, path, graph, *others))
     calls = [f"scratch.{call}" for call in shapes(config, graph)]
     scratch = iter(built.scratch)

@@ -711,7 +711,7 @@ def test_a_graph_with_its_weights_beside_it_can_become_one_without(
         manifest.files[name] = file_record(source / name)
     write_manifest(source, manifest)
     quantize_bundle(source, tmp_path / "inside", "int8")
-    monkeypatch.setattr("packforcing.export.exporter.LARGEST_INSIDE", 1000)
+    monkeypatch.setattr("packforcing.export.exporter.INLINE_BYTES", 1000)
     quantize_bundle(source, tmp_path / "beside", "int8")
     assert f"{DENOISER}.data" not in read_manifest(tmp_path / "inside").files
     assert f"{DENOISER}.data" in read_manifest(tmp_path / "beside").files

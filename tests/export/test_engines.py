@@ -1,4 +1,4 @@
-"""Engines: what they are built from, what must not be built, and that no half-built one counts."""
+"""Engines: what they are built from, what must not be built, and that no partial one counts."""
 
 import json
 import os
@@ -12,17 +12,16 @@ import msgspec
 import onnx
 import psutil
 import pytest
-from click.testing import CliRunner
 from filelock import FileLock
 from onnx import TensorProto, helper, numpy_helper
 
 from packforcing import model_config
-from packforcing.app.cli import main
 from packforcing.config import Precision
 from packforcing.errors import (
     BackendError,
     BundleError,
     ConfigError,
+    MissingDependency,
     OutputError,
     PackForcingError,
 )
@@ -42,8 +41,8 @@ from tests.emulated import Cuda
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which builds without a GPU")
 
-from packforcing.export import engines
-from tests.helpers import run_measured
+from packforcing.export import builder, engines
+from tests.helpers import run, run_measured
 
 RTX = "tensorrt-rtx"
 
@@ -69,7 +68,7 @@ def rebuilt(built, tmp_path) -> Path:
 
 
 def build(*args: object):
-    return CliRunner().invoke(main, ["build", *map(str, args)])
+    return run("build", *args)
 
 
 def edit(directory: Path, graph: str, change) -> None:
@@ -86,14 +85,14 @@ def edit(directory: Path, graph: str, change) -> None:
 # What is built
 
 
-def test_a_bundle_with_engines_is_intact_and_its_engines_are_good(built):
+def test_a_bundle_with_engines_and_its_records_pass_their_checks(built):
     check_files(built, read_manifest(built))
     records = read_records(built, RTX)
     assert list(records) == ["denoiser", "compressor", "vae_decoder"]
-    assert list((built / "engines" / RTX).glob(".partial")) == []
+    assert not list((built / "engines" / RTX).glob(".*"))
 
 
-def test_the_denoiser_has_a_shape_for_full_and_one_for_compressed_blocks(built):
+def test_the_denoiser_has_a_profile_for_full_and_one_for_compressed_blocks(built):
     config = read_manifest(built).config
     record = read_records(built, RTX)["denoiser"]
     assert record.key.shapes == {
@@ -103,7 +102,7 @@ def test_the_denoiser_has_a_shape_for_full_and_one_for_compressed_blocks(built):
     assert record.scratch["denoiser.block"] > record.scratch["denoiser.compressed"] > 0
 
 
-def test_the_figures_are_the_builder_s_and_have_the_names_of_the_plan_s_estimates(built):
+def test_records_have_the_builder_s_sizes_under_the_names_of_the_plan(built):
     records = read_records(built, RTX)
     figures = {name: size for record in records.values() for name, size in record.figures.items()}
     assert figures.keys() == estimates(read_manifest(built).config).keys()
@@ -112,7 +111,7 @@ def test_the_figures_are_the_builder_s_and_have_the_names_of_the_plan_s_estimate
         stored = sum(numpy_helper.to_array(tensor).nbytes for tensor in weights)
         padding = 512 * len(weights)  # at most, of each tensor
         assert stored - padding < record.weights < stored + padding, graph
-        memory, disk = engines.room(built / f"{graph}.onnx")
+        memory, disk = engines.required_bytes(built / f"{graph}.onnx")
         assert record.file.bytes < record.peak_memory < memory
         assert record.file.bytes < disk
         assert record.file == file_record(engine_file(built, RTX, graph))
@@ -145,35 +144,33 @@ def test_a_denoiser_whose_kv_len_is_unplugged_is_refused(bundle, layers):
     assert not (bundle / "engines").exists()
 
 
-def job(directory: Path, graph: str, **changes) -> engines.Job:
-    """What the parent would ask a child to build, with paths that hold from anywhere."""
-    record = read_records(directory, RTX)[graph]
-    manifest = read_manifest(directory)
-    asked = engines._job(manifest, RTX, graph, record.key)
-    (directory / asked.engine).parent.mkdir()
-    where = {"graph": str(directory / asked.graph), "engine": str(directory / asked.engine)}
-    return msgspec.structs.replace(asked, **where, **changes)
+def job(directory: Path, graph: str, **changes) -> builder.BuildJob:
+    """The job of a child process, with absolute paths."""
+    key, manifest = read_records(directory, RTX)[graph].key, read_manifest(directory)
+    engine = engine_file(directory, RTX, graph).with_suffix(".new")
+    result = engines.build_job(manifest, RTX, graph, key, engine)
+    return msgspec.structs.replace(result, graph=str(directory / result.graph), **changes)
 
 
-def test_a_length_that_is_not_carried_over_ends_the_build(rebuilt, monkeypatch):
+def test_a_build_that_drops_kv_len_fails(rebuilt, monkeypatch):
     """The parser drops it with a warning; without our own step the engine would ignore it."""
-    monkeypatch.setattr(engines, "carry_length", lambda trt, network, job: None)
+    monkeypatch.setattr(builder, "set_context_length", lambda trt, network, job: None)
     with pytest.raises(BackendError, match=r"leave an input out: .*kv_len"):
-        engines.build_engine(job(rebuilt, "denoiser"))
+        builder.build_engine(job(rebuilt, "denoiser"))
 
 
-def test_every_layer_has_to_take_the_length(rebuilt):
+def test_a_layer_without_the_context_length_is_refused(rebuilt):
     with pytest.raises(BackendError, match="2 of 3 layers"):
-        engines.build_engine(job(rebuilt, "denoiser", attentions=3))
+        builder.build_engine(job(rebuilt, "denoiser", attentions=3))
 
 
-def test_the_length_can_be_carried_as_a_mask(rebuilt):
+def test_the_context_length_can_be_a_mask(rebuilt):
     """The builder would warn if the mask did not read it."""
-    assert engines.build_engine(job(rebuilt, "denoiser", length="mask")).file.bytes > 0
+    assert builder.build_engine(job(rebuilt, "denoiser", length="mask")).file.bytes > 0
 
 
 def test_weights_can_be_streamed(rebuilt):
-    assert engines.build_engine(job(rebuilt, "denoiser", flags=("WEIGHT_STREAMING",))).weights > 0
+    assert builder.build_engine(job(rebuilt, "denoiser", flags=("WEIGHT_STREAMING",))).weights > 0
 
 
 @pytest.mark.parametrize(
@@ -184,23 +181,23 @@ def test_weights_can_be_streamed(rebuilt):
         ("sm90", {}, "unknown target 'sm90'"),
     ],
 )
-def test_a_target_that_lacks_a_number_format_is_refused(target, precision, message):
+def test_a_target_without_a_dtype_of_the_model_is_refused(target, precision, message):
     config = model_config("wan-1.3b")
     formats = {"compute": "fp16", "weights": "fp16", "cache": "fp16", **precision}
     config = msgspec.structs.replace(config, precision=Precision(**formats))
     with pytest.raises(ConfigError, match=message):
-        engines.check_targets(config, RTX, ["sm89", target])
+        engines.resolve_targets(config, RTX, ["sm89", target])
 
 
-def test_tensorrt_builds_for_the_card_that_cuda_shows_first(monkeypatch):
+def test_tensorrt_builds_for_the_first_cuda_device(monkeypatch):
     monkeypatch.setattr("packforcing.runtime.device._cuda_runtime", Cuda)
     config = model_config("wan-1.3b")
-    assert engines.check_targets(config, "tensorrt") == ("sm89",)
+    assert engines.resolve_targets(config, "tensorrt") == ("sm89",)
     with pytest.raises(ConfigError, match="GPU of this machine, sm89, and no other"):
-        engines.check_targets(config, "tensorrt", ["sm86"])
+        engines.resolve_targets(config, "tensorrt", ["sm86"])
 
 
-def test_a_number_format_inside_a_graph_is_found(bundle):
+def test_a_target_without_a_dtype_inside_a_graph_is_refused(bundle):
     def change(graph):
         there = helper.make_node("Cast", ["latent"], ["small"], to=TensorProto.FLOAT8E4M3FN)
         back = helper.make_node("Cast", ["small"], ["restored"], to=TensorProto.FLOAT)
@@ -222,7 +219,7 @@ def test_fp32_is_refused(tiny_bundle):
         engines.build_engines(tiny_bundle)
 
 
-def test_a_graph_the_library_refuses_is_reported_in_its_words(bundle):
+def test_a_refusal_of_the_library_is_quoted(bundle):
     def change(graph):
         for node in graph.node:
             if node.op_type == "Tanh":
@@ -234,17 +231,17 @@ def test_a_graph_the_library_refuses_is_reported_in_its_words(bundle):
     assert {"denoiser", "compressor"} == {p.stem for p in (bundle / "engines").rglob("*.engine")}
 
 
-def test_too_little_memory_or_disk_is_found_before_a_build(bundle, monkeypatch):
+def test_too_little_memory_or_disk_is_refused_before_a_build(bundle, monkeypatch):
     monkeypatch.setattr(engines, "MEMORY", (0, 1 << 60))
-    with pytest.raises(BackendError, match=r"takes 1073741824.00 GiB of memory, .* is free"):
+    with pytest.raises(BackendError, match=r"needs 1073741824.00 GiB of memory and .* is free"):
         engines.build_engines(bundle)
     monkeypatch.setattr(engines, "MEMORY", (0, 0))
     monkeypatch.setattr(engines, "DISK", (0, 1 << 60))
-    with pytest.raises(OutputError, match=r"takes 1073741824.00 GiB of disk, .* is free"):
+    with pytest.raises(OutputError, match=r"needs 1,152,921,504.6 GB and the disk of"):
         engines.build_engines(bundle)
 
 
-def test_a_second_build_at_once_is_refused(bundle):
+def test_a_concurrent_build_is_refused(bundle):
     folder = bundle / "engines"
     folder.mkdir()
     with FileLock(folder / engines.LOCK), pytest.raises(OutputError, match="another process"):
@@ -266,12 +263,9 @@ def test_mistakes_are_one_line_and_change_nothing(tiny_half_bundle, args, messag
     assert not (tiny_half_bundle / "engines").exists()
 
 
-def test_a_missing_library_is_named(tiny_half_bundle, monkeypatch):
-    def missing(name):
-        raise engines.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(engines.importlib.metadata, "version", missing)
-    with pytest.raises(BackendError, match=r"tensorrt-rtx is not installed: pip install"):
+def test_a_missing_library_is_named_with_its_pip_command(tiny_half_bundle, monkeypatch):
+    monkeypatch.setattr(engines, "installed_version", lambda name: None)
+    with pytest.raises(MissingDependency, match=r"needs tensorrt-rtx, .*: pip install"):
         engines.build_engines(tiny_half_bundle)
 
 
@@ -298,11 +292,11 @@ KEY = Key(
         ({"flags": ("WEIGHT_STREAMING",)}, "flags were none, now WEIGHT_STREAMING"),
     ],
 )
-def test_every_part_of_the_key_is_a_reason(change, reason):
+def test_every_change_of_the_key_is_a_reason_to_build(change, reason):
     assert differences(KEY, msgspec.structs.replace(KEY, **change)) == [reason]
 
 
-def test_the_reasons_are_for_all_parts_of_the_key():
+def test_every_field_of_the_key_is_compared():
     parts = msgspec.structs.fields(Key)
     other = dict(graph={}, tool="", targets=(), shapes={}, length=None, flags=("REFIT",))
     assert other.keys() == {part.name for part in parts}
@@ -311,7 +305,7 @@ def test_the_reasons_are_for_all_parts_of_the_key():
     assert differences(KEY, KEY) == []
 
 
-def test_only_what_changed_is_built_again(rebuilt):
+def test_only_changed_graphs_are_built_again(rebuilt):
     before = read_records(rebuilt, RTX)
     edit(rebuilt, "compressor", lambda graph: setattr(graph, "name", "renamed"))
     with pytest.raises(BackendError, match="built from another graph"):
@@ -343,7 +337,7 @@ def flip(path: Path) -> None:
         (lambda engine, record: record.unlink(), "is not built for tensorrt-rtx"),
     ],
 )
-def test_damage_is_found_and_built_away(rebuilt, damage, message):
+def test_a_damaged_engine_is_refused_and_built_again(rebuilt, damage, message):
     damage(engine_file(rebuilt, RTX, "compressor"), record_file(rebuilt, RTX, "compressor"))
     with pytest.raises(BackendError, match=rf"{message}.*: run 'packforcing build"):
         read_records(rebuilt, RTX)
@@ -353,7 +347,7 @@ def test_damage_is_found_and_built_away(rebuilt, damage, message):
     read_records(rebuilt, RTX)
 
 
-def test_no_other_file_may_lie_in_a_bundle(bundle):
+def test_a_file_in_the_place_of_the_engines_is_refused(bundle):
     (bundle / "engines").write_text("not a folder")
     with pytest.raises(BundleError, match="engines is not part of the bundle"):
         check_files(bundle, read_manifest(bundle))
@@ -407,7 +401,7 @@ def assert_old_or_new_or_none(directory: Path, built: Path) -> str:
     return "new"
 
 
-def test_killed_at_any_change_of_a_file_no_engine_is_wrongly_good(rebuilt, built):
+def test_a_kill_at_any_file_operation_leaves_no_wrong_engine(rebuilt, built):
     found = []
     for number in range(1, 40):
         shutil.rmtree(rebuilt / "engines")
@@ -425,16 +419,16 @@ def test_killed_at_any_change_of_a_file_no_engine_is_wrongly_good(rebuilt, built
 
 def test_a_child_ends_when_its_parent_is_gone(rebuilt):
     """The engine is to go into a pipe that nobody reads, so the child would wait for ever."""
-    asked = job(rebuilt, "compressor")
-    os.mkfifo(asked.engine)
-    command = [sys.executable, "-P", "-m", "packforcing.export.engines"]
+    compressor = job(rebuilt, "compressor")
+    os.mkfifo(compressor.engine)
+    command = [sys.executable, "-P", "-m", "packforcing.export.builder"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    child.communicate(msgspec.json.encode(asked) + b"\n", timeout=60)
+    child.communicate(msgspec.json.encode(compressor) + b"\n", timeout=60)
     assert child.returncode == 1
 
 
 @pytest.mark.parametrize("steps", [1, 20, 60])
-def test_a_child_ends_with_its_parent_and_the_next_build_is_whole(rebuilt, built, steps):
+def test_a_child_ends_with_its_parent_and_the_next_build_succeeds(rebuilt, built, steps):
     process = start(rebuilt)
     assert process.stdout
     for _ in range(steps):
@@ -448,7 +442,7 @@ def test_a_child_ends_with_its_parent_and_the_next_build_is_whole(rebuilt, built
     assert assert_old_or_new_or_none(rebuilt, built) in ("old", "none", "new")
     engines.build_engines(rebuilt)
     read_records(rebuilt, RTX)
-    assert not (rebuilt / "engines" / RTX / engines.PARTIAL).exists()
+    assert not list((rebuilt / "engines" / RTX).glob(".*"))
 
 
 def test_a_killed_child_is_reported(rebuilt, built):
@@ -459,10 +453,10 @@ def test_a_killed_child_is_reported(rebuilt, built):
     _, said = process.communicate()
     assert "ended early, with exit code -9 (out of memory?)" in said
     assert assert_old_or_new_or_none(rebuilt, built) == "old"
-    assert not (rebuilt / "engines" / RTX / engines.PARTIAL).exists()
+    assert not list((rebuilt / "engines" / RTX).glob(".*"))
 
 
-def test_an_interrupt_keeps_what_is_finished_and_leaves_nothing_half_done(bundle):
+def test_an_interrupt_keeps_finished_engines_and_no_partial_file(bundle):
     command = [sys.executable, "-m", "packforcing.app.cli", "build", str(bundle)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr
@@ -506,7 +500,7 @@ def test_the_full_model_is_exported_and_built_within_its_memory(tmp_path, capsys
             f"engine {record.file.bytes / 1e6:.1f} MB, weights {record.weights / 1e6:.1f} MB, "
             f"scratch {scratch} MB"
         )
-        memory, disk = engines.room(directory / f"{graph}.onnx")
+        memory, disk = engines.required_bytes(directory / f"{graph}.onnx")
         assert record.peak_memory < memory and record.file.bytes < disk, graph
     with capsys.disabled():
         print("", *lines, sep="\n")

@@ -228,12 +228,12 @@ def test_lighttae_works_in_the_scale_of_wans_latents():
 @torch.inference_mode()
 def test_a_graph_of_lighttae_has_the_scale_in_it(tmp_path):
     """The runtime knows nothing of it."""
-    from packforcing.export.exporter import save
+    from packforcing.export.exporter import save_graph
     from packforcing.export.graphs import export_graph
 
     config = msgspec.structs.replace(CONFIG, vae="lighttae", vae_decoder_widths=(8, 8, 8, 8))
     weights = random_weights(config)
-    save(export_graph(config, weights, "vae_decoder"), tmp_path / "decoder.onnx")
+    save_graph(export_graph(config, weights, "vae_decoder"), tmp_path / "decoder.onnx")
     autoencoder = TinyAutoencoder(config)
     own = {name: weights[f"autoencoder.{name}"] for name in autoencoder.state_dict()}
     autoencoder.load_state_dict(own)
