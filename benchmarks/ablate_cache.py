@@ -28,7 +28,7 @@ from packforcing.calibration.activations import BINS, MIDDLES, add
 from packforcing.config import Config
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import draw_prompts
-from packforcing.prompts import encode
+from packforcing.prompts import encode_prompt
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.backends import Bindable, open_backend
 from packforcing.runtime.buffers import Arrays
@@ -203,7 +203,7 @@ def main() -> None:
     rollout = Rollout(config, backend)
 
     def video(number: int) -> np.ndarray:
-        rollout.begin(encode(prompts[number].content, config), blocks, prompts[number].seed)
+        rollout.begin(encode_prompt(prompts[number].content, config), blocks, prompts[number].seed)
         frames = []
         for _ in range(blocks):
             rollout.next_block()

@@ -34,7 +34,7 @@ from packforcing.calibration.recipes import quantised_layers
 from packforcing.calibration.weights import quantize_product
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import Prompt, draw_prompts
-from packforcing.prompts import encode
+from packforcing.prompts import encode_prompt
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.backends import Graph, open_backend
 from packforcing.runtime.buffers import Arrays
@@ -135,7 +135,7 @@ def inputs_of(bundle: Path, prompts: list[Prompt], seconds: float) -> Data:
     backend.graphs["denoiser"] = watched
     rollout, blocks = Rollout(config, backend), config.blocks(config.frames(seconds))
     for prompt in prompts:
-        rollout.begin(encode(prompt.content, config), blocks, prompt.seed)
+        rollout.begin(encode_prompt(prompt.content, config), blocks, prompt.seed)
         for _ in range(blocks):
             rollout.next_block()
     backend.close()

@@ -26,7 +26,6 @@ import onnx_ir as ir
 from packforcing.calibration.matmuls import NAMES, SHARED, initializer, known, matrices
 from packforcing.config import Config
 from packforcing.errors import BundleError, CalibrationError, OutputError
-from packforcing.prompts import encode
 from packforcing.runtime.backends import Graph, open_backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import (
@@ -117,12 +116,14 @@ def calibrate(
         raise CalibrationError("no prompts to roll out: name one per line")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
-    asked = [check_request(config, prompt, seconds, seed + i) for i, prompt in enumerate(prompts)]
+    timelines = [
+        check_request(config, prompt, seconds, seed + i) for i, prompt in enumerate(prompts)
+    ]
     names = [
         prompt if isinstance(prompt, str) else hashlib.sha256(prompt.tobytes()).hexdigest()
         for prompt in prompts
     ]
-    texts = [encode(timeline.switches[0].prompt, config) for timeline in asked]
+    texts = [timeline.embeddings[0] for timeline in timelines]
     blocks = config.blocks(config.frames(seconds))
     source = Source(
         model=config.name,

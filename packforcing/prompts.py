@@ -1,148 +1,208 @@
-"""Which prompt a video follows when, and what a switch does to its history. Free of torch.
+"""Prompt schedules: which prompt a video follows when, and what a switch does to its history.
 
 A switch takes effect with the first block that begins at or after its time, both counted in whole
-frames; that block and those after it follow the new prompt. What they read of the past is the
-switch's `history`:
+frames. That block and the later ones follow the new prompt. The switch's `history` says what they
+read of the past:
 
-keep: all of it, as it is. Only the prompt's own keys and values are computed anew.
+keep: the history as it is. Only the prompt's own keys and values (of cross-attention) are computed
+again.
 
-recompute: the recent blocks' keys and values are computed anew under the new prompt, from clean
-latents at t = 0, block by block, oldest first. Each block reads the sink, the mids selected now
-and the recomputed blocks before it, and stands where the next block will read it. Sink and
-archive, pooled keys included, keep the prompt they were made under, and so does the selection
-until the next commit. A policy without recent blocks has nothing to recompute.
+recompute: the keys and values of the recent blocks are computed again under the new prompt, from
+clean latents at t = 0, block by block, oldest first. Each block reads the sink, the mid blocks
+selected now and the recomputed blocks before it, at the positions where the next block will read
+them. Sink and archive, pooled keys included, keep the prompt they were made under, and so does the
+selection until the next commit. A policy without recent blocks has nothing to recompute.
     LongLive recomputes too, but in one call over its last 12 frames without a causal mask: frames
     there read later ones, and one block more than the next block will read. Here no block reads a
-    later one, as when it was made, and no more than a block is computed at once. Its sink, too,
-    keeps the old prompt, but for a switch within the first 12 frames.
+    later one, as when it was made, and no more than a block is computed at once. LongLive's sink,
+    too, keeps the old prompt, except for a switch within the first 12 frames.
 
 cut: nothing. Sink, recent blocks, archive, positions and the decoder's state begin as in a new
-video, whose first frames are trimmed like any video's. From the cut on, a video is the one that
-would be made of the new prompt alone, bit for bit, but that its random numbers, drawn for (seed,
-block, step), go on counting blocks from the beginning.
+video, whose first frames are trimmed as any video's are. From the cut on, the frames are
+bit-identical to those of the new prompt alone, except that random numbers, drawn for (seed, block,
+step), continue to count blocks from the beginning of the video.
 
 A policy that restarts (CausVid's) does so before a switch of the other two kinds takes effect: the
 block that both rollouts share is made under the old prompt, and `recompute` makes its keys and
 values anew as the only recent block there is.
+
+Free of torch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from copy import deepcopy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.embeddings import Embedding, load_embedding, pad_embedding
+from packforcing.embeddings import Embedding, check_embedding, load_embedding, pad_embedding
 from packforcing.errors import PromptError
 from packforcing.words import encode_words
 
 History = Literal["keep", "recompute", "cut"]
-LARGEST = 1 << 20  # bytes of a schedule file
-
+MAX_FILE_BYTES = 1 << 20  # of a schedule file
 
 Prompt: TypeAlias = str | np.ndarray | Embedding  # words, or an embedding, float [T, text_dim]
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Another prompt from `time` on, in seconds; the first of a schedule begins the video."""
+    """A change to another prompt at `time`, in seconds; the first of a schedule is at 0."""
 
     time: float
     prompt: Prompt
     history: History = "keep"
 
 
-Prompts: TypeAlias = Prompt | Sequence[Switch]
-
-
-class Timeline(NamedTuple):
-    """A schedule in blocks."""
+@dataclass(frozen=True)
+class Timeline:
+    """A schedule in blocks, its prompts encoded."""
 
     blocks: int  # of the whole video
-    switches: dict[int, Switch]  # by the block they take effect with, from 0 on, in order
+    switches: dict[int, Switch]  # by the block they take effect with, in order; the first is 0
+    embeddings: dict[int, np.ndarray]  # by the same block, float32 [1, text_len, text_dim]
 
 
-def encode(prompt: Prompt, config: Config) -> np.ndarray:
-    """What the model reads of one prompt, float32 [1, text_len, text_dim].
+Prompts: TypeAlias = Prompt | Sequence[Switch] | Timeline
 
-    Raises `PromptError`.
+
+def encode_prompt(prompt: Prompt, config: Config) -> np.ndarray:
+    """Encode a prompt as the model's input.
+
+    Args:
+        prompt: Words, where the model's text encoder is "words", or an embedding.
+        config: The model.
+
+    Returns:
+        float32 [1, text_len, text_dim].
+
+    Raises:
+        PromptError: The model cannot read this prompt.
     """
     if isinstance(prompt, str):
         return encode_words(prompt, config)
-    rows = prompt.text if isinstance(prompt, Embedding) else prompt
-    if not isinstance(rows, np.ndarray):
-        raise PromptError(f"a prompt is words or an embedding, not {rows!r:.50}")
-    return pad_embedding(rows, config)
+    return pad_embedding(prompt.text if isinstance(prompt, Embedding) else prompt, config)
 
 
-def as_schedule(prompt: Prompts) -> Sequence[Switch]:
-    """A schedule as it is, and one of a single prompt."""
-    if isinstance(prompt, Sequence) and not isinstance(prompt, str):
-        return prompt
-    return [Switch(0, prompt)]
+def as_schedule(prompts: Prompts) -> Sequence[Switch]:
+    """Return the switches of a schedule; a single prompt becomes a schedule of one."""
+    if isinstance(prompts, Timeline):
+        return list(prompts.switches.values())
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+        return prompts
+    return [Switch(0, prompts)]
 
 
-def plan_prompts(prompt: Prompts, config: Config, frames: int) -> Timeline:
-    """When a video of this many frames follows which prompt; all of them are checked.
+def plan_switches(prompts: Prompts, config: Config, frames: int) -> tuple[int, dict[int, Switch]]:
+    """Find the block with which each switch takes effect. Needs no text encoder.
 
-    Raises `PromptError` naming the switch that is wrong.
+    Args:
+        prompts: One prompt or a schedule. Words are not looked at.
+        config: The model.
+        frames: Pixel frames of the video.
+
+    Returns:
+        Blocks of the whole video, and the switches by block.
+
+    Raises:
+        PromptError: A switch can never be followed, or an embedding has another shape than the
+            model reads. The message names the switch.
     """
     switches: dict[int, Switch] = {}
-    scenes, begun = 1, -1  # the frame with which the latest switch takes effect
-    schedule = as_schedule(prompt)
-    for number, switch in enumerate(schedule, 1):
-        try:
-            _check(switch, switches, frames / config.fps)
-            encode(switch.prompt, config)
+    scenes, latest_frame = 1, -1  # with which the latest switch takes effect
+    for number, switch in enumerate(as_schedule(prompts), 1):
+        with _naming_switch(prompts, number):
+            _check_switch(switch, switches, config, frames)
             frame = config.frames(switch.time)
-            if frame <= begun:
+            if frame <= latest_frame:
                 raise PromptError(
-                    f"no block begins between the one before and {switch.time:g} s, so that one "
-                    "would never be followed: set them further apart"
+                    f"no block begins between the switch before and {switch.time:g} s, so that "
+                    "the earlier prompt would never be followed: set the two further apart"
                 )
             block = config.blocks(frame, scenes) if switches else 0
             if block >= config.blocks(frames, scenes):
                 raise PromptError(
                     f"no block begins between {switch.time:g} s and the end of the video at "
-                    f"{frames / config.fps:g} s: make it earlier, or the video longer"
+                    f"{frames / config.fps:g} s: set the switch earlier, or make the video longer"
                 )
-        except PromptError as error:
-            raise PromptError(
-                str(error) if schedule is not prompt else f"switch {number}: {error}"
-            ) from error
-        switches[block] = deepcopy(switch)  # an array may change before the video gets there
-        begun = block * config.block_pixel_frames - config.trimmed_frames * scenes if block else 0
+        switches[block] = switch
+        trimmed = config.trimmed_frames * scenes
+        latest_frame = block * config.block_pixel_frames - trimmed if block else 0
         scenes += switch.history == "cut"
     if not switches:
         raise PromptError("the schedule is empty: begin it with a prompt at time 0")
-    return Timeline(config.blocks(frames, scenes), switches)
+    return config.blocks(frames, scenes), switches
 
 
-def _check(switch: Switch, before: dict[int, Switch], end: float) -> None:
-    """Raises `PromptError` unless `switch` can follow the ones before it, whatever the blocks."""
+def plan_prompts(prompts: Prompts, config: Config, frames: int) -> Timeline:
+    """Plan a schedule in blocks and encode each of its prompts, once.
+
+    Args:
+        prompts: One prompt, a schedule, or a timeline planned before, which is checked again
+            and returned.
+        config: The model.
+        frames: Pixel frames of the video.
+
+    Raises:
+        PromptError: What `plan_switches` and `encode_prompt` raise. The message names the switch.
+    """
+    blocks, switches = plan_switches(prompts, config, frames)
+    if isinstance(prompts, Timeline):
+        shape = (1, config.text_len, config.text_dim)
+        if (blocks, [*switches]) != (prompts.blocks, [*prompts.switches]) or any(
+            rows.shape != shape for rows in prompts.embeddings.values()
+        ):
+            raise PromptError("the timeline was planned for another video: plan it again")
+        return prompts
+    embeddings = {}
+    for number, (block, switch) in enumerate(switches.items(), 1):
+        with _naming_switch(prompts, number):
+            embeddings[block] = encode_prompt(switch.prompt, config)
+    return Timeline(blocks, switches, embeddings)
+
+
+@contextmanager
+def _naming_switch(prompts: Prompts, number: int) -> Iterator[None]:
+    """Put the number of a switch before an error's message, where the user wrote a schedule."""
+    try:
+        yield
+    except PromptError as error:
+        if as_schedule(prompts) is prompts:
+            raise PromptError(f"switch {number}: {error}") from error
+        raise
+
+
+def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, frames: int) -> None:
+    """Raise `PromptError` unless a switch can follow the earlier ones, whatever the blocks are."""
     if not isinstance(switch, Switch) or not isinstance(switch.time, Real):
         raise PromptError(f"a schedule lists Switch(seconds, prompt), not {switch!r:.50}")
     if switch.history not in get_args(History):
-        known = ", ".join(get_args(History))
-        raise PromptError(f"history is one of {known}, not '{switch.history}'")
-    if not before and switch.time != 0:
-        raise PromptError(f"the first prompt begins the video, at time 0, not {switch.time:g}")
-    if not before and switch.history != "keep":
+        names = ", ".join(get_args(History))
+        raise PromptError(f"history must be one of {names}, not '{switch.history}'")
+    if not earlier and switch.time != 0:
+        raise PromptError(f"the first prompt must begin at time 0, not at {switch.time:g}")
+    if not earlier and switch.history != "keep":
         raise PromptError(f"the first prompt has no history to {switch.history}")
+    end = frames / config.fps
     if not 0 <= switch.time < end:
-        raise PromptError(f"the video lasts from 0 to {end:g} s, {switch.time:g} is not in it")
-    latest = max((other.time for other in before.values()), default=-1.0)
+        raise PromptError(f"{switch.time:g} s is outside of the video, which ends at {end:g} s")
+    latest = max((other.time for other in earlier.values()), default=-1.0)
     if switch.time <= latest:
         raise PromptError(f"times must rise, but {switch.time:g} s follows {latest:g} s")
+    rows = switch.prompt.text if isinstance(switch.prompt, Embedding) else switch.prompt
+    if isinstance(rows, np.ndarray):
+        check_embedding(rows, config)
+    elif not isinstance(rows, str):
+        raise PromptError(f"a prompt must be words or an embedding, not {rows!r:.50}")
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -157,26 +217,30 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read_schedule(path: str | os.PathLike[str]) -> list[Switch]:
-    """Reads a schedule from a TOML file, a table [[switch]] per prompt: `time` in seconds,
-    `prompt`, or `embedding` with the name of a file beside it, and `history`.
+    """Read a schedule from a TOML file.
 
-    Raises `PromptError` for a file that is missing, too large or no such list.
+    Args:
+        path: The file. It has a table [[switch]] per prompt: `time` in seconds, `prompt`, or
+            `embedding` with the name of a file beside this one, and optionally `history`.
+
+    Raises:
+        PromptError: The file is missing, too large or not such a list.
     """
     load = functools.cache(lambda name: load_embedding(Path(path).parent / name))
     try:
         with open(path, "rb") as file:
-            text = file.read(LARGEST + 1)
-        if len(text) > LARGEST:
-            raise PromptError(f"{path} is no schedule: it is larger than {LARGEST} bytes")
+            text = file.read(MAX_FILE_BYTES + 1)
+        if len(text) > MAX_FILE_BYTES:
+            raise PromptError(f"{path} is not a schedule: it is larger than {MAX_FILE_BYTES} bytes")
         entries = msgspec.toml.decode(text, type=_File).switch
     except OSError as error:
         raise PromptError(f"cannot read a schedule from {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is no schedule: {error}") from error
+        raise PromptError(f"{path} is not a schedule: {error}") from error
     switches = []
     for number, entry in enumerate(entries, 1):
         if (entry.prompt is None) == (entry.embedding is None):
-            raise PromptError(f"{path}: switch {number} takes one of 'prompt' and 'embedding'")
+            raise PromptError(f"{path}: switch {number} needs either 'prompt' or 'embedding'")
         prompt = load(entry.embedding) if entry.prompt is None else entry.prompt
         switches.append(Switch(entry.time, prompt, entry.history))
     return switches

@@ -19,7 +19,14 @@ import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import BackendError, ConfigError, RenderStopped
-from packforcing.prompts import History, Prompts, Switch, Timeline, encode, plan_prompts
+from packforcing.prompts import (
+    History,
+    Prompts,
+    Switch,
+    Timeline,
+    plan_prompts,
+    plan_switches,
+)
 from packforcing.runtime.backends import open_backend
 from packforcing.runtime.buffers import IN_MEMORY, encoder_arrays
 from packforcing.runtime.bundle import read_manifest
@@ -73,12 +80,29 @@ class RenderSummary:
 
 
 def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) -> Timeline:
-    """When a video like this follows which prompt, if it can be made.
+    """Check a request and encode its prompts, each once. Needs no graph.
 
-    prompt: words, where the model has its encoder with it, an embedding, as an array or as
-    `packforcing.embeddings` loads one, or a schedule of them. Needs no graph, so it can come
-    before a session is opened. Raises `PromptError` and `ConfigError`.
+    Args:
+        config: Of the bundle.
+        prompt: Words, where the model's text encoder is "words", an embedding, a schedule of
+            them, or the result of an earlier call for the same video.
+        seconds: Length of the video.
+        seed: Of the noise.
+
+    Returns:
+        When the video follows which prompt. `Session.render` and `Session.stream` take it in
+        place of the prompt.
+
+    Raises:
+        PromptError: A prompt or a switch cannot be followed.
+        ConfigError: The length or the seed is impossible.
     """
+    check_schedule(config, prompt, seconds, seed)
+    return plan_prompts(prompt, config, config.frames(seconds))
+
+
+def check_schedule(config: Config, prompt: Prompts, seconds: float, seed: int) -> None:
+    """Check what `check_request` does, except the words of prompts. Needs no text encoder."""
     if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and config.frames(seconds)):
         raise ConfigError(
             f"seconds must be above 0, at least one frame and at most {LONGEST:.0f}; "
@@ -86,7 +110,7 @@ def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) ->
         )
     if not 0 <= operator.index(seed) < 2**64:
         raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
-    return plan_prompts(prompt, config, config.frames(seconds))
+    plan_switches(prompt, config, config.frames(seconds))
 
 
 def check_memory(config: Config, policy: Policy, blocks: int) -> None:
@@ -256,7 +280,7 @@ class Session:
             "output": segment_suffix(path),
             "frames": str(total),
             "seed": str(seed),
-            "prompts": _digest_prompts(timeline, config),
+            "prompts": _digest_prompts(timeline),
             "start": "none" if clip is None else _digest(clip),
             "interval": str(every),
             **self._identity(),
@@ -324,7 +348,7 @@ class Session:
         on_block: Callable[[BlockInfo], None] | None,
         folder: RenderFolder | None = None,
     ) -> Iterator[np.ndarray]:
-        blocks, switches = timeline
+        blocks, switches = timeline.blocks, timeline.switches
         with self._lock:
             self._require_open()
             given = {} if clip is None else dict(enumerate(self._encode(clip, blocks)))
@@ -332,8 +356,9 @@ class Session:
             first = folder.done.block if folder else 0
             delivered = _frames_before(first, timeline, self.config)
             latest = max(block for block in switches if block < max(1, first))
-            text = encode(switches[latest].prompt, self.config)
-            rollout.begin(text, blocks, seed, folder.path if folder else None)
+            rollout.begin(
+                timeline.embeddings[latest], blocks, seed, folder.path if folder else None
+            )
             if folder:
                 folder.restore(rollout)
                 noted = folder.noted()
@@ -353,7 +378,7 @@ class Session:
                 began = time.perf_counter()
                 switch = switches.get(index)
                 if switch and index:
-                    rollout.switch(encode(switch.prompt, self.config), switch.history)
+                    rollout.switch(timeline.embeddings[index], switch.history)
                 skip = self.config.trimmed_frames if not rollout.cache.committed else 0
                 rollout.next_block(given.get(index))
                 read = [rollout.scene + mid for mid in rollout.read]
@@ -455,12 +480,12 @@ def _frames_before(block: int, timeline: Timeline, config: Config) -> int:
     return block * config.block_pixel_frames - scenes * config.trimmed_frames
 
 
-def _digest_prompts(timeline: Timeline, config: Config) -> str:
-    told = [
-        f"{block} {switch.history} {_digest(encode(switch.prompt, config))}"
+def _digest_prompts(timeline: Timeline) -> str:
+    lines = [
+        f"{block} {switch.history} {_digest(timeline.embeddings[block])}"
         for block, switch in timeline.switches.items()
     ]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _digest(array: np.ndarray) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +67,11 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
     """
     from packforcing.app.reports.demo import write_report
     from packforcing.runtime.plan import memory
+    from packforcing.runtime.session import check_request
     from packforcing.runtime.video_files import check_output
 
-    directory, config, _ = _checked(bundle, prompt, seconds, seed)
+    directory, config, _ = _bundle_and_policy(bundle)
+    timeline = check_request(config, prompt, seconds, seed)
     folder = result_folder(out)
     video, page = folder / "demo.mp4", folder / "demo.html"
     check_output(video, config.frames(seconds), config.width, config.height)
@@ -81,7 +83,7 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
                 blocks.append(info)
                 progress(info)
 
-            summary = session.render(prompt, seconds, video, seed, on_block=on_block, resume=True)
+            summary = session.render(timeline, seconds, video, seed, on_block=on_block, resume=True)
         write_report(
             page, video, prompt, seed, config, blocks, summary, memory(config),
             session.manifest.tools,
@@ -182,40 +184,40 @@ def render(
       packforcing render --schedule scenes.toml --seconds 20 --out scenes.mp4
     """
     from packforcing.embeddings import load_embedding
-    from packforcing.prompts import as_schedule, read_schedule
+    from packforcing.prompts import read_schedule
     from packforcing.runtime.resume import finished
+    from packforcing.runtime.session import check_request, check_schedule
     from packforcing.runtime.video_files import check_output
 
     if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
     if embedding is not None:
-        asked: Prompts = load_embedding(embedding)
+        prompts: Prompts = load_embedding(embedding)
     elif schedule is not None:
-        asked = read_schedule(schedule)
+        prompts = read_schedule(schedule)
     elif prompt is not None:
-        asked = prompt
+        prompts = prompt
     else:
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
-    checked = asked
-    if encoder is not None:
-        switches = as_schedule(asked)
-        words = [switch.prompt for switch in switches if isinstance(switch.prompt, str)]
-        if not words:
-            raise ConfigError("an embedding is encoded already: leave out --encoder")
-        checked = _encoded(switches, dict.fromkeys(words, _any_embedding(bundle)))
-    directory, config, chosen = _checked(bundle, checked, seconds, seed, policy)
+    directory, config, chosen = _bundle_and_policy(bundle, policy)
+    if encoder is None:
+        prompts = check_request(config, prompts, seconds, seed)
+    else:
+        _check_encoder_is_needed(config, prompts)
+        check_schedule(config, prompts, seconds, seed)
     if not (resume and finished(out)):
         check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
     if encoder is not None:  # last, as nothing takes as long to load
-        asked = _encoded(switches, dict(zip(words, _encode(words, encoder, quiet=as_json))))
+        encoded = _encode_schedule(prompts, encoder, quiet=as_json)
+        prompts = check_request(config, encoded, seconds, seed)
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
         frame_progress(config.frames(seconds), quiet=as_json) as progress,
         _stopping(session),
     ):
         summary = session.render(
-            asked, seconds, out, seed, start=clip, on_block=progress, resume=resume
+            prompts, seconds, out, seed, start=clip, on_block=progress, resume=resume
         )
     if as_json:
         import msgspec
@@ -256,9 +258,9 @@ def encode_prompt(prompt: str, encoder: str, out: str, int8: bool, as_json: bool
       packforcing encode-prompt "a fox in the snow" --encoder Wan2.1-T2V-1.3B-Diffusers \\
         --out fox.safetensors
     """
-    from packforcing.embeddings import check_target, save_embedding
+    from packforcing.embeddings import check_embedding_path, save_embedding
 
-    check_target(out)
+    check_embedding_path(out)
     [embedding] = _encode([prompt], encoder, int8=int8, quiet=as_json)
     save_embedding(out, embedding)
     tokens, width = embedding.text.shape
@@ -274,29 +276,30 @@ def encode_prompt(prompt: str, encoder: str, out: str, int8: bool, as_json: bool
         )
 
 
-def _any_embedding(bundle: str | None) -> Embedding:
-    """What a bundle's model could be given; raises `ConfigError` if it reads prompts itself."""
-    import numpy as np
+def _check_encoder_is_needed(config: Config, prompts: Prompts) -> None:
+    """Raise `ConfigError` where --encoder would have nothing to encode."""
+    from packforcing.prompts import as_schedule
 
-    from packforcing.embeddings import Embedding
-    from packforcing.runtime import demo_bundle
-    from packforcing.runtime.bundle import read_manifest
-
-    config = read_manifest(bundle if bundle is not None else demo_bundle()).config
     if config.text_encoder == "words":
         raise ConfigError(f"the {config.name} model reads its prompt itself: leave out --encoder")
-    return Embedding(np.zeros((1, config.text_dim), np.float32), "", "", "")
+    if not any(isinstance(switch.prompt, str) for switch in as_schedule(prompts)):
+        raise ConfigError("an embedding is encoded already: leave out --encoder")
 
 
-def _encoded(schedule: Sequence[Switch], embeddings: dict[str, Embedding]) -> list[Switch]:
-    """A schedule with embeddings in place of words."""
+def _encode_schedule(prompts: Prompts, encoder: str, *, quiet: bool) -> list[Switch]:
+    """Replace the words of a schedule by their embeddings."""
     from dataclasses import replace
 
+    from packforcing.prompts import as_schedule
+
+    switches = as_schedule(prompts)
+    words = [switch.prompt for switch in switches if isinstance(switch.prompt, str)]
+    embeddings = dict(zip(words, _encode(words, encoder, quiet=quiet)))
     return [
         replace(switch, prompt=embeddings[switch.prompt])
         if isinstance(switch.prompt, str)
         else switch
-        for switch in schedule
+        for switch in switches
     ]
 
 
@@ -308,7 +311,7 @@ def _encode(
 
     from tqdm import tqdm
 
-    from packforcing.embeddings import user_cache
+    from packforcing.embeddings import embedding_cache_folder
 
     try:
         print_status("loading PyTorch ...", quiet)
@@ -323,25 +326,19 @@ def _encode(
     logging.set_verbosity_error()
     print_status("encoding ...", quiet)
     bar = partial(tqdm, disable=quiet or None, leave=False)
-    return encode_umt5(prompts, encoder, "int8" if int8 else "bf16", user_cache(), bar)
+    return encode_umt5(prompts, encoder, "int8" if int8 else "bf16", embedding_cache_folder(), bar)
 
 
-def _checked(
-    bundle: str | None,
-    prompt: Prompts,
-    seconds: float,
-    seed: int,
-    policy_name: str | None = None,
+def _bundle_and_policy(
+    bundle: str | None, policy_name: str | None = None
 ) -> tuple[Path, Config, Policy | None]:
-    """The bundle, its config and the policy asked for, once the request is known to be possible."""
+    """Find a bundle, its config and the policy of this name."""
     from packforcing.presets import policies
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
-    from packforcing.runtime.session import check_request
 
     directory = Path(bundle) if bundle is not None else demo_bundle()
     config = read_manifest(directory).config
-    check_request(config, prompt, seconds, seed)
     policy = None if policy_name is None else policy_by_name(policy_name, policies(config))
     return directory, config, policy
 

@@ -29,7 +29,12 @@ from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
 from packforcing.checkpoints.convert import Stored, check_formats, contents, parts, reader
-from packforcing.embeddings import Embedding, cache_file, load_embedding, save_embedding
+from packforcing.embeddings import (
+    Embedding,
+    cached_embedding_path,
+    load_embedding,
+    save_embedding,
+)
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
 from packforcing.files import file_sha256
 from packforcing.model import mismatch
@@ -102,7 +107,8 @@ def encode_umt5(
     made_by = "umt5" if weights == "bf16" else f"umt5-{weights}"
     sha256 = _sha256([*encoder.weights, *encoder.config, encoder.tokenizer], bar)
     files = {
-        prompt: cache and cache_file(cache, prompt, made_by, sha256, LONGEST) for prompt in ids
+        prompt: cache and cached_embedding_path(cache, prompt, made_by, sha256, LONGEST)
+        for prompt in ids
     }
     done: dict[str, Embedding] = {}
     for prompt, file in files.items():

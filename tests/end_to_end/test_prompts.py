@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+import packforcing.prompts
 import packforcing.runtime.rollout
 from packforcing import MODELS, Policy
 from packforcing.app.cli import main
 from packforcing.errors import ConfigError, PromptError
 from packforcing.model import Model
-from packforcing.prompts import Switch, Timeline, plan_prompts, read_schedule
+from packforcing.prompts import Switch, plan_prompts, plan_switches, read_schedule
 from packforcing.reference import Past, recompute, rollout, rope
 from packforcing.rope import block_positions, compressed_positions
 from packforcing.runtime import Session
@@ -83,11 +84,11 @@ def test_a_switch_takes_effect_with_the_first_block_that_begins_at_or_after_it(
         delivered += 9 if due and (block == 0 or due[0].history == "cut") else 12
         block += 1
     try:
-        found = plan_prompts(schedule, TINY, frames)
+        blocks, switches = plan_switches(schedule, TINY, frames)
     except PromptError:
         assert waiting or sorted(set(times)) != times
     else:
-        assert found == Timeline(block, expected) and not waiting
+        assert (blocks, switches) == (block, expected) and not waiting
 
 
 def test_switches_fall_where_longlive_has_them():
@@ -95,10 +96,9 @@ def test_switches_fall_where_longlive_has_them():
     120, 162 and 201, the next multiples of three. Latent frame n begins with frame 4 n - 3."""
     config = MODELS["longlive"]
     asked = [Switch(0, STAR), *(Switch((4 * n - 3) / 16, CIRCLE) for n in (40, 80, 120, 160, 200))]
-    words = msgspec.structs.replace(config, text_encoder="words")
-    timeline = plan_prompts(asked, words, frames=957)  # 240 latent frames
-    assert [3 * block for block in timeline.switches] == [0, 42, 81, 120, 162, 201]
-    assert timeline.blocks == 80
+    blocks, switches = plan_switches(asked, config, frames=957)  # 240 latent frames
+    assert [3 * block for block in switches] == [0, 42, 81, 120, 162, 201]
+    assert blocks == 80
 
 
 # What: the published rules
@@ -376,15 +376,15 @@ def test_a_cut_begins_a_video_of_its_own(session, monkeypatch):
     ("switches", "message"),
     [
         ([], "empty: begin it with a prompt at time 0"),
-        ([Switch(1, STAR)], "switch 1: .*at time 0, not 1"),
+        ([Switch(1, STAR)], "switch 1: .*at time 0, not at 1"),
         ([Switch(0, STAR, "cut")], "switch 1: the first prompt has no history to cut"),
         ([Switch(0, "a red stra")], "switch 1: .*did you mean 'star'"),
         ([Switch(0, np.zeros((2, 7)))], "switch 1: .*float64 .2, 7."),
         ([Switch(0, STAR), Switch(3, STAR, "forget")], "switch 2: .*keep, recompute, cut, not"),
-        ([Switch(0, STAR), Switch(-1, STAR)], "switch 2: .*from 0 to 5 s, -1 is not"),
-        ([Switch(0, STAR), Switch(float("nan"), STAR)], "switch 2: .*nan is not"),
-        ([Switch(0, STAR), Switch(1e308, STAR)], r"switch 2: .*1e\+308 is not"),
-        ([Switch(0, STAR), Switch(5, STAR)], "switch 2: .*from 0 to 5 s, 5 is not"),
+        ([Switch(0, STAR), Switch(-1, STAR)], "-1 s is outside of the video, which ends at 5 s"),
+        ([Switch(0, STAR), Switch(float("nan"), STAR)], "switch 2: .*nan s is outside"),
+        ([Switch(0, STAR), Switch(1e308, STAR)], r"switch 2: .*1e\+308 s is outside"),
+        ([Switch(0, STAR), Switch(5, STAR)], "switch 2: 5 s is outside of the video"),
         ([Switch(0, STAR), Switch(4.9, STAR)], "switch 2: .*between 4.9 s and the end.* at 5 s"),
         ([Switch(0, STAR), Switch(3, STAR), Switch(2, STAR)], "switch 3: .*2 s follows 3 s"),
         ([Switch(0, STAR), Switch(3, STAR), Switch(3.1, STAR)], "switch 3: .*further apart"),
@@ -398,13 +398,13 @@ def test_a_schedule_that_cannot_be_followed_is_refused_before_any_work(session, 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (7, "a prompt is words or an embedding, not 7"),
-        (None, "a prompt is words or an embedding, not None"),
+        (7, "a prompt must be words or an embedding, not 7"),
+        (None, "a prompt must be words or an embedding, not None"),
         ([STAR], "switch 1: a schedule lists Switch.*, not 'a red star"),
         ([Switch("0", STAR)], "switch 1: a schedule lists"),
-        ([Switch(0, 3)], "switch 1: a prompt is words or an embedding, not 3"),
-        ([Switch(0, STAR), Switch(2, None)], "switch 2: a prompt is words"),
-        ([Switch(0, STAR), Switch(2, STAR, ["cut"])], "switch 2: history is one of"),
+        ([Switch(0, 3)], "switch 1: a prompt must be words or an embedding, not 3"),
+        ([Switch(0, STAR), Switch(2, None)], "switch 2: a prompt must be words"),
+        ([Switch(0, STAR), Switch(2, STAR, ["cut"])], "switch 2: history must be one of"),
     ],
 )
 def test_what_is_no_prompt_is_refused(prompt, message):
@@ -419,6 +419,51 @@ def test_an_embedding_that_changes_later_is_the_one_that_was_given(session):
     stream = session.stream(schedule, 4, SEED)
     rows[:] = np.nan
     np.testing.assert_array_equal(np.concatenate(list(stream)), wanted)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The words that are encoded, in order."""
+    words: list[str] = []
+
+    def count(prompt, config):
+        words.append(prompt)
+        return encode_words(prompt, config)
+
+    monkeypatch.setattr(packforcing.prompts, "encode_words", count)
+    return words
+
+
+def test_every_prompt_is_encoded_once(session, encoded, tiny_bundle, tmp_path):
+    schedule = [Switch(0, STAR), Switch(2, CIRCLE, "recompute"), Switch(4, SQUARE, "cut")]
+    video(session, schedule, 6)
+    assert encoded == [STAR, CIRCLE, SQUARE]
+    encoded.clear()
+    words = FILE.replace('embedding = "circle.safetensors"', f'prompt = "{CIRCLE}"')
+    result = render(tmp_path, words, "--bundle", tiny_bundle, "--seconds", 5)
+    assert result.exit_code == 0, result.stderr
+    assert encoded == [STAR, CIRCLE]
+
+
+def test_a_schedule_is_checked_without_encoding(encoded):
+    schedule = [Switch(0, "words of another encoder"), Switch(2, CIRCLE), Switch(1, CIRCLE)]
+    with pytest.raises(PromptError, match="switch 3: times must rise"):
+        plan_switches(schedule, TINY, 40)
+    plan_switches(schedule[:2], TINY, 40)
+    with pytest.raises(PromptError, match=r"switch 2: .* \[2, 3\]"):
+        plan_switches([Switch(0, STAR), Switch(2, np.zeros((2, 3)))], TINY, 40)
+    assert not encoded
+
+
+def test_a_timeline_of_another_video_is_refused(session):
+    schedule = [Switch(0, STAR), Switch(2, CIRCLE)]
+    timeline = plan_prompts(schedule, TINY, 40)
+    np.testing.assert_array_equal(video(session, timeline, 5), video(session, schedule, 5))
+    with pytest.raises(PromptError, match="planned for another video"):
+        session.stream(timeline, 9)
+    wider = msgspec.structs.replace(TINY, text_dim=TINY.text_dim + 1)
+    with pytest.raises(PromptError, match="planned for another video"):
+        plan_prompts(timeline, wider, 40)
 
 
 def test_a_cut_within_the_start_is_refused(session):
@@ -475,19 +520,19 @@ def test_the_command_renders_a_schedule_and_says_what_it_did(tiny_bundle, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("time = 2.5", "time = 20"), r"switch 2: the video lasts from 0 to 5 s, 20 is not in it"),
+        (("time = 2.5", "time = 20"), r"switch 2: 20 s is outside of the video, which ends at 5 s"),
         (("time = 2.5", "time = 0"), r"switch 2: times must rise, but 0 s follows 0 s"),
-        (("time = 2.5", ""), r"plan\.toml is no schedule: .*`time`"),
-        (("time = 2.5", "time = '2.5'"), r"no schedule: Expected `float`, got `str`"),
-        (("time = 2.5", "at = 2.5"), r"no schedule: .*`at`"),
-        (("time = 2.5", "time = 2,5"), r"no schedule: .*line 7"),
-        (("recompute", "forget"), r"no schedule: Invalid enum value 'forget'"),
+        (("time = 2.5", ""), r"plan\.toml is not a schedule: .*`time`"),
+        (("time = 2.5", "time = '2.5'"), r"not a schedule: Expected `float`, got `str`"),
+        (("time = 2.5", "at = 2.5"), r"not a schedule: .*`at`"),
+        (("time = 2.5", "time = 2,5"), r"not a schedule: .*line 7"),
+        (("recompute", "forget"), r"not a schedule: Invalid enum value 'forget'"),
         (("a red star", "a red stra"), r"switch 1: .*did you mean 'star'"),
         (("circle.saf", "square.saf"), r"cannot read an embedding from .*square\.safetensors"),
-        (("embedding", 'prompt = "a star"\nembedding'), r"switch 2 takes one of 'prompt' and 'emb"),
-        ((FILE, ""), r"no schedule: .*`switch`"),
+        (("embedding", 'prompt = "a star"\nembedding'), r"switch 2 needs either 'prompt' or 'emb"),
+        ((FILE, ""), r"not a schedule: .*`switch`"),
         ((FILE, "switch = []"), r"the schedule is empty"),
-        ((FILE, "#" * (1 << 20) + "#"), r"no schedule: it is larger than 1048576 bytes"),
+        ((FILE, "#" * (1 << 20) + "#"), r"not a schedule: it is larger than 1048576 bytes"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line(tiny_bundle, tmp_path, change, message):
