@@ -1,10 +1,10 @@
-"""How sensitive each part of a denoiser is to quantised weights: a table.
+"""Measure how sensitive each part of a denoiser is to quantized weights.
 
     python -m benchmarks.ablate_layers [BUNDLE]
 
-One part at a time has its matrices quantised as `packforcing quantize` would without statistics:
+One part at a time has its matrices quantized as `packforcing quantize` would without statistics:
 each layer, and what stands around the layers, which `quantize` leaves as it is. What that costs is
-the error's RMS relative to the flow's, both denoisers given the same inputs in every step of a
+the error's RMS relative to the flow's, both denoisers on the same inputs in every step of a
 rollout, in fp32.
 """
 
@@ -16,7 +16,9 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import onnx_ir as ir
 
 from packforcing.calibration.matmuls import known, stored
@@ -24,30 +26,36 @@ from packforcing.calibration.output_error import output_losses
 from packforcing.calibration.weights import DENOISER, quantize_product
 from packforcing.errors import PackForcingError
 from packforcing.export.exporter import save_graph
+from packforcing.files import write_file
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import MANIFEST
 
 KINDS = "int8", "int4"
 
 
+class PartCost(NamedTuple):
+    """A part of a denoiser, the number of its matrices, and the flow's relative error by dtype."""
+
+    part: str
+    matrices: int
+    errors: dict[str, float]
+
+
 def parts(graph: ir.Graph) -> dict[str, list[ir.Node]]:
-    """The products of each part with its stored matrices: blocks.0, ..., time_embedding, head."""
-    found: dict[str, list[ir.Node]] = {}
+    """Return the products of each part with its stored matrices: blocks.0, ..., head."""
+    products: dict[str, list[ir.Node]] = {}
     for node in graph:
         if node.op_type == "MatMul" and stored(known(node.inputs[1])).const_value is not None:
             name = known(stored(known(node.inputs[1])).name).removeprefix("transformer.")
-            found.setdefault(re.match(r"blocks\.\d+|[^.]+", name)[0], []).append(node)
-    return found
+            products.setdefault(re.match(r"blocks\.\d+|[^.]+", name)[0], []).append(node)
+    return products
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    options.add_argument("bundle", type=Path, nargs="?", default=demo_bundle())
-    bundle = options.parse_args().bundle
-    found = parts(ir.load(bundle / DENOISER).graph)
-    counts = {name: len(products) for name, products in found.items()}
+def measure_parts(bundle: Path) -> list[PartCost]:
+    """Quantize one part of a bundle's denoiser at a time and measure its flow."""
+    counts = {
+        name: len(products) for name, products in parts(ir.load(bundle / DENOISER).graph).items()
+    }
     variants: dict[str, Path] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in counts:
@@ -60,10 +68,26 @@ def main() -> None:
                 shutil.copyfile(bundle / MANIFEST, path / MANIFEST)
                 save_graph(model, path / DENOISER)
         losses = output_losses(bundle, variants)
+    return [
+        PartCost(name, count, {kind: losses[f"{name} {kind}"]["flow"].error for kind in KINDS})
+        for name, count in counts.items()
+    ]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("bundle", type=Path, nargs="?", default=demo_bundle())
+    options.add_argument("--json", type=Path, help="also write the results here")
+    args = options.parse_args()
+    costs = measure_parts(args.bundle)
     print(f"{'part':18}{'matrices':>10}" + "".join(f"{kind:>10}" for kind in KINDS))
-    for name, count in counts.items():
-        errors = "".join(f"{losses[f'{name} {kind}']['flow'].error:10.1e}" for kind in KINDS)
-        print(f"{name:18}{count:10}{errors}")
+    for cost in costs:
+        errors = "".join(f"{cost.errors[kind]:10.1e}" for kind in KINDS)
+        print(f"{cost.part:18}{cost.matrices:10}{errors}")
+    if args.json:
+        write_file(args.json, msgspec.json.encode([cost._asdict() for cost in costs]))
 
 
 if __name__ == "__main__":

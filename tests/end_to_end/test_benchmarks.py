@@ -1,54 +1,42 @@
-"""The ablations of docs/results/2026-11-quantization.md run, and their tables hold together."""
-
-import re
-import sys
+"""The ablations behind docs/results/ run, and their numbers hold what theory demands."""
 
 import pytest
 
-from benchmarks import ablate_cache, ablate_layers, compare_quantisers
+from benchmarks.ablate_cache import SCHEMES, Scheme, measure_schemes
+from benchmarks.ablate_layers import measure_parts
+from benchmarks.compare_quantizers import measure_tools
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import read_manifest
 
 
-def table(module, capsys, monkeypatch, *args):
-    """What a benchmark prints: the numbers of each row by its words."""
-    monkeypatch.setattr(sys, "argv", ["benchmark", str(demo_bundle()), *args])
-    module.main()
-    found = {}
-    for line in capsys.readouterr().out.splitlines():
-        words, numbers = re.match(r"(.*?)((?:\s+-?\d[\d.e+-]*)*)(?:\s+blocks\S+)?$", line).groups()
-        if numbers:
-            found[" ".join(words.split())] = [float(number) for number in numbers.split()]
-    return found
-
-
 @pytest.mark.full
-def test_a_bit_more_of_cache_is_worth_6_db(capsys, monkeypatch):
-    found = {
-        bits: table(ablate_cache, capsys, monkeypatch, "--prompts=1", "--fit=1", "--seconds=1",
-                    f"--bits={bits}")
+def test_a_bit_more_of_cache_is_worth_6_db():
+    costs = {
+        bits: list(measure_schemes(demo_bundle(), prompts=1, fit=1, seconds=1, bits=bits))
         for bits in (8, 12)
-    }  # fmt: skip
-    assert len(found[8]) == len(ablate_cache.WAYS) + 1
-    way = "before RoPE token token absmax"  # never cut off, so all of its error is rounding
-    for part in (0, 2):  # keys, values
-        assert found[12][way][part] - found[8][way][part] == pytest.approx(4 * 6.02, abs=0.5)
-    for rows in found.values():
-        for keys, worst_keys, values, worst_values, *_ in rows.values():
-            assert worst_keys <= keys and worst_values <= values
+    }
+    unclipped = SCHEMES.index(Scheme("before RoPE", "token", "token", "per token", "absmax"))
+    for part in (0, 2):  # keys, values; nothing is clipped, so all of the error is rounding
+        gain = costs[12][unclipped].db[part] - costs[8][unclipped].db[part]
+        assert gain == pytest.approx(4 * 6.02, abs=0.5)
+    for cost in costs[8] + costs[12]:
+        keys, worst_keys, values, worst_values = cost.db
+        assert worst_keys <= keys and worst_values <= values
 
 
 @pytest.mark.full
-def test_every_part_with_matrices_loses_more_in_4_bits(capsys, monkeypatch):
-    found = table(ablate_layers, capsys, monkeypatch)
+def test_every_part_with_matrices_loses_more_in_4_bits():
+    costs = measure_parts(demo_bundle())
     layers = read_manifest(demo_bundle()).config.layers
     parts = {"time_embedding", "time_projection", "head", *(f"blocks.{n}" for n in range(layers))}
-    assert found.keys() == parts
-    assert all(0 < int8 < int4 / 4 for _, int8, int4 in found.values())
+    assert {cost.part for cost in costs} == parts
+    assert all(0 < cost.errors["int8"] < cost.errors["int4"] / 4 for cost in costs)
 
 
-def test_our_weights_are_no_worse_than_onnxruntimes(capsys, monkeypatch):
-    found = table(compare_quantisers, capsys, monkeypatch, "--prompts=1", "--seconds=1")
+def test_our_weights_are_no_worse_than_onnxruntimes():
+    means = {
+        (error.kind, error.tool): error.mean
+        for error in measure_tools(demo_bundle(), prompts=1, seconds=1)
+    }
     for kind in ("int8", "int4"):
-        mean, _ = found[f"{kind} ours"]
-        assert mean >= found[f"{kind} onnxruntime"][0] - 0.05
+        assert means[kind, "ours"] >= means[kind, "onnxruntime"] - 0.05

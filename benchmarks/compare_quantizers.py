@@ -1,17 +1,17 @@
-"""The error of our weight-only int8 and int4 beside other tools', on the same matrices and data.
+"""Compare the error of our weight-only int8 and int4 with other tools', on the same matrices.
 
-    python -m benchmarks.compare_quantisers [BUNDLE] [--modelopt PYTHON] [--prompts 2] [--seconds 5]
+    python -m benchmarks.compare_quantizers [BUNDLE] [--modelopt PYTHON] [--prompts 2] [--seconds 5]
 
-What the matrices of a bundle are multiplied with is taken from rollouts through the runtime: of
-some prompts to fit with, of others to measure with. Every matrix is a product in a graph of its
-own, in fp32, which each tool quantises; the error is that of its outputs, with activations as they
-are, against the exact ones: sum of squares over sum of squares, in dB. All scales are symmetric,
-one per output channel (int8) or per block of our width (int4).
+The inputs of a bundle's matrices are taken from rollouts through the runtime: of some prompts to
+fit with, of others to measure with. Every matrix is a product in a graph of its own, in fp32, which
+each tool quantizes; the error is that of its outputs, with activations as they are, against the
+exact ones: sum of squares over sum of squares, in dB. All scales are symmetric, one per output
+channel (int8) or per block of our width (int4).
 
 - onnxruntime.quantization: `quantize_dynamic` per channel (int8; of which only the weights are
   taken), `MatMulNBitsQuantizer` by rounding to nearest (int4).
-- NVIDIA ModelOpt, in an environment of its own whose interpreter is given: INT8_WEIGHT_ONLY_CFG of
-  modelopt.torch (int8), `awq_clip` of modelopt.onnx (int4), on its CPU path.
+- NVIDIA ModelOpt, in an environment of its own (--modelopt names its interpreter):
+  INT8_WEIGHT_ONLY_CFG of modelopt.torch (int8), `awq_clip` of modelopt.onnx (int4), on the CPU.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -34,6 +36,7 @@ from packforcing.calibration.recipes import quantised_layers
 from packforcing.calibration.weights import quantize_product
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import Prompt, draw_prompts
+from packforcing.files import write_file
 from packforcing.prompts import encode_prompt
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.backends import Graph, open_backend
@@ -58,8 +61,8 @@ import numpy as np
 import onnx
 from modelopt.onnx.quantization.int4 import quantize
 source, data, target, block = sys.argv[1:]
-given = [dict(np.load(data))]
-onnx.save(quantize(source, "awq_clip", given, ["cpu"], False, block_size=int(block)), target)
+inputs = [dict(np.load(data))]
+onnx.save(quantize(source, "awq_clip", inputs, ["cpu"], False, block_size=int(block)), target)
 """
 MODELOPT_INT8 = """
 import sys
@@ -67,22 +70,38 @@ import numpy as np
 import torch
 import modelopt.torch.quantization as mtq
 source, target = sys.argv[1:]
-found = {}
+weights = {}
 for name, weight in np.load(source).items():
     linear = torch.nn.Linear(*weight.shape, bias=False)
     linear.weight.data = torch.from_numpy(weight.T.copy())
     model = mtq.quantize(torch.nn.Sequential(linear), mtq.INT8_WEIGHT_ONLY_CFG)
-    found[name] = model[0].weight_quantizer(model[0].weight).detach().numpy().T
-np.savez(target, **found)
+    weights[name] = model[0].weight_quantizer(model[0].weight).detach().numpy().T
+np.savez(target, **weights)
 """
 
 
-class Watched:
-    """A denoiser that keeps `ROWS` tokens of what each matrix is multiplied with in each call."""
+class ToolError(NamedTuple):
+    """The error of a tool's quantized weights over all matrices.
+
+    Attributes:
+        mean: Signal-to-noise ratio of the outputs in dB, mean over the matrices.
+        worst: The lowest of a matrix.
+        matrix: The matrix that has it.
+    """
+
+    kind: str
+    tool: str
+    mean: float
+    worst: float
+    matrix: str
+
+
+class RecordingDenoiser:
+    """A denoiser that records `ROWS` tokens of each matrix's inputs in each call."""
 
     def __init__(self, bundle: Path, seed: int = 0) -> None:
         config, path = read_manifest(bundle).config, bundle / graph_file("denoiser")
-        model, self.seen, self.rng = ir.load(path), {}, np.random.default_rng(seed)
+        model, self.rng = ir.load(path), np.random.default_rng(seed)
         outputs, self.rows = [], {}
         for name, product in matrices(model.graph, config, quantised_layers(config)).items():
             _, _, matrix = name.split(".", 2)
@@ -95,11 +114,8 @@ class Watched:
             outputs.append(TensorSpec(str(value.name), shape, known(value.dtype).numpy().name))
             self.rows[outputs[-1].name] = name
         spec = contract(config)["denoiser"]
-        self.seconds, self.outputs, self.kept = (
-            0.0,
-            outputs,
-            {name: [] for name in self.rows.values()},
-        )
+        self.seconds, self.outputs = 0.0, outputs
+        self.inputs: dict[str, list[np.ndarray]] = {name: [] for name in self.rows.values()}
         self.graph = Graph(
             path,
             GraphSpec(spec.inputs, (*spec.outputs, *outputs)),
@@ -109,50 +125,50 @@ class Watched:
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         host, tokens = HostDevice(), arrays["tokens"].shape[1]
-        seen = {
+        values = {
             tensor.name: host.allocate(
                 "inputs", (1, tokens, int(tensor.shape[2])), tensor.dtype, host=True
             )
             for tensor in self.outputs
         }
-        call = self.graph.bind({**arrays, **seen})
+        call = self.graph.bind({**arrays, **values})
 
         def run() -> None:
             call()
-            chosen = self.rng.choice(tokens, min(ROWS, tokens), replace=False)
-            for output, array in seen.items():
-                self.kept[self.rows[output]].append(array.host[0, chosen].astype(np.float32))
+            taken = self.rng.choice(tokens, min(ROWS, tokens), replace=False)
+            for output, array in values.items():
+                self.inputs[self.rows[output]].append(array.host[0, taken].astype(np.float32))
 
         return run
 
 
 def inputs_of(bundle: Path, prompts: list[Prompt], seconds: float) -> Data:
-    """What each matrix is multiplied with in rollouts."""
+    """Return the inputs of each matrix in rollouts."""
     manifest = read_manifest(bundle)
     config = manifest.config
     backend = open_backend("onnxruntime", bundle, manifest, config, None)
-    watched = Watched(bundle)
-    backend.graphs["denoiser"] = watched
+    recorder = RecordingDenoiser(bundle)
+    backend.graphs["denoiser"] = recorder
     rollout, blocks = Rollout(config, backend), config.blocks(config.frames(seconds))
     for prompt in prompts:
         rollout.begin(encode_prompt(prompt.content, config), blocks, prompt.seed)
         for _ in range(blocks):
             rollout.next_block()
     backend.close()
-    kept = {name: np.concatenate(rows) for name, rows in watched.kept.items()}
-    for name in list(kept):
+    inputs = {name: np.concatenate(rows) for name, rows in recorder.inputs.items()}
+    for name in list(inputs):
         layer, _, matrix = name.partition(".")[2].partition(".")
         for other, first in SHARED.items():
             if matrix == first:
-                kept[f"blocks.{layer}.{other}"] = kept[name]
-    return kept
+                inputs[f"blocks.{layer}.{other}"] = inputs[name]
+    return inputs
 
 
 def products(weights: Data) -> ir.Model:
-    """A graph of one product for each matrix, x.NAME times it gives y.NAME."""
+    """Return a graph of one product for each matrix: x.NAME times it gives y.NAME."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="products")
     for name, weight in weights.items():
-        given = ir.Value(
+        rows = ir.Value(
             name=f"x.{name}",
             shape=ir.Shape(["rows", weight.shape[0]]),
             type=ir.TensorType(ir.DataType.FLOAT),
@@ -164,31 +180,32 @@ def products(weights: Data) -> ir.Model:
             const_value=ir.tensor(weight, name=name),
         )
         graph.register_initializer(matrix)
-        node = ir.node("MatMul", [given, matrix], name=name)
+        node = ir.node("MatMul", [rows, matrix], name=name)
         out = node.outputs[0]
         out.name, out.dtype, out.shape = (
             f"y.{name}",
-            given.dtype,
+            rows.dtype,
             ir.Shape(["rows", weight.shape[1]]),
         )
         graph.append(node)
-        graph.inputs.append(given)
+        graph.inputs.append(rows)
         graph.outputs.append(out)
     return ir.Model(graph, ir_version=10)
 
 
-def run(model: bytes, given: Data) -> Data:
-    """What a graph of products gives, as nearly as it can be computed."""
+def outputs_of(model: bytes, inputs: Data) -> Data:
+    """Return the outputs of a graph of products, computed without optimizations."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
-    found = session.run(names, {v.name: given[v.name[2:]] for v in session.get_inputs()})
-    return {name[2:]: out for name, out in zip(names, found)}
+    outputs = session.run(names, {v.name: inputs[v.name[2:]] for v in session.get_inputs()})
+    return {name[2:]: output for name, output in zip(names, outputs)}
 
 
-def ours(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+def ours(weights: Data, fit: Data, inputs: Data, kind: str, block: int) -> Data:
+    """Return the outputs of our quantized weights."""
     model = products(weights)
     for node in list(model.graph):
         rows = fit[str(node.name)]
@@ -196,10 +213,10 @@ def ours(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
         together = np.einsum("nib,nic->ibc", parts, parts, optimize=True) / np.float32(len(rows))
         quantize_product(node, str(node.name), kind, together)
     model.graph.opset_imports[""] = 24
-    return run(ir.to_proto(model).SerializeToString(), given)
+    return outputs_of(ir.to_proto(model).SerializeToString(), inputs)
 
 
-def onnxruntime_int8(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+def onnxruntime_int8(weights: Data, fit: Data, inputs: Data, kind: str, block: int) -> Data:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     logging.disable(logging.WARNING)  # it advises to prepare a graph that has one operation
@@ -208,7 +225,7 @@ def onnxruntime_int8(weights: Data, fit: Data, given: Data, kind: str, block: in
         ir.save(products(weights), source)
         quantize_dynamic(source, target, per_channel=True, weight_type=QuantType.QInt8)
         constants = ir.load(target).graph.initializers
-        read = {
+        parts = {
             name: tuple(
                 known(constants[f"{name}_{part}"].const_value).numpy().astype(np.float32)
                 for part in ("quantized", "zero_point", "scale")
@@ -216,21 +233,22 @@ def onnxruntime_int8(weights: Data, fit: Data, given: Data, kind: str, block: in
             for name in weights
         }
     return {
-        name: given[name] @ ((whole - zero) * scale) for name, (whole, zero, scale) in read.items()
+        name: inputs[name] @ ((whole - zero) * scale)
+        for name, (whole, zero, scale) in parts.items()
     }
 
 
-def onnxruntime_int4(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+def onnxruntime_int4(weights: Data, fit: Data, inputs: Data, kind: str, block: int) -> Data:
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
 
     how = nbits.DefaultWeightOnlyQuantConfig(block, is_symmetric=True, accuracy_level=1)
     quantizer = nbits.MatMulNBitsQuantizer(ir.to_proto(products(weights)), algo_config=how)
     quantizer.process()
-    return run(quantizer.model.model.SerializeToString(), given)
+    return outputs_of(quantizer.model.model.SerializeToString(), inputs)
 
 
 def modelopt(interpreter: str) -> Callable[[Data, Data, Data, str, int], Data]:
-    def quantised(weights: Data, fit: Data, given: Data, kind: str, block: int) -> Data:
+    def quantized(weights: Data, fit: Data, inputs: Data, kind: str, block: int) -> Data:
         with tempfile.TemporaryDirectory() as folder:
             source, data, target = (Path(folder, name) for name in ("a.onnx", "a.npz", "b.onnx"))
             if kind == "int8":
@@ -245,10 +263,55 @@ def modelopt(interpreter: str) -> Callable[[Data, Data, Data, str, int], Data]:
             if done.returncode:
                 raise ConfigError(f"ModelOpt does not run: {done.stderr.strip().splitlines()[-1]}")
             if kind == "int4":
-                return run(target.read_bytes(), given)
-            return {name: given[name] @ weight for name, weight in np.load(target).items()}
+                return outputs_of(target.read_bytes(), inputs)
+            return {name: inputs[name] @ weight for name, weight in np.load(target).items()}
 
-    return quantised
+    return quantized
+
+
+def measure_tools(
+    bundle: Path, prompts: int = 2, seconds: float = 5.0, interpreter: str | None = None
+) -> Iterator[ToolError]:
+    """Yield the error of every tool, first ours, in int8 and then in int4.
+
+    Args:
+        bundle: A bundle whose weights are not quantized.
+        prompts: Prompts to fit with; as many others are measured with.
+        seconds: Length of every rollout.
+        interpreter: Python of an environment that has ModelOpt.
+    """
+    config = read_manifest(bundle).config
+    drawn = draw_prompts(config, 2 * prompts, seed=0)
+    fit = inputs_of(bundle, drawn[:prompts], seconds)
+    inputs = inputs_of(bundle, drawn[prompts:], seconds)
+    graph = ir.load(bundle / graph_file("denoiser")).graph
+    weights = {
+        name: known(stored(known(node.inputs[1])).const_value).numpy().astype(np.float32)
+        for name, node in matrices(graph, config, quantised_layers(config)).items()
+    }
+    exact = {name: inputs[name] @ weight for name, weight in weights.items()}
+    tools = {
+        "int8": {"ours": ours, "onnxruntime": onnxruntime_int8},
+        "int4": {"ours": ours, "onnxruntime": onnxruntime_int4},
+    }
+    if interpreter:
+        for by_name in tools.values():
+            by_name["modelopt"] = modelopt(interpreter)
+    for kind, by_name in tools.items():
+        for tool, quantized in by_name.items():
+            ratios = {}
+            by_block: dict[int, Data] = {}
+            for name, weight in weights.items():  # int8 has a scale per output, all at once
+                block = weight_block(kind, *weight.shape) if kind == "int4" else 0
+                by_block.setdefault(block, {})[name] = weight
+            for block, part in by_block.items():
+                some = ({name: data[name] for name in part} for data in (fit, inputs))
+                for name, output in quantized(part, *some, kind, block).items():
+                    noise = np.square(output - exact[name], dtype=np.float64).sum()
+                    signal = np.square(exact[name], dtype=np.float64).sum()
+                    ratios[name] = 10 * math.log10(signal / noise)
+            worst = min(ratios, key=lambda name: ratios[name])
+            yield ToolError(kind, tool, float(np.mean(list(ratios.values()))), ratios[worst], worst)
 
 
 def main() -> None:
@@ -259,42 +322,17 @@ def main() -> None:
     options.add_argument("--modelopt", metavar="PYTHON", help="of an environment that has it")
     options.add_argument("--prompts", type=int, default=2, help="as many again to measure with")
     options.add_argument("--seconds", type=float, default=5.0)
+    options.add_argument("--json", type=Path, help="also write the results here")
     args = options.parse_args()
-    config = read_manifest(args.bundle).config
-    prompts = draw_prompts(config, 2 * args.prompts, seed=0)
-    fit = inputs_of(args.bundle, prompts[: args.prompts], args.seconds)
-    given = inputs_of(args.bundle, prompts[args.prompts :], args.seconds)
-    graph = ir.load(args.bundle / graph_file("denoiser")).graph
-    weights = {
-        name: known(stored(known(node.inputs[1])).const_value).numpy().astype(np.float32)
-        for name, node in matrices(graph, config, quantised_layers(config)).items()
-    }
-    exact = {name: given[name] @ weight for name, weight in weights.items()}
-    tools = {
-        "int8": {"ours": ours, "onnxruntime": onnxruntime_int8},
-        "int4": {"ours": ours, "onnxruntime": onnxruntime_int4},
-    }
-    if args.modelopt:
-        for by_name in tools.values():
-            by_name["modelopt"] = modelopt(args.modelopt)
-    print(f"{config.name}: output error of {len(weights)} matrices, dB (more is better)")
+    print("output error of each matrix, dB (more is better)")
     print(f"{'':6}{'':14}{'mean':>8}{'worst':>8}   worst matrix")
-    for kind, by_name in tools.items():
-        for tool, quantised in by_name.items():
-            ratios = {}
-            by_block: dict[int, Data] = {}
-            for name, weight in weights.items():  # int8 has a scale per output, all at once
-                block = weight_block(kind, *weight.shape) if kind == "int4" else 0
-                by_block.setdefault(block, {})[name] = weight
-            for block, part in by_block.items():
-                some = ({name: data[name] for name in part} for data in (fit, given))
-                for name, out in quantised(part, *some, kind, block).items():
-                    noise = np.square(out - exact[name], dtype=np.float64).sum()
-                    signal = np.square(exact[name], dtype=np.float64).sum()
-                    ratios[name] = 10 * math.log10(signal / noise)
-            worst = min(ratios, key=lambda name: ratios[name])
-            mean = sum(ratios.values()) / len(ratios)
-            print(f"{kind:6}{tool:14}{mean:8.2f}{ratios[worst]:8.2f}   {worst}", flush=True)
+    errors = []
+    for error in measure_tools(args.bundle, args.prompts, args.seconds, args.modelopt):
+        line = f"{error.kind:6}{error.tool:14}{error.mean:8.2f}{error.worst:8.2f}   {error.matrix}"
+        print(line, flush=True)
+        errors.append(error._asdict())
+    if args.json:
+        write_file(args.json, msgspec.json.encode(errors))
 
 
 if __name__ == "__main__":
