@@ -1,13 +1,17 @@
 """Time per block: the runtime against the PyTorch reference, eager and compiled, side by side.
 
     python -m benchmarks.bench_runtime [--json FILE] [--only NAME]
+    python -m benchmarks.bench_runtime --against CHECKOUT    # before and after, in one run
 
-All three generate the same video in turn, block by block, in one process on the same cores;
-blocks before every partition is full are not counted. The middle size is a transformer of dim
-768 with 12 layers and 390 tokens a frame, random weights. `long` renders 120 s of demo video and
-fits how time per block and resident memory grow. `checkpoints` renders as much and says which part
-of the time went into what makes a render resumable; both are wall time of one run, so it holds on
-a busy machine too.
+With --against, the runtime alone is timed, in alternation with that of another checkout, such as
+`git worktree add ../before REVISION`; see `benchmarks/against.py`.
+
+Otherwise all three generate the same video in turn, block by block, in one process on the same
+cores; blocks before every partition is full are not counted. The middle size is a transformer of
+dim 768 with 12 layers and 390 tokens a frame, random weights. `long` renders 120 s of demo video
+and fits how time per block and resident memory grow. `checkpoints` renders as much and says which
+part of the time went into what makes a render resumable; both are wall time of one run, so it holds
+on a busy machine too.
 """
 
 from __future__ import annotations
@@ -20,13 +24,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
+from benchmarks.against import time_against
 from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.plan import memory
@@ -237,13 +243,21 @@ BENCHES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=BENCHES, help="one benchmark instead of all")
     parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument(
+        "--against", type=Path, metavar="CHECKOUT", help="time another checkout too"
+    )
     args = parser.parse_args()
     results = {}
-    for name, bench in BENCHES.items():
-        if args.only in (None, name):
+    benches: dict[str, Callable[[], dict]] = BENCHES
+    if args.against:
+        benches = {"against": partial(time_against, args.against, THREADS)}
+    for name, bench in benches.items():
+        if args.against or args.only in (None, name):
             results[name] = bench()
             print(name, json.dumps(results[name], indent=1), flush=True)
     if args.json:

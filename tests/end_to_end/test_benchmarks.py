@@ -1,9 +1,12 @@
 """The ablations behind docs/results/ run, and their numbers hold what theory demands."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.ablate_cache import SCHEMES, Scheme, measure_schemes
 from benchmarks.ablate_layers import measure_parts
+from benchmarks.against import time_against
 from benchmarks.compare_quantizers import measure_tools
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import read_manifest
@@ -40,3 +43,12 @@ def test_our_weights_are_no_worse_than_onnxruntimes():
     }
     for kind in ("int8", "int4"):
         assert means[kind, "ours"] >= means[kind, "onnxruntime"] - 0.05
+
+
+def test_two_checkouts_are_timed_in_one_run():
+    root = Path(__file__).parents[2]
+    times = time_against(root, threads=1, blocks=4)
+    for figure in ("ms_per_block", "import_seconds"):
+        this, other, ratio = (times[figure][name] for name in ("this", "other", "ratio"))
+        assert this > 0 and other > 0
+        assert ratio == pytest.approx(this / other, abs=0.01)

@@ -1,0 +1,79 @@
+"""Render a list of prompts, one video each; started again, it continues.
+
+    python examples/batch_render.py prompts.txt videos --seconds 20
+
+Every line of the file is a prompt. A finished video is skipped and an interrupted one is resumed,
+so the program may be stopped at any time (Ctrl-C) and started again. A video is named by its line
+and a hash of prompt, length and seed: a changed line makes a new video.
+
+Needs `pip install "packforcing[cpu]"`, and no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from packforcing import PackForcingError
+from packforcing.errors import RenderStopped
+from packforcing.runtime import Session, demo_bundle
+
+
+def render_all(
+    session: Session, prompts: list[str], folder: Path, seconds: float, stopped: threading.Event
+) -> int:
+    """Render what is missing, print one line per video, and return how many failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    for number, prompt in enumerate(prompts):
+        request = hashlib.sha256(f"{prompt}\n{seconds:g}\n{number}".encode()).hexdigest()
+        path = folder / f"{number:03}-{request[:8]}.mp4"
+        if stopped.is_set():
+            break
+        if path.exists():
+            print(f"{path.name}  was there  {prompt}", flush=True)
+            continue
+        try:
+            summary = session.render(prompt, seconds, path, seed=number, resume=True)
+        except RenderStopped:
+            print(f"{path.name}  stopped  {prompt}", flush=True)
+        except PackForcingError as error:
+            print(f"{path.name}  failed  {error}", flush=True)
+            failures += 1
+        else:
+            fresh = summary.frames - summary.frames_resumed
+            print(
+                f"{path.name}  {fresh} frames in {summary.seconds_total:.1f} s  {prompt}",
+                flush=True,
+            )
+    return failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prompts", type=Path, help="a text file, a prompt in each line")
+    parser.add_argument("folder", type=Path, help="for the videos")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--bundle", default=demo_bundle())
+    args = parser.parse_args()
+    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    stopped = threading.Event()
+    with Session.open(args.bundle) as session:
+
+        def stop(*_: object) -> None:
+            stopped.set()
+            session.stop()  # after the current block; all blocks until then are on the disk
+
+        signal.signal(signal.SIGINT, stop)
+        failures = render_all(
+            session, list(filter(None, map(str.strip, lines))), args.folder, args.seconds, stopped
+        )
+    sys.exit("stopped: the same command continues" if stopped.is_set() else bool(failures))
+
+
+if __name__ == "__main__":
+    main()
