@@ -1,7 +1,7 @@
 """The group of commands: loads a command when it is named, turns errors into exit codes.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output that
-`verify` compared is off, 2 a mistake that a message explains, 130 interrupted, 143 terminated.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output missed its
+tolerance in `verify`, 2 a mistake that one line explains, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -16,31 +16,40 @@ import click
 from packforcing import __version__
 from packforcing.errors import PackForcingError
 
-COMMANDS = {  # name: module that defines it
-    "demo": "videos",
-    "render": "videos",
-    "encode-prompt": "videos",
-    "models": "weights",
-    "fetch": "weights",
-    "import-checkpoint": "weights",
-    "export": "bundles",
-    "calibrate": "bundles",
-    "quantize": "bundles",
-    "inspect": "bundles",
-    "verify": "bundles",
-    "build": "bundles",
-    "plan": "machine",
-    "doctor": "machine",
-    "evaluate": "evaluation",
-    "compare": "evaluation",
+GROUPS = {  # heading: names of commands, and the module that has each
+    "Make videos": {
+        "demo": "videos",
+        "render": "videos",
+        "encode-prompt": "videos",
+    },
+    "Prepare models": {
+        "models": "weights",
+        "fetch": "weights",
+        "import-checkpoint": "weights",
+        "export": "bundles",
+        "calibrate": "bundles",
+        "quantize": "bundles",
+        "inspect": "bundles",
+        "verify": "bundles",
+    },
+    "Run on a GPU": {
+        "doctor": "machine",
+        "plan": "machine",
+        "build": "machine",
+    },
+    "Measure": {
+        "evaluate": "evaluation",
+        "compare": "evaluation",
+    },
 }
+COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 
 
 class CommandGroup(click.Group):
     """A group that imports commands on demand and ends in one line instead of a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
@@ -48,6 +57,17 @@ class CommandGroup(click.Group):
         module = import_module(f"packforcing.app.cli.{COMMANDS[name]}")
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, COMMANDS))
+        for heading, names in GROUPS.items():
+            rows = []
+            for name in names:
+                command = self.get_command(ctx, name)
+                assert command is not None
+                rows.append((name.ljust(width), command.get_short_help_str(formatter.width)))
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
     def main(self, *args: Any, **extra: Any) -> Any:
         for stream in sys.stdout, sys.stderr:
@@ -60,7 +80,7 @@ class CommandGroup(click.Group):
             code = _print_error(f"{error.format_message().rstrip('.')} (see {where} --help)")
         except PackForcingError as error:
             code = _print_error(str(error))
-        except click.Abort:  # made from a KeyboardInterrupt
+        except click.Abort:  # raised by click for a KeyboardInterrupt
             click.echo("interrupted: no unfinished file has its final name", err=True)
             code = 130
         sys.exit(code)
@@ -75,10 +95,22 @@ def _print_error(message: str) -> int:
 @click.group(
     "packforcing",
     cls=CommandGroup,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "PACKFORCING",
+    },
+    epilog="""\b
+Environment variables set defaults: PACKFORCING_RENDER_BUNDLE is for
+`render --bundle`, PACKFORCING_BUILD_TARGET for `build --target`.
+
+\b
+Completion of commands and options, in ~/.bashrc:
+  eval "$(_PACKFORCING_COMPLETE=bash_source packforcing)"
+zsh_source and fish_source are for the other shells.
+""",
     invoke_without_command=True,
 )
-@click.version_option(__version__, prog_name="packforcing")
+@click.version_option(__version__, prog_name="packforcing", allow_from_autoenv=False)
 @click.pass_context
 def main(ctx: click.Context) -> None:
     """Long videos from text, in fixed memory plus a small archive of the past.

@@ -1,4 +1,4 @@
-"""Commands about this machine and its memory: doctor, plan."""
+"""Commands about running on a GPU: doctor, plan, build."""
 
 from __future__ import annotations
 
@@ -9,128 +9,27 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packforcing.app.cli.options import (
+    BUDGETS,
+    CACHE_DTYPES,
+    FILE,
+    PRECISION,
+    WEIGHT_DTYPES,
+    bundle_option,
     json_option,
+    option,
+    seconds_option,
     shape_options,
+    target_attrs,
 )
-from packforcing.app.cli.output import print_json
-from packforcing.app.cli.settings import (
-    budget_bytes,
-    shaped,
-    stored_precision,
-)
-from packforcing.errors import (
-    ConfigError,
-)
+from packforcing.app.cli.output import print_json, print_tables
+from packforcing.app.cli.progress import engine_meter
+from packforcing.app.cli.settings import with_dtypes, with_shape
+from packforcing.errors import ConfigError
+from packforcing.extras import optional_imports
+from packforcing.units import format_file_size, format_memory
 
 if TYPE_CHECKING:
-    pass
-
-
-@click.command()
-@click.argument("bundle", required=False)
-@click.option("--model", "model_name", metavar="NAME", help="Which model: demo or wan-1.3b.")
-@click.option(
-    "--budget",
-    metavar="GIB[,GIB...]",
-    help="Memory on the card for everything but the CUDA context, in GiB.  "
-    "[default: what the model asks for]",
-)
-@click.option(
-    "--target",
-    "targets",
-    metavar="NAME[,NAME...]",
-    help="What the card is, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  "
-    "[default: what BUNDLE was built for, or sm86]",
-)
-@click.option("--gpu", metavar="NAME", help='A card by name, like "RTX 4060": target and budget.')
-@shape_options
-@click.option(
-    "--precision",
-    metavar="WEIGHTS,CACHE",
-    help="Number formats to keep to, like fp16,int8.  [default: the best that fits]",
-)
-@click.option(
-    "--seconds", default=60.0, show_default=True, help="Length of the video, for the archive."
-)
-@click.option("--picture", metavar="FILE.png", help="Draw what fills the budgets.")
-@json_option
-def plan(
-    bundle: str | None,
-    model_name: str | None,
-    budget: str | None,
-    targets: str | None,
-    gpu: str | None,
-    precision: str | None,
-    seconds: float,
-    picture: str | None,
-    as_json: bool,
-    **shape: Any,
-) -> None:
-    """Show what takes memory on a card, and what fits.
-
-    Needs no weights, GPU or engine. Given a budget, gives up precision before history until all
-    of it fits; several budgets or targets make a table. Of a BUNDLE whose engines are built, the
-    builder's figures replace the estimates, and on a GPU those of the loaded engines stand
-    beside them. Exit code 2 if the one budget asked for is too small.
-
-    \b
-    Examples:
-      packforcing plan --model wan-1.3b --gpu "RTX 4060"
-      packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120
-      packforcing plan my-bundle
-    """
-    from packforcing.app.reports import plan as plan_report
-    from packforcing.errors import PlanError
-    from packforcing.presets import model_config
-    from packforcing.runtime.bundle import read_manifest
-    from packforcing.runtime.estimate import find_gpu
-    from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose
-    from packforcing.units import GIB
-
-    engines = None
-    if bundle is None:
-        config = shaped(model_config(model_name or "wan-1.3b"), **shape)
-        kept = stored_precision(precision, config)
-    else:
-        if model_name or precision or any(shape.values()):
-            raise ConfigError("a bundle has its model, sizes, history and precision already")
-        config, kept = read_manifest(bundle).config, None
-        engines = plan_report.measured(Path(bundle))
-    budgets = [None] if budget is None else budget_bytes(budget)
-    known = engines.targets[:1] if engines else ()
-    names = [name.strip() for name in targets.split(",")] if targets else [*known, "sm86"][:1]
-    if gpu is not None:
-        if targets is not None:
-            raise ConfigError("choose one of --gpu and --target")
-        card = find_gpu(gpu)
-        names = [card.target]
-        if budget is None:
-            budgets = [card.memory * GIB - CUDA_CONTEXT]
-    rows: list[tuple[int | None, str, Plan | PlanError]] = []
-    for wanted, target in product(budgets, names):
-        try:
-            found = choose(
-                config, target, wanted, precision=kept, seconds=seconds,
-                built=engines and engines.built,
-                any_autoencoder=bundle is None and shape["vae"] is None,
-            )  # fmt: skip
-            rows.append((wanted, target, found))
-        except PlanError as error:
-            if len(budgets) * len(names) == 1:
-                raise
-            rows.append((wanted, target, error))
-    if picture is not None:
-        plan_report.draw(rows, config, Path(picture))
-    if as_json:
-        print_json(plan_report.described(rows, config, engines))
-        return
-    match rows:
-        case [(wanted, _, Plan() as only)]:
-            lines = plan_report.detail(wanted, only, seconds, engines)
-        case _:
-            free = kept is None and bundle is None
-            lines = plan_report.table(rows, config, free)
-    click.echo("\n".join(lines))
+    from packforcing.runtime.engine_records import Length
 
 
 @click.command()
@@ -138,7 +37,7 @@ def plan(
 def doctor(as_json: bool) -> None:
     """Show what this machine can export, build and run.
 
-    Every "no" comes with what to do about it. Nothing is changed, no model is loaded.
+    Each "no" names its remedy. Nothing is changed, and no model is loaded.
 
     \b
     Example:
@@ -146,25 +45,229 @@ def doctor(as_json: bool) -> None:
     """
     import msgspec
 
+    from packforcing.app.reports.tables import make_table
     from packforcing.runtime.doctor import diagnose
 
-    found = diagnose(Path.cwd())
+    machine = diagnose(Path.cwd())
     if as_json:
-        print_json(msgspec.to_builtins(found))
+        print_json(msgspec.to_builtins(machine))
         return
-    memory, total = (f"{count / 2**30:.1f}" for count in (found.memory_free, found.memory_total))
-    click.echo(f"packforcing {found.packforcing}, Python {found.python}, {found.system}")
-    click.echo(f"CPU     {found.cpu_cores} cores, {memory} of {total} GiB memory free")
-    click.echo(f"disk    {found.disk_free / 2**30:.1f} GiB free in {Path.cwd()}")
-    if found.driver:
-        cuda = "{}.{}".format(*found.driver.cuda)
-        click.echo(f"driver  NVIDIA {found.driver.version}, runs CUDA up to {cuda}")
-    for gpu in found.gpus:
-        free, total = (f"{count / 2**30:.1f}" for count in (gpu.memory_free, gpu.memory_total))
-        click.echo(f"GPU {gpu.index}   {gpu.name} ({gpu.target}), {free} of {total} GiB free")
-    if found.no_gpu:
-        click.echo(f"GPU     {found.no_gpu}")
-    click.echo("")
-    for capability in found.capabilities:
-        answer = "yes" if capability.able else "no"
-        click.echo(f"{answer:<4} {capability.name:<30} {capability.detail}")
+    rows = [
+        (
+            "CPU",
+            f"{machine.cpu_cores} cores, {format_memory(machine.memory_free)} of "
+            f"{format_memory(machine.memory_total)} memory free",
+        ),
+        ("disk", f"{format_file_size(machine.disk_free)} free in {Path.cwd()}"),
+    ]
+    if machine.driver:
+        cuda = "{}.{}".format(*machine.driver.cuda)
+        rows.append(("driver", f"NVIDIA {machine.driver.version}, runs CUDA up to {cuda}"))
+    for gpu in machine.gpus:
+        memory = f"{format_memory(gpu.memory_free)} of {format_memory(gpu.memory_total)} free"
+        rows.append((f"GPU {gpu.index}", f"{gpu.name} ({gpu.target}), {memory}"))
+    if machine.no_gpu:
+        rows.append(("GPU", machine.no_gpu))
+    capabilities = (
+        ("yes" if capability.able else "no", capability.name, capability.detail)
+        for capability in machine.capabilities
+    )
+    print_tables(
+        f"packforcing {machine.packforcing}, Python {machine.python}, {machine.system}",
+        make_table(rows),
+        "",
+        make_table(capabilities),
+    )
+
+
+@click.command()
+@bundle_option("Exported model.  [default: no bundle; a model by --model]")
+@option(
+    "--model",
+    metavar="NAME",
+    help="Model to plan: demo, wan-1.3b or one of `packforcing models`.  [default: wan-1.3b]",
+)
+@option(
+    "--budget",
+    type=BUDGETS,
+    metavar="GIB[,GIB...]",
+    help="Device memory in GiB, without the CUDA context.  [default: as much as the model takes]",
+)
+@option(
+    "--target",
+    **target_attrs,
+    help="GPU architecture, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  "
+    "[default: the one that the bundle was built for, or sm86]",
+)
+@option("--gpu", metavar="NAME", help='A GPU by name, like "RTX 4060": sets target and budget.')
+@shape_options
+@option("--weight-dtype", type=click.Choice(WEIGHT_DTYPES), help="Dtype of the weights.  "
+        "[default: the most exact that fits]")  # fmt: skip
+@option("--cache-dtype", type=click.Choice(CACHE_DTYPES), help="Dtype of the KV cache.  "
+        "[default: the most exact that fits]")  # fmt: skip
+@option("--precision", type=PRECISION, metavar="WEIGHTS,CACHE", hidden=True)
+@seconds_option(60.0, "Length of the video; the archive grows with it.")
+@option("--picture", type=FILE, metavar="FILE.png", help="Draw the plans as bars.")
+@json_option
+def plan(
+    bundle: Path | None,
+    model: str | None,
+    budget: tuple[int, ...] | None,
+    target: tuple[str, ...] | None,
+    gpu: str | None,
+    weight_dtype: str | None,
+    cache_dtype: str | None,
+    precision: tuple[str, str] | None,
+    seconds: float,
+    picture: Path | None,
+    as_json: bool,
+    **shape: Any,
+) -> None:
+    """Show what takes memory on a GPU, and what fits.
+
+    Needs no weights, GPU or engine. For a budget, precision is given up before history until all
+    fits. Several budgets or targets make a table. For a bundle with engines, the builder's figures
+    replace the estimates; on a GPU, those of the loaded engines are shown as well. Exit code 2 if a
+    single budget is too small.
+
+    \b
+    Examples:
+      packforcing plan --model wan-1.3b --gpu "RTX 4060"
+      packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120
+      packforcing plan --bundle my-bundle
+    """
+    from packforcing.app.reports import plan as report
+    from packforcing.errors import PlanError
+    from packforcing.presets import model_config
+    from packforcing.runtime.bundle import read_manifest
+    from packforcing.runtime.estimate import find_gpu
+    from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose
+    from packforcing.units import GIB
+
+    if precision is not None:
+        if weight_dtype or cache_dtype:
+            raise ConfigError("choose --weight-dtype and --cache-dtype, or --precision")
+        weight_dtype, cache_dtype = precision
+    engines, dtypes = None, None
+    if bundle is None:
+        config = with_shape(model_config(model or "wan-1.3b"), **shape)
+        dtypes = with_dtypes(config, weight_dtype, cache_dtype)
+    else:
+        if model or weight_dtype or cache_dtype or any(shape.values()):
+            raise ConfigError("a bundle has its model, sizes, history and dtypes already")
+        config = read_manifest(bundle).config
+        engines = report.measured(bundle)
+    budgets: tuple[int | None, ...] = budget or (None,)
+    targets = target or (engines.targets[:1] if engines else ()) or ("sm86",)
+    if gpu is not None:
+        if target is not None:
+            raise ConfigError("choose one of --gpu and --target")
+        model_of_gpu = find_gpu(gpu)
+        targets = (model_of_gpu.target,)
+        if budget is None:
+            budgets = (model_of_gpu.memory * GIB - CUDA_CONTEXT,)
+    rows: list[tuple[int | None, str, Plan | PlanError]] = []
+    for budget_bytes, name in product(budgets, targets):
+        try:
+            fitting = choose(
+                config, name, budget_bytes, precision=dtypes, seconds=seconds,
+                built=engines and engines.built,
+                any_autoencoder=bundle is None and shape["vae"] is None,
+            )  # fmt: skip
+            rows.append((budget_bytes, name, fitting))
+        except PlanError as error:
+            if len(budgets) * len(targets) == 1:
+                raise
+            rows.append((budget_bytes, name, error))
+    if picture is not None:
+        report.draw(rows, config, picture)
+    if as_json:
+        print_json(report.described(rows, config, engines))
+        return
+    match rows:
+        case [(budget_bytes, _, Plan() as only)]:
+            print_tables(*report.detail(budget_bytes, only, seconds, engines))
+        case _:
+            print_tables(*report.table(rows, config, dtypes is None and bundle is None))
+
+
+@click.command()
+@bundle_option("Bundle to build engines for.", required=True)
+@option(
+    "--target",
+    aliases=["--targets"],
+    **target_attrs,
+    help="GPU architecture: sm75 (RTX 20), sm80, sm86 (RTX 30), sm89 (RTX 40), sm120 (RTX 50), "
+    "sm121.  [default: sm86,sm89,sm120; with tensorrt, this machine's]",
+)
+@option(
+    "--backend",
+    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    default="tensorrt-rtx",
+    show_default=True,
+    help="tensorrt-rtx builds on any machine; tensorrt needs the GPU that runs the engines.",
+)
+@option(
+    "--length",
+    type=click.Choice(["input", "mask"]),
+    default="input",
+    show_default=True,
+    help="How attention learns how much of the context is valid. Use mask where `packforcing "
+    "verify` fails on a GPU.",
+)
+@option(
+    "--stream-weights",
+    is_flag=True,
+    help="Allow a part of the denoiser's weights to stay in host memory, where a plan needs it.",
+)
+@json_option
+def build(
+    bundle: Path,
+    target: tuple[str, ...] | None,
+    backend: str,
+    length: Length,
+    stream_weights: bool,
+    as_json: bool,
+) -> None:
+    """Build TensorRT engines for a bundle.
+
+    This machine needs no GPU. Engines are written to engines/ in the bundle, with the memory that
+    each one takes. Engines that are up to date are not built again.
+
+    Needs `pip install "packforcing[tensorrt-rtx]"` or `"packforcing[tensorrt]"`.
+
+    \b
+    Examples:
+      packforcing build --bundle my-bundle
+      packforcing build --bundle my-bundle --target sm89
+    """
+    import msgspec
+
+    with optional_imports("building", backend):
+        from packforcing.export.engines import build_engines
+    with engine_meter(quiet=as_json) as (on_engine, on_step):
+        records = build_engines(
+            bundle,
+            target and list(target),
+            backend=backend,
+            length=length,
+            stream_weights=stream_weights,
+            on_engine=on_engine,
+            on_step=on_step,
+        )
+    if as_json:
+        engines = msgspec.to_builtins(records)
+        print_json({"path": str(bundle), "backend": backend, "engines": engines})
+        return
+    from packforcing.app.reports.tables import make_table
+
+    rows = (
+        (
+            graph,
+            format_file_size(record.file.bytes),
+            format_memory(record.weights),
+            format_memory(max(record.scratch.values())),
+        )
+        for graph, record in records.items()
+    )
+    print_tables(make_table(rows, ("graph", "engine", "weights", "scratch"), "lr"))

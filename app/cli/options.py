@@ -1,74 +1,292 @@
-"""Options that several commands share."""
+"""The vocabulary of options: one name has one meaning in every command.
+
+    --bundle DIR                  an exported model
+    --model NAME                  a model by name: a preset, or one of `packforcing models`
+    --weights PATH                a file or folder of weights
+    --prompt TEXT                 a prompt; --prompts FILE: one per line
+    --encoder DIR                 the text encoder UMT5
+    --target NAME[,NAME...]       GPU architectures, as in sm89
+    --gpu NAME                    a GPU by its product name
+    --budget GIB[,GIB...]         device memory
+    --backend NAME                the library that runs, or builds for, a GPU or CPU
+    --dtype NAME                  dtype of weights, cache and arithmetic together
+    --weight-dtype, --cache-dtype dtype of the weights, of the KV cache
+    --size WxH                    pixels of a frame
+    --history SINK,MID,RECENT     blocks of each partition
+    --policy NAME[,NAME...]       what is remembered of the past
+    --seconds, --seed             length of a video, and its random numbers
+    --out PATH                    the result
+    --threads N, --json
+
+An option that takes several values keeps its singular name; commas separate the values.
+Older spellings are accepted and not shown: `--targets` (--target), `--policies` (--policy),
+`--precision` (--dtype in export, both others in plan), quantize's `--weights` and `--cache`
+(--weight-dtype, --cache-dtype), `--int8` (--weight-dtype int8), `--kind` (--model), and the bundle
+as an argument. `--prompt` and the argument PROMPT are the same wherever one of them is.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from packforcing.presets import AUTOENCODERS
+from packforcing.units import GIB
 
-if TYPE_CHECKING:
-    pass
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+
+MAX_HISTORY_BLOCKS = 1000  # of a partition: the search for a plan visits every one
+MAX_BUDGET_GIB = 10_000
 
 
-def options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """Several options as one decorator, for the commands that share them."""
+class Option(click.Option):
+    """An option with older spellings, an argument of the same meaning, and a variable.
 
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
+    Its environment variable ends in its spelling: `--json` of `render` is
+    PACKFORCING_RENDER_JSON.
+
+    Args:
+        aliases: Spellings that are accepted and not shown.
+        attrs: As for `click.Option`.
+    """
+
+    def __init__(self, *args: Any, aliases: Sequence[str] = (), **attrs: Any) -> None:
+        super().__init__(*args, **attrs)
+        self.aliases = list(aliases)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, *self.aliases]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, Any]:
+        argument = opts.get(f"{self.name}_argument")
+        if isinstance(argument, str):
+            if isinstance(opts.get(self.name or ""), str):
+                raise click.UsageError(
+                    f"{self.opts[0]} is set twice: as an option and as '{argument}'", ctx
+                )
+            opts = {**opts, self.name or "": argument}
+        return super().consume_value(ctx, opts)
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        if ctx.auto_envvar_prefix is None or not self.allow_from_autoenv or self.hidden:
+            return None
+        spelling = max(self.opts, key=len).lstrip("-").replace("-", "_").upper()
+        return os.environ.get(f"{ctx.auto_envvar_prefix}_{spelling}") or None
+
+
+class _Argument(click.Argument):
+    """An argument that sets an option; one without a metavar is not shown."""
+
+    def get_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [self.metavar] if self.metavar else []
+
+
+def option(*spellings: str, **attrs: Any) -> Decorator:
+    """Decorate a command with an `Option`."""
+    return click.option(*spellings, cls=Option, **attrs)
+
+
+def argument_for(name: str, metavar: str = "") -> Decorator:
+    """Accept an argument in the place of the option whose parameter is `name`."""
+    return click.argument(
+        f"{name}_argument", cls=_Argument, required=False, metavar=metavar, expose_value=False
+    )
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """Join decorators into one, in the order of `--help`."""
+
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
         return command
 
     return decorate
 
 
-bundle_option = click.option(
-    "--bundle", metavar="DIR", help="Exported model to use.  [default: the demo model]"
-)
-seed_option = click.option(
+# Types: what is wrong with a value is said before anything is loaded
+
+
+class SizeType(click.ParamType):
+    """Width and height in pixels, as in 832x480."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        width, height = _integers(value, "x", 2) or self.fail(
+            f"'{value}' is not WxH, like 832x480", param, ctx
+        )
+        return width, height
+
+
+class HistoryType(click.ParamType):
+    """Sink, mid and recent blocks, as in 2,16,1."""
+
+    name = "history"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        blocks = _integers(value, ",", 3)
+        if blocks is None:
+            self.fail(f"'{value}' is not SINK,MID,RECENT, like 2,16,1", param, ctx)
+        if max(blocks) > MAX_HISTORY_BLOCKS:
+            self.fail(
+                f"'{value}' has more than {MAX_HISTORY_BLOCKS} blocks in a partition", param, ctx
+            )
+        sink, mid, recent = blocks
+        return sink, mid, recent
+
+
+class BudgetsType(click.ParamType):
+    """Amounts of memory in GiB, as in 4,6.5 or 8GiB; converted to bytes."""
+
+    name = "budgets"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        budgets = []
+        for part in value.split(","):
+            try:
+                size_gib = float(part.strip().lower().removesuffix("gib"))
+            except ValueError:
+                size_gib = math.nan
+            if not 0 < size_gib < MAX_BUDGET_GIB:
+                self.fail(f"'{value}' is not GiB, like 8 or 4,6.5,12", param, ctx)
+            budgets.append(int(size_gib * GIB))
+        return tuple(budgets)
+
+
+class NamesType(click.ParamType):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in value.split(","))
+        if not all(names):
+            self.fail(f"'{value}' has an empty name", param, ctx)
+        return names
+
+
+class PrecisionType(click.ParamType):
+    """Dtypes of weights and cache, as in fp16,int8; one name is for both."""
+
+    name = "precision"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return value
+        weights, _, cache = value.partition(",")
+        if weights not in WEIGHT_DTYPES or (cache or weights) not in CACHE_DTYPES:
+            self.fail(f"'{value}' is not WEIGHTS,CACHE, like fp16,int8", param, ctx)
+        return weights, cache or weights
+
+
+def _integers(text: str, separator: str, count: int) -> list[int] | None:
+    parts = text.split(separator)
+    if len(parts) != count or not all(part.isascii() and part.isdigit() for part in parts):
+        return None
+    return [int(part) for part in parts]
+
+
+COMPUTE_DTYPES = ("fp32", "fp16")
+WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4", "fp8")
+CACHE_DTYPES = ("fp32", "fp16", "int8", "fp8")
+SIZE, HISTORY, BUDGETS, NAMES = SizeType(), HistoryType(), BudgetsType(), NamesType()
+PRECISION = PrecisionType()
+FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+PATH = click.Path(path_type=Path)
+
+
+# Options that several commands share
+
+
+def bundle_option(text: str = "Exported model.  [default: the demo model]", **attrs: Any) -> Any:
+    """Add `--bundle`, or the bundle as an argument, which earlier releases asked for."""
+    return options(
+        option("--bundle", type=FOLDER, metavar="DIR", help=text, **attrs),
+        argument_for("bundle"),
+    )
+
+
+def out_folder_option(default: str) -> Decorator:
+    """Add `--out` for a folder of results."""
+    return option(
+        "--out",
+        type=FOLDER,
+        metavar="DIR",
+        default=default,
+        show_default=True,
+        help="Folder for the results.",
+    )
+
+
+def seconds_option(default: float, text: str = "Length of the video.") -> Decorator:
+    """Add `--seconds`, a length of video."""
+    return option("--seconds", default=default, show_default=True, help=text)
+
+
+seed_option = option(
     "--seed", default=0, show_default=True, help="The same seed and prompt give the same video."
 )
+encoder_attrs: dict[str, Any] = {"type": FOLDER, "metavar": "DIR"}
+target_attrs: dict[str, Any] = {"type": NAMES, "metavar": "NAME[,NAME...]"}
 shape_options = options(
-    click.option("--size", metavar="WxH", help="Pixels of a frame.  [default: the model's]"),
-    click.option(
+    option("--size", type=SIZE, metavar="WxH", help="Pixels of a frame.  [default: the model's]"),
+    option(
         "--block-frames",
         type=click.IntRange(1, 64),
         metavar="N",
-        help="Latent frames made together: 4 in PackForcing, 3 in Self-Forcing.  "
+        help="Latent frames generated together: 4 in PackForcing, 3 in Self-Forcing.  "
         "[default: the model's]",
     ),
-    click.option(
+    option(
         "--history",
+        type=HISTORY,
         metavar="SINK,MID,RECENT",
-        help="Blocks kept whole at the start, read compressed, and kept whole at the end.  "
-        "[default: the model's]",
+        help="Blocks in the context: the first ones at full resolution, selected compressed ones, "
+        "the newest at full resolution.  [default: the model's]",
     ),
-    click.option(
+    option(
         "--policy",
         metavar="NAME",
-        help="How the past is remembered, like packforcing or sink-window; an unknown name lists "
-        "all.  [default: as the model was published]",
+        help="What is remembered of the past, like packforcing or sink-window. An unknown name "
+        "lists all.  [default: as published]",
     ),
-    click.option(
+    option(
         "--vae",
         type=click.Choice(list(AUTOENCODERS)),
-        help="Autoencoder: a tiny one, or Wan's.  [default: what the weights hold, or the tiny "
-        "one; in a plan for a budget, Wan's where nothing else has to go for it]",
+        help="Autoencoder: a tiny one, or Wan's.  [default: the one in the weights, or the tiny "
+        "one; for a budget, Wan's where nothing else is given up for it]",
     ),
 )
 run_options = options(
-    click.option(
-        "--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"
-    ),
-    click.option(
+    option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
+    option(
         "--backend",
         metavar="NAME",
         default="onnxruntime",
         show_default=True,
-        help="What runs the model: onnxruntime on the CPU; on a GPU tensorrt-rtx, tensorrt or "
-        "onnxruntime-cuda.",
+        help="Library that runs the model: onnxruntime on the CPU; tensorrt-rtx, tensorrt or "
+        "onnxruntime-cuda on a GPU.",
     ),
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

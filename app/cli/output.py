@@ -1,4 +1,4 @@
-"""Results on stdout."""
+"""Print results on stdout: JSON, tables, folders, and lines that several commands share."""
 
 from __future__ import annotations
 
@@ -8,18 +8,43 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from packforcing.app.cli.settings import training_free
-from packforcing.errors import (
-    OutputError,
-)
+from packforcing.app.cli.settings import is_training_free
+from packforcing.errors import OutputError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from packforcing.config import Config, Policy
 
+WIDE = 10_000  # columns where stdout is no terminal: a row stays one line
 
-def result_folder(path: str) -> Path:
-    """A folder for results, made if it is not there."""
-    folder = Path(path)
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a result for programs."""
+    click.echo(json.dumps(value, indent=1))
+
+
+def print_tables(*renderables: RenderableType) -> None:
+    """Print lines and tables: styled on a terminal, plain in a pipe or with NO_COLOR."""
+    import sys
+
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else WIDE
+    console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable, soft_wrap=isinstance(renderable, str))
+    for line in capture.get().splitlines():
+        click.echo(line.rstrip())
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder for results where there is none.
+
+    Raises:
+        OutputError: The folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,12 +52,9 @@ def result_folder(path: str) -> Path:
     return folder
 
 
-def print_json(value: dict[str, Any]) -> None:
-    click.echo(json.dumps(value, indent=1))
-
-
 def print_training_free(config: Config, policy: Policy) -> None:
-    if training_free(config, policy):
+    """Print a line where blocks are compressed without trained weights."""
+    if is_training_free(config, policy):
         click.echo(
             f"{config.name} has no compressor: past blocks are compressed training-free, by the "
             "low branch alone"

@@ -10,25 +10,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packforcing.app.cli.options import (
+    FILE,
+    FOLDER,
+    argument_for,
     bundle_option,
     json_option,
+    option,
+    out_folder_option,
     run_options,
+    seconds_option,
     seed_option,
 )
-from packforcing.app.cli.output import print_json, print_training_free, result_folder
-from packforcing.app.cli.progress import (
-    frame_progress,
-    print_status,
-)
-from packforcing.app.cli.settings import (
-    policy_by_name,
-    training_free,
-)
-from packforcing.errors import (
-    ConfigError,
-    PromptError,
-    RenderStopped,
-)
+from packforcing.app.cli.output import make_folder, print_json, print_training_free
+from packforcing.app.cli.progress import FileMeters, frame_meter, print_status
+from packforcing.app.cli.settings import is_training_free, policy_by_name
+from packforcing.errors import ConfigError, RenderStopped
+from packforcing.extras import optional_imports
 
 if TYPE_CHECKING:
     from packforcing.config import Config, Policy
@@ -40,26 +37,26 @@ START_SECONDS = 2.0  # of a clip to start from; more would leave the model littl
 
 
 @click.command()
-@click.option(
+@option(
     "--prompt",
+    metavar="TEXT",
     default="a red star over navy stripes",
     show_default=True,
-    help="What to show. An unknown word makes the command list the known ones.",
+    help="What to show. An unknown word lists the known ones.",
 )
-@click.option("--seconds", default=120.0, show_default=True, help="Length of the video.")
+@argument_for("prompt")
+@seconds_option(120.0)
 @seed_option
-@click.option(
-    "--out", metavar="DIR", default="out/demo", show_default=True, help="Folder for the results."
-)
-@bundle_option
-def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -> None:
+@out_folder_option("out/demo")
+@bundle_option()
+def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None) -> None:
     """Render a first video, with a report about it.
 
-    Uses the small model that comes along, which draws a coloured shape over a ground: two minutes
-    of it, from a model that was trained on 5 seconds.
+    The bundled demo model draws a colored shape over a background. The video lasts two minutes;
+    the model was trained on clips of 5 seconds.
 
-    Writes demo.mp4 and demo.html (a page to open in a browser: pictures from the video, speed,
-    memory, and which past blocks each block looked at).
+    Writes demo.mp4 and demo.html. The page shows frames, speed, memory, and which past blocks
+    each block read.
 
     \b
     Example:
@@ -72,16 +69,16 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 
     directory, config, _ = _bundle_and_policy(bundle)
     timeline = check_request(config, prompt, seconds, seed)
-    folder = result_folder(out)
+    folder = make_folder(out)
     video, page = folder / "demo.mp4", folder / "demo.html"
     check_output(video, config.frames(seconds), config.width, config.height)
     blocks: list[BlockInfo] = []
     with _session(directory) as session:
-        with frame_progress(config.frames(seconds)) as progress:
+        with frame_meter() as show_block:
 
             def on_block(info: BlockInfo) -> None:
                 blocks.append(info)
-                progress(info)
+                show_block(info)
 
             summary = session.render(timeline, seconds, video, seed, on_block=on_block, resume=True)
         write_report(
@@ -93,56 +90,60 @@ def demo(prompt: str, seconds: float, seed: int, out: str, bundle: str | None) -
 
 
 @click.command()
-@click.argument("prompt", required=False)
-@click.option(
+@argument_for("prompt", "PROMPT")
+@option("--prompt", metavar="TEXT", hidden=True)
+@option(
     "--embedding",
+    type=FILE,
     metavar="FILE",
-    help="Render from what encode-prompt made of a prompt, instead of PROMPT.",
+    help="Render from an embedding of `encode-prompt` instead of PROMPT.",
 )
-@click.option(
+@option(
     "--schedule",
+    type=FILE,
     metavar="FILE",
     help="Render prompts that change over time, instead of PROMPT.",
 )
-@click.option(
+@option(
     "--encoder",
+    type=FOLDER,
     metavar="DIR",
-    help="Encode prompts first, as encode-prompt does, with UMT5 from this folder.",
+    help="Encode the prompts first, with UMT5 from this folder.",
 )
-@click.option(
+@option(
     "--out",
     metavar="PATH",
     required=True,
-    help="What to write: NAME.mp4 (H.264), NAME.mkv (lossless), or FOLDER/ for PNG files.",
+    help="Result: NAME.mp4 (H.264), NAME.mkv (lossless), or FOLDER/ for PNG files.",
 )
-@bundle_option
-@click.option("--seconds", default=10.0, show_default=True, help="Length of the video.")
+@bundle_option()
+@seconds_option(10.0)
 @seed_option
-@click.option(
+@option(
     "--start",
     metavar="FILE",
-    help=f"Picture or clip (its last {START_SECONDS:g} seconds) that the video begins with.",
+    help=f"Picture or clip that the video begins with; of a clip, the last {START_SECONDS:g} s.",
 )
-@click.option(
+@option(
     "--policy",
     metavar="NAME",
-    help="How the past is remembered, like packforcing or full-history; an unknown name lists "
-    "all.  [default: as the model was made]",
+    help="What is remembered of the past, like packforcing or full-history. An unknown name lists "
+    "all.  [default: the bundle's]",
 )
-@click.option(
+@option(
     "--resume",
     is_flag=True,
-    help="Go on with a render that was interrupted; begin one where there is none.",
+    help="Resume an interrupted render; start a new one where there is none.",
 )
 @run_options
 @json_option
 def render(
     prompt: str | None,
-    embedding: str | None,
-    schedule: str | None,
-    encoder: str | None,
+    embedding: Path | None,
+    schedule: Path | None,
+    encoder: Path | None,
     out: str,
-    bundle: str | None,
+    bundle: Path | None,
     seconds: float,
     seed: int,
     start: str | None,
@@ -154,12 +155,13 @@ def render(
 ) -> None:
     """Render PROMPT as a video.
 
-    The demo model reads its prompt itself; a model that reads UMT5's embeddings is given a FILE of
-    `packforcing encode-prompt` with --embedding, or the encoder with --encoder.
+    The demo model reads PROMPT itself. Other models read an embedding: make one with
+    `packforcing encode-prompt` and pass it to --embedding, or pass the encoder to --encoder.
 
-    The FILE of --schedule is a list of prompts in TOML. A prompt is followed from the first block
-    that begins at its time, in seconds. "history" says what happens to the video's memory then:
-    keep (default), recompute (the recent blocks, under the new prompt) or cut (a new scene):
+    The FILE of --schedule lists prompts in TOML. Each prompt takes effect at the first block that
+    begins at its time or later. Times are in seconds. "history" says what happens to the context
+    then: keep (default), recompute (recent blocks are encoded again under the new prompt) or cut
+    (a new scene):
 
     \b
       [[switch]]
@@ -170,11 +172,10 @@ def render(
       prompt = "a blue circle over sand"
       history = "cut"
 
-    The video appears under its name once it is complete. A file that is there already is
-    replaced; a folder must be new or empty. Until then what is done is kept in PATH.render: after
-    Ctrl-C, SIGTERM, a crash or a full disk, the same command with --resume goes on, and the video
-    is the same as if nothing had happened. After the first Ctrl-C the block in work is finished,
-    a second one ends at once.
+    The video gets its name when it is complete, and replaces a file of that name. A folder must be
+    new or empty. Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk,
+    the same command with --resume finishes it, with the same frames. The first Ctrl-C stops after
+    the current block, the second at once.
 
     \b
     Examples:
@@ -189,7 +190,7 @@ def render(
     from packforcing.runtime.session import check_request, check_schedule
     from packforcing.runtime.video_files import check_output
 
-    if sum(given is not None for given in (prompt, embedding, schedule)) > 1:
+    if sum(source is not None for source in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
     if embedding is not None:
         prompts: Prompts = load_embedding(embedding)
@@ -213,45 +214,58 @@ def render(
         prompts = check_request(config, encoded, seconds, seed)
     with (
         _session(directory, chosen, threads, backend, quiet=as_json) as session,
-        frame_progress(config.frames(seconds), quiet=as_json) as progress,
+        frame_meter(quiet=as_json) as show_block,
         _stopping(session),
     ):
         summary = session.render(
-            prompts, seconds, out, seed, start=clip, on_block=progress, resume=resume
+            prompts, seconds, out, seed, start=clip, on_block=show_block, resume=resume
         )
+    policy_used = chosen or config.policy
     if as_json:
         import msgspec
 
-        compressed = training_free(config, chosen or config.policy)
-        did = msgspec.to_builtins(summary)
-        print_json({"path": out, "fps": config.fps, "training_free": compressed, **did})
+        training_free = is_training_free(config, policy_used)
+        fields = msgspec.to_builtins(summary)
+        print_json({"path": out, "fps": config.fps, "training_free": training_free, **fields})
     else:
-        fresh = summary.frames - summary.frames_resumed
-        click.echo(f"{out}: {_format_speed(fresh, config, summary.seconds_total)}")
+        fresh_frames = summary.frames - summary.frames_resumed
+        click.echo(f"{out}: {_format_speed(fresh_frames, config, summary.seconds_total)}")
         for switch in summary.prompts[1:]:
-            said = switch.prompt or "another embedding"
-            click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {said}")
-        print_training_free(config, chosen or config.policy)
+            name = switch.prompt or "another embedding"
+            click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {name}")
+        print_training_free(config, policy_used)
 
 
 @click.command("encode-prompt")
-@click.argument("prompt")
-@click.option(
+@argument_for("prompt", "PROMPT")
+@option("--prompt", metavar="TEXT", required=True, hidden=True)
+@option(
     "--encoder",
+    type=FOLDER,
     metavar="DIR",
     required=True,
-    help="Folder of UMT5-XXL: as fetched, for transformers, or of a diffusers Wan.",
+    help="Folder of UMT5-XXL: as fetched, as saved by transformers, or of a diffusers Wan.",
 )
-@click.option("--out", metavar="FILE.safetensors", required=True, help="What to write.")
-@click.option("--int8", is_flag=True, help="Keep most weights in 8 bits: less memory, less exact.")
+@option("--out", metavar="FILE.safetensors", required=True, help="File for the embedding.")
+@option(
+    "--weight-dtype",
+    type=click.Choice(["bf16", "int8"]),
+    default="bf16",
+    show_default=True,
+    help="Dtype of the encoder's weights: int8 takes less memory and is less exact.",
+)
+@option("--int8", is_flag=True, hidden=True)
 @json_option
-def encode_prompt(prompt: str, encoder: str, out: str, int8: bool, as_json: bool) -> None:
-    """Turn PROMPT into an embedding to render from.
+def encode_prompt(
+    prompt: str, encoder: Path, out: str, weight_dtype: str, int8: bool, as_json: bool
+) -> None:
+    """Encode PROMPT into an embedding to render from.
 
-    For models that read UMT5's embeddings. The encoder runs on the CPU in bfloat16; UMT5-XXL takes
-    11.4 GB of memory, and 6.7 GB with --int8. What it made before comes from the user's cache.
-    Nothing is downloaded. Needs `pip install ".[text]"` in the checkout; rendering from the file
-    does not.
+    For models that read UMT5's embeddings. UMT5-XXL runs on the CPU in bfloat16. It takes 11.4 GB
+    of memory, 6.7 GB with --weight-dtype int8. Embeddings are cached for this user. Nothing is
+    downloaded.
+
+    Needs `pip install "packforcing[text]"`; rendering from the file does not.
 
     \b
     Example:
@@ -261,6 +275,7 @@ def encode_prompt(prompt: str, encoder: str, out: str, int8: bool, as_json: bool
     from packforcing.embeddings import check_embedding_path, save_embedding
 
     check_embedding_path(out)
+    int8 = int8 or weight_dtype == "int8"
     [embedding] = _encode([prompt], encoder, int8=int8, quiet=as_json)
     save_embedding(out, embedding)
     tokens, width = embedding.text.shape
@@ -286,7 +301,7 @@ def _check_encoder_is_needed(config: Config, prompts: Prompts) -> None:
         raise ConfigError("an embedding is encoded already: leave out --encoder")
 
 
-def _encode_schedule(prompts: Prompts, encoder: str, *, quiet: bool) -> list[Switch]:
+def _encode_schedule(prompts: Prompts, encoder: Path, *, quiet: bool) -> list[Switch]:
     """Replace the words of a schedule by their embeddings."""
     from dataclasses import replace
 
@@ -304,40 +319,33 @@ def _encode_schedule(prompts: Prompts, encoder: str, *, quiet: bool) -> list[Swi
 
 
 def _encode(
-    prompts: list[str], encoder: str, *, int8: bool = False, quiet: bool
+    prompts: list[str], encoder: Path, *, int8: bool = False, quiet: bool
 ) -> list[Embedding]:
-    """Prompts' embeddings by UMT5, or from the user's cache."""
-    from functools import partial
-
-    from tqdm import tqdm
-
+    """Encode prompts with UMT5, or take them from the user's cache."""
     from packforcing.embeddings import embedding_cache_folder
 
-    try:
-        print_status("loading PyTorch ...", quiet)
+    print_status("loading PyTorch ...", quiet)
+    with optional_imports("encoding", "text"):
         from transformers.utils import logging
 
         from packforcing.checkpoints.umt5 import encode_umt5
-    except ModuleNotFoundError as error:
-        raise PromptError(
-            f"encoding needs {error.name}, which is not installed: "
-            "pip install '.[text]' in the checkout"
-        ) from error
     logging.set_verbosity_error()
     print_status("encoding ...", quiet)
-    bar = partial(tqdm, disable=quiet or None, leave=False)
-    return encode_umt5(prompts, encoder, "int8" if int8 else "bf16", embedding_cache_folder(), bar)
+    meters = FileMeters("hashing", quiet)
+    return encode_umt5(
+        prompts, encoder, "int8" if int8 else "bf16", embedding_cache_folder(), meters
+    )
 
 
 def _bundle_and_policy(
-    bundle: str | None, policy_name: str | None = None
+    bundle: Path | None, policy_name: str | None = None
 ) -> tuple[Path, Config, Policy | None]:
     """Find a bundle, its config and the policy of this name."""
     from packforcing.presets import policies
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
 
-    directory = Path(bundle) if bundle is not None else demo_bundle()
+    directory = bundle or demo_bundle()
     config = read_manifest(directory).config
     policy = None if policy_name is None else policy_by_name(policy_name, policies(config))
     return directory, config, policy
@@ -358,7 +366,7 @@ def _session(
 
 @contextmanager
 def _stopping(session: Session) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the render after the block in work; a second one ends it at once."""
+    """Stop after the current block on Ctrl-C or SIGTERM; the second one ends the process."""
     import signal
 
     received: list[int] = []
@@ -380,7 +388,7 @@ def _stopping(session: Session) -> Iterator[None]:
 
 
 def _read_start(path: str, config: Config) -> Any:
-    """Frames of a picture or a clip's end that make up whole blocks of the video."""
+    """Read a picture, or the end of a clip, as frames of whole blocks."""
     from packforcing.runtime.video_files import read_start
 
     blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from packforcing.app.cli.options import (
-    json_option,
-)
+from packforcing.app.cli.options import FOLDER, json_option, option
 from packforcing.app.cli.output import print_json
-from packforcing.app.cli.progress import (
-    count_progress,
-    print_status,
-)
-from packforcing.errors import (
-    ExportError,
-)
+from packforcing.app.cli.progress import FileMeters, count_meter, print_status
+from packforcing.extras import optional_imports
 from packforcing.presets import TINY_AUTOENCODERS
 from packforcing.units import format_file_size
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()
 @json_option
 def models(as_json: bool) -> None:
-    """List the published models, and what they need beside.
+    """List the published models, and what they need.
 
     \b
     Example:
@@ -66,63 +55,63 @@ def models(as_json: bool) -> None:
                 + f", shift {config.shift:g}{'' if config.warp else ', not warped'}; "
                 f"{config.policy}"
             )
-        where = f"{row.source}: {', '.join(row.files)}" if row.source else "no public place known"
-        click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; licence: {row.licence}")
+        where = f"{row.source}: {', '.join(row.files)}" if row.source else "not published"
+        click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; license: {row.licence}")
     for name, row in PARTS.items():
-        click.echo(f"{name}\n  {row.source}: {', '.join(row.files)}; licence: {row.licence}")
+        click.echo(f"{name}\n  {row.source}: {', '.join(row.files)}; license: {row.licence}")
 
 
 @click.command()
-@click.argument("name")
-@click.option("--out", metavar="DIR", help="Folder for the files.  [default: downloads/NAME]")
-@click.option(
+@click.argument("model", metavar="NAME")
+@option(
+    "--out", type=FOLDER, metavar="DIR", help="Folder for the files.  [default: downloads/NAME]"
+)
+@option(
     "--from",
     "folder",
+    type=FOLDER,
     metavar="DIR",
-    help="Copy from a folder laid out like the repository, instead of asking the hub.",
+    help="Copy from a folder laid out like the repository instead of downloading.",
 )
 @json_option
-def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None:
+def fetch(model: str, out: Path | None, folder: Path | None, as_json: bool) -> None:
     """Download published weights from the Hugging Face hub.
 
-    NAME is one of `packforcing models`. The licence is shown first. An interrupted download goes
-    on when the command is run again; every checksum is compared. Without a network, what the hub's
-    cache on this machine holds is taken. Needs `pip install ".[fetch]"` in the checkout.
+    NAME is one of `packforcing models`. The license is shown first. Running the command again
+    resumes an interrupted download. Every checksum is verified. Without a network, files come from
+    the hub's cache on this machine.
+
+    Needs `pip install "packforcing[fetch]"`.
 
     \b
     Examples:
       packforcing fetch self-forcing
       packforcing fetch umt5-xxl --from /media/usb/umt5-xxl
     """
-    from functools import partial
-
     import msgspec
-    from tqdm import tqdm
 
     from packforcing.checkpoints import fetch as fetching
 
-    target = Path(out if out is not None else f"downloads/{name}")
-    offer = fetching.look_up(name, target, None if folder is None else Path(folder))
+    target = out or Path("downloads") / model
+    offer = fetching.look_up(model, target, folder)
     if not as_json:
         where = offer.folder or f"{offer.source} at {offer.revision[:12]}"
-        click.echo(
-            f"{name}: {len(offer.files)} files, {format_file_size(offer.bytes)}, from {where}"
-        )
-        click.echo(f"licence of the weights: {offer.licence}")
-    bar = partial(tqdm, disable=as_json or None, leave=False)
+        size = format_file_size(offer.bytes)
+        click.echo(f"{model}: {len(offer.files)} files, {size}, from {where}")
+        click.echo(f"license of the weights: {offer.licence}")
     try:
-        record = fetching.fetch(offer, target, bar)
+        record = fetching.fetch(offer, target, FileMeters("fetching", quiet=as_json))
     except KeyboardInterrupt:
-        click.echo("interrupted: run the same command again to go on from here", err=True)
+        click.echo("interrupted: run the same command again to resume", err=True)
         sys.exit(130)
-    unknown = [path for path, file in offer.files.items() if not file.checksum]
+    unverified = [path for path, file in offer.files.items() if not file.checksum]
     steps = fetching.next_steps(offer, target)
     if as_json:
         files = {path: msgspec.to_builtins(record[path]) for path in offer.files}
-        print_json({"path": str(target), "files": files, "unverified": unknown, "next": steps})
+        print_json({"path": str(target), "files": files, "unverified": unverified, "next": steps})
         return
-    if unknown:
-        click.echo(f"no checksum was known of {', '.join(unknown)}: recorded as it came")
+    if unverified:
+        click.echo(f"not verified, as no checksum is published: {', '.join(unverified)}")
     click.echo(f"{target}: complete, checksums in {fetching.RECORD}")
     for step in steps:
         click.echo(f"next: {step}")
@@ -130,46 +119,51 @@ def fetch(name: str, out: str | None, folder: str | None, as_json: bool) -> None
 
 @click.command("import-checkpoint")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@click.option("--out", metavar="DIR", required=True, help="Folder for the model; new or empty.")
-@click.option(
-    "--kind",
-    metavar="NAME",
-    help="Which model it is, one of 'packforcing models'.  [default: as recognised]",
+@option(
+    "--out", metavar="DIR", required=True, help="Folder for the model. It must be new or empty."
 )
-@click.option(
+@option(
+    "--model",
+    aliases=["--kind"],
+    metavar="NAME",
+    help="The model, one of `packforcing models`.  [default: recognized by its tensors]",
+)
+@option(
     "--entry",
     metavar="NAME",
-    help="What to take of a torch checkpoint, like generator or generator_ema.  "
-    "[default: what the model is published to be run with]",
+    help="Entry of a torch checkpoint, like generator or generator_ema.  "
+    "[default: the one that the model is published to run with]",
 )
-@click.option(
+@option(
     "--vae",
     type=click.Choice(TINY_AUTOENCODERS),
-    help="Which of the tiny autoencoders it is.  [default: as its file is named]",
+    help="The tiny autoencoder among FILE.  [default: recognized by its file name]",
 )
-@click.option(
+@option(
     "--lora-alpha",
     type=float,
     metavar="ALPHA",
-    help="Scale a LoRA that does not say by ALPHA over its rank.  [default: its rank]",
+    help="Scale of a LoRA that has no alpha: ALPHA over its rank.  [default: its rank]",
 )
 @json_option
 def import_checkpoint(
     files: tuple[str, ...],
     out: str,
-    kind: str | None,
+    model: str | None,
     entry: str | None,
     vae: str | None,
     lora_alpha: float | None,
     as_json: bool,
 ) -> None:
-    """Turn a published checkpoint into a model's folder.
+    """Convert a published checkpoint to a model folder.
 
-    `packforcing export --weights` reads it. FILE is a torch checkpoint, a safetensors file, or the
-    index or folder of a sharded one. Name with it LoRAs to merge, and an autoencoder's weights,
-    which exporting needs: the tiny one's or Wan's. Which model it is, is recognised; nothing in a
-    file is executed. Exit code 2 if a tensor is missing, extra or misshaped, and nothing is written
-    then.
+    `packforcing export --weights` reads the folder. FILE is a torch checkpoint, a safetensors file,
+    or the index or folder of a sharded one. Add LoRAs to merge them. Add the weights of an
+    autoencoder, the tiny one's or Wan's, for export. The model is recognized. Nothing in a file is
+    executed.
+
+    Exit code 2 if a tensor is missing, extra or misshaped; nothing is written then. Needs
+    `pip install "packforcing[export]"`.
 
     \b
     Examples:
@@ -181,29 +175,24 @@ def import_checkpoint(
 
     from packforcing.checkpoints.published import published
 
-    try:
-        print_status("loading PyTorch ...", as_json)
+    print_status("loading PyTorch ...", as_json)
+    with optional_imports("importing", "export"):
         from packforcing.checkpoints import convert
-    except ModuleNotFoundError as error:
-        raise ExportError(
-            f"importing needs {error.name}, which is not installed: "
-            "pip install '.[export]' in the checkout"
-        ) from error
-    with count_progress("tensor", quiet=as_json) as progress:
-        done = convert.import_checkpoint(
-            files, out, kind=kind, entry=entry, vae=vae, lora_alpha=lora_alpha, on_tensor=progress
+    with count_meter("importing", "tensors", quiet=as_json) as on_tensor:
+        imported = convert.import_checkpoint(
+            files, out, kind=model, entry=entry, vae=vae, lora_alpha=lora_alpha, on_tensor=on_tensor
         )
-    folder = done.folder
+    folder = imported.folder
     refused = published(folder.kind).refused
     if as_json:
-        print_json({"path": out, "refused": refused, **msgspec.to_builtins(done)})
+        print_json({"path": out, "refused": refused, **msgspec.to_builtins(imported)})
         return
-    for line in done.said:
+    for line in imported.said:
         click.echo(line)
-    size = format_file_size(done.bytes)
-    click.echo(f"{out}: {folder.kind} ({done.why}), {done.tensors} tensors, {size}")
-    click.echo(f"licence of the weights: {folder.licence}")
+    size = format_file_size(imported.bytes)
+    click.echo(f"{out}: {folder.kind} ({imported.why}), {imported.tensors} tensors, {size}")
+    click.echo(f"license of the weights: {folder.licence}")
     if refused:
         click.echo(f"weights only, {folder.kind} cannot be rendered: {refused}")
     elif not folder.autoencoder:
-        click.echo("no autoencoder in it: exporting needs one's weights, taew2_1 or Wan2.1_VAE")
+        click.echo("no autoencoder: export needs the weights of taew2_1 or Wan2.1_VAE as well")

@@ -28,9 +28,9 @@ from packforcing.app.reports.demo import (
     versions,
 )
 from packforcing.app.reports.plan import draw
+from packforcing.app.reports.tables import make_table
 from packforcing.calibration.recipes import Loss
 from packforcing.config import Policy
-from packforcing.errors import OutputError
 from packforcing.evaluation.compare import (
     CLOSE,
     END,
@@ -48,23 +48,13 @@ from packforcing.runtime.plan import make_plan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from rich.console import RenderableType
 
 SHEETS, SAMPLES = 8, 10  # prompts, pictures of each video
 SAMPLE_WIDTH, GAP = 160, 4  # pixels
 COLUMNS = 3  # of curves
 FEWEST = 6  # prompts from which on an interval is believed: all differences agree in 3% by chance
 WORST = 12  # matrices of a quantised bundle
-
-
-def check_matplotlib() -> None:
-    """Raises `OutputError` where the report's curves cannot be drawn: before hours of rendering."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise OutputError(
-            "the report needs matplotlib, which is not installed: "
-            "pip install '.[plot]' in the checkout"
-        ) from error
 
 
 def write_report(folder: Path, found: Comparison) -> Path:
@@ -74,36 +64,45 @@ def write_report(folder: Path, found: Comparison) -> Path:
     return page
 
 
-def table(found: Comparison) -> Iterator[str]:
-    """Lines for a terminal: measures of the last seconds, and costs, a row per policy."""
-    names = [name for name in ALL_MEASURES if any(name in row for row in found.end.values())]
-    width = max(map(len, found.costs)) + 2
-    yield f"10-second segments of the last {min(END, found.seconds):g} s, mean over prompts"
-    yield " " * width + "".join(f"{ALL_MEASURES[name].head:>9}" for name in names)
-    for policy, measures in found.end.items():
-        values = (measures[name].value for name in names)
-        means = (None if value is None else value.mean for value in values)
-        yield f"{policy:<{width}}" + "".join(f"{format_value(mean):>9}" for mean in means)
+def tables(comparison: Comparison) -> Iterator[RenderableType]:
+    """Lay out measures of the last seconds and costs, a row per policy or bundle."""
+    first = next(iter(comparison.costs))
+    measured = set().union(*comparison.end.values())
+    names = [name for name in ALL_MEASURES if name in measured]
+    yield f"10-second segments of the last {min(END, comparison.seconds):g} s, mean over prompts"
+    yield make_table(
+        ((policy, *(_mean(row[name]) for name in names)) for policy, row in comparison.end.items()),
+        ("", *(ALL_MEASURES[name].head for name in names)),
+        "lr",
+    )
+    costs = {policy: _costs(cost) for policy, cost in comparison.costs.items()}
     yield ""
-    costs = {policy: _costs(cost) for policy, cost in found.costs.items()}
-    heads = next(iter(costs.values()))
-    yield " " * width + "".join(f"{head:>{len(head) + 3}}" for head in heads)
-    for policy, cells in costs.items():
-        yield f"{policy:<{width}}" + "".join(f"{cell:>{len(h) + 3}}" for h, cell in cells.items())
-    if found.fidelity:
+    yield make_table(
+        ((policy, *cells.values()) for policy, cells in costs.items()), ("", *costs[first]), "lr"
+    )
+    if comparison.fidelity:
         yield ""
-        yield f"first {CLOSE:g} s against {next(iter(found.costs))}, mean over prompts, and worst"
-        for policy, both in _fidelity(found).items():
-            yield f"{policy:<{width}}" + "".join(f"   {cell}" for cell in both)
+        yield f"first {CLOSE:g} s against {first}, mean over prompts, and worst"
+        yield make_table((bundle, *cells) for bundle, cells in _fidelity(comparison).items())
         yield ""
-        yield f"least signal-to-noise of the denoiser's outputs against {next(iter(found.costs))}'s"
-        if found.unmeasured:
-            yield f"not measured: {found.unmeasured}"
-        for bundle, losses in found.outputs.items():
-            yield f"{bundle:<{width}}" + "".join(
-                f"   {kind} {_decibels(min(ratios, default=None))}"
-                for kind, ratios in _kinds(losses).items()
+        yield f"lowest SQNR of the denoiser's outputs against {first}'s"
+        if comparison.unmeasured:
+            yield f"not measured: {comparison.unmeasured}"
+    if comparison.outputs:
+        yield make_table(
+            (
+                bundle,
+                *(
+                    f"{kind} {_decibels(min(r, default=None))}"
+                    for kind, r in _kinds(losses).items()
+                ),
             )
+            for bundle, losses in comparison.outputs.items()
+        )
+
+
+def _mean(row: Row) -> str:
+    return format_value(None if row.value is None else row.value.mean)
 
 
 def _kinds(losses: Mapping[str, Loss]) -> dict[str, list[float]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from packforcing.app.reports.tables import make_table
 from packforcing.config import Config
 from packforcing.errors import BackendError, OutputError, PlanError
 from packforcing.presets import with_autoencoder
@@ -19,6 +20,9 @@ from packforcing.runtime.estimate import GPUS, seconds_per_block
 from packforcing.runtime.plan import CUDA_CONTEXT, Plan, describe, estimates, make_plan, smallest
 from packforcing.runtime.video_files import partial_path
 from packforcing.units import GIB, format_gib
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
 
@@ -106,75 +110,100 @@ def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int
 
 def detail(
     budget: int | None, plan: Plan, seconds: float, engines: Measured | None
-) -> Iterator[str]:
-    """Every allocation of a plan, line by line."""
+) -> Iterator[RenderableType]:
+    """Lay out every allocation of a plan.
+
+    Args:
+        budget: Bytes of device memory that the plan was made for, or None.
+        plan: The plan.
+        seconds: Length of the video that the archive is for.
+        engines: Sizes of the bundle's engines, where the plan is for a bundle.
+    """
     yield f"{title(plan.config)}, on {plan.target}: {describe(plan)}"
-    if (missing := needs(plan)) and engines is None:  # built, it has it
+    if (missing := needs(plan)) and engines is None:  # a bundle has it
         yield f"It needs {missing}."
-    yield from ("", f"{'on the card':<45} {'bytes':>14} {'GiB':>7}")
-    yield from _rows(plan.device)
-    yield _row("total", plan.total)
+    rows = [*_rows(plan.device), _row("total", plan.total)]
     if budget is not None:
-        yield _row("budget", budget)
-    if budget is not None and engines is None and plan.config.wan_latents:
-        larger = with_autoencoder(plan.config, "wan")
-        if larger != plan.config:
-            yield _row("the same with Wan's autoencoder", make_plan(larger, plan.target).total)
-    yield _row("beside it, the CUDA context (prediction)", CUDA_CONTEXT)
-    yield from ("", *_engines(plan.config, engines))
-    yield from ("", f"on the host, for {seconds:g} s of video")
-    yield from _rows(plan.host)
-    yield _row("total", sum(plan.host.values()))
-    yield from ("", "at most while loading")
-    yield _row("on the card, as later", plan.total)
-    yield _row("on the host, with the largest engine's file", plan.host_loading)
-    yield from ("", *predictions(plan.config, plan.target))
-
-
-def _engines(config: Config, engines: Measured | None) -> Iterator[str]:
-    """What engines take, of scratch the largest counts: estimated, built and loaded."""
-    form = "  {:<43} {:>14} {:>14} {:>14}"
-    built, loaded, note, _ = engines or Measured({}, {}, "")
-    heads = ("estimated", "built", "loaded") if engines else ("estimated", "", "")
-    yield form.format("engines, and scratch of their calls", *heads).strip()
-    for name, size in estimates(config).items():
-        found = [f"{figures[name]:,}" if name in figures else "-" for figures in (built, loaded)]
-        yield form.format(name, f"{size:,}", *(found if engines else ("", ""))).rstrip()
-    if note:
-        yield f"  ({' '.join(note.split())})"
-
-
-def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[str]:
-    """A line per budget and target; where plans were `free` to give up precision, what the
-    config's whole history takes at least."""
-    yield f"{title(config)}; GiB on the card, beside the CUDA context"
+        rows.append(_row("budget", budget))
+        if engines is None and plan.config.wan_latents:
+            larger = with_autoencoder(plan.config, "wan")
+            if larger != plan.config:
+                total = make_plan(larger, plan.target).total
+                rows.append(_row("total with Wan's autoencoder", total))
+    rows.append(_row("beside it, the CUDA context (prediction)", CUDA_CONTEXT))
     yield ""
-    form = "{:>6}  {:<6}  {:<19}  {:<7}  {:<5}  {:>8}  {:>5}  {:<11}  {}"
-    yield form.format("budget", "target", "sink + mid + recent", "weights", "cache", "streamed",
-                      "total", "autoencoder", "needs")  # fmt: skip
-    for budget, target, plan in rows:
-        named = "-" if budget is None else format_gib(budget)
-        if isinstance(plan, PlanError):
-            smallest_budget = format_gib(plan.smallest, round_up=True)
-            yield f"{named:>6}  {target:<6}  nothing fits below {smallest_budget}"
-            continue
-        precision = plan.config.precision
-        yield form.format(
-            named, target, _history(plan.config),
-            precision.weights, precision.cache, format_gib(plan.streamed) if plan.streamed else "-",
-            format_gib(plan.total), plan.config.vae, needs(plan) or "-",
-        )  # fmt: skip
+    yield make_table(rows, ("device memory", "bytes", "GiB"), "lr")
+    yield ""
+    yield from _engine_table(plan.config, engines)
+    host = [*_rows(plan.host), _row("total", sum(plan.host.values()))]
+    yield ""
+    yield make_table(host, (f"host memory, for {seconds:g} s of video", "bytes", "GiB"), "lr")
+    loading = (
+        _row("device, as later", plan.total),
+        _row("host, with the largest engine's file", plan.host_loading),
+    )
+    yield ""
+    yield make_table(loading, ("at most while loading", "bytes", "GiB"), "lr")
+    yield ""
+    yield from predictions(plan.config, plan.target)
+
+
+def _engine_table(config: Config, engines: Measured | None) -> Iterator[RenderableType]:
+    """Lay out the sizes of engines: estimated, built and loaded. The largest scratch counts."""
+    sources = (engines.built, engines.loaded) if engines else ()
+    rows = (
+        (name, f"{size:,}", *(f"{sizes[name]:,}" if name in sizes else "-" for sizes in sources))
+        for name, size in estimates(config).items()
+    )
+    heads = ("estimated", "built", "loaded")[: 1 + len(sources)]
+    yield make_table(rows, ("engines, and scratch of their calls", *heads), "lr")
+    if engines and engines.not_loaded:
+        yield f"({' '.join(engines.not_loaded.split())})"
+
+
+def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[RenderableType]:
+    """Lay out a row per budget and target.
+
+    Args:
+        rows: Budgets, targets and plans.
+        config: The model as configured.
+        free: Plans could give up precision: show the least that the whole history takes.
+    """
+    yield f"{title(config)}; GiB of device memory, without the CUDA context"
+    yield ""
+    heads = ("budget", "target", "sink + mid + recent", "weights", "cache", "streamed", "total",
+             "autoencoder", "needs")  # fmt: skip
+    yield make_table((_cells(*row) for row in rows), heads, "rllllrrl")
     targets = list(dict.fromkeys(target for _, target, _ in rows))
     if free:
-        yield from ("", f"the smallest budget for {_history(config)} blocks, nothing streamed")
-    for target in targets if free else ():
-        whole, least = smallest(config, target)
-        formats = f"{least.config.precision.weights} weights, {least.config.precision.cache} cache"
-        yield (
-            f"  {target:<6}  {format_gib(least.total, round_up=True)} with {formats}; "
-            f"{format_gib(whole.total, round_up=True)} if the decoder worked on whole frames"
-        )
-    yield from ("", *predictions(config, *targets))
+        yield ""
+        yield f"the smallest budget for {_history(config)} blocks, nothing streamed"
+        yield make_table((_smallest_cells(config, target) for target in targets), indent=2)
+    yield ""
+    yield from predictions(config, *targets)
+
+
+def _cells(budget: int | None, target: str, plan: Plan | PlanError) -> tuple[str, ...]:
+    label = "-" if budget is None else format_gib(budget)
+    if isinstance(plan, PlanError):
+        return label, target, f"nothing fits below {format_gib(plan.smallest, round_up=True)}"
+    precision = plan.config.precision
+    return (
+        label, target, _history(plan.config), precision.weights, precision.cache,
+        format_gib(plan.streamed) if plan.streamed else "-", format_gib(plan.total),
+        plan.config.vae, needs(plan) or "-",
+    )  # fmt: skip
+
+
+def _smallest_cells(config: Config, target: str) -> tuple[str, ...]:
+    whole, least = smallest(config, target)
+    precision = least.config.precision
+    return (
+        target,
+        f"{format_gib(least.total, round_up=True)} with {precision.weights} weights, "
+        f"{precision.cache} cache",
+        f"{format_gib(whole.total, round_up=True)} if the decoder ran on whole frames",
+    )
 
 
 def described(
@@ -246,12 +275,12 @@ def predictions(config: Config, *targets: str) -> Iterator[str]:
             yield f"  {name} ({card.target}, {card.memory} GB)  at least {least:.3g}"
 
 
-def _rows(sizes: dict[str, int]) -> Iterator[str]:
+def _rows(sizes: dict[str, int]) -> Iterator[tuple[str, str, str]]:
     return (_row(ROWS[name], size) for name, size in sizes.items())
 
 
-def _row(name: str, size: int) -> str:
-    return f"  {name:<43} {size:>14,} {format_gib(size):>7}".rstrip()
+def _row(name: str, size: int) -> tuple[str, str, str]:
+    return name, f"{size:,}", format_gib(size)
 
 
 def draw(rows: Sequence[Row], config: Config, path: Path) -> None:

@@ -342,7 +342,7 @@ def test_prompt_files_are_checked(tmp_path):
 
 def test_a_missing_matplotlib_is_said_before_anything_is_rendered(tmp_path):
     result = run_without("matplotlib", "compare", "--out", tmp_path / "out")
-    assert_one_line(result.returncode, result.stdout, result.stderr, r"matplotlib.*\[plot\]")
+    assert_one_line(result.returncode, result.stdout, result.stderr, r"matplotlib.*,plot\]")
     assert not (tmp_path / "out").exists()
 
 

@@ -626,7 +626,7 @@ def test_the_command_says_what_it_found(weights, tmp_path):
         "lora.pt: LoRA, 600 tensors of 'generator_lora' (not critic_lora), torch checkpoint",
         "LoRA merged into 300 weights at scale 1",
         "longlive (its LoRA is a 'generator_lora'), 825 tensors",
-        "licence of the weights: Apache-2.0",
+        "license of the weights: Apache-2.0",
         "no autoencoder in it",
     ):
         assert part in said

@@ -309,7 +309,7 @@ def test_the_memory_that_help_names_is_that_of_umt5_xxl():
     )
     said = run("encode-prompt", "--help").output
     assert count == 5_680_910_336  # Wan's
-    assert f"{2 * count / 1e9:.1f} GB of memory, and {(2 * count - linear) / 1e9:.1f} GB" in (
+    assert f"{2 * count / 1e9:.1f} GB of memory, {(2 * count - linear) / 1e9:.1f} GB with" in (
         " ".join(said.split())
     )
 

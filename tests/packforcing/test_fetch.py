@@ -167,7 +167,7 @@ def test_files_come_with_licence_record_and_the_next_command(hub, folder):
     assert result.exit_code == 0, result.output
     said = result.stdout.splitlines()
     assert said[0] == "model: 2 files, 300.5 kB, from team/model at 0123456789ab"
-    assert said[1] == "licence of the weights: cc-by-nc-sa-4.0, says its model card"
+    assert said[1] == "license of the weights: cc-by-nc-sa-4.0, says its model card"
     assert said[-2:] == [
         "next: packforcing fetch taew2_1",
         f"next: packforcing import-checkpoint downloads/model/{LARGE} downloads/model/{SMALL} "
@@ -183,11 +183,11 @@ def test_files_come_with_licence_record_and_the_next_command(hub, folder):
 def test_the_licence_is_the_cards_of_today(hub, folder):
     """Where the card says another than was read before, both are shown; where none, that one."""
     hub.licence = "other"
-    assert "licence of the weights: other, says its model card; known here: CC-BY" in (
+    assert "license of the weights: other, says its model card; known here: CC-BY" in (
         run("fetch", "model").stdout
     )
     hub.licence = None
-    assert "licence of the weights: CC-BY-NC-SA-4.0\n" in run("fetch", "model").stdout
+    assert "license of the weights: CC-BY-NC-SA-4.0\n" in run("fetch", "model").stdout
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(hub, folder):
@@ -255,7 +255,7 @@ main(["fetch", "model"])
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 130 and "run the same command again to go on" in said
+    assert process.returncode == 130 and "run the same command again to resume" in said
     assert "Traceback" not in said
     assert files(folder) == {f"{LARGE}.{hashlib.sha256(CONTENT[LARGE]).hexdigest()[:12]}.partial"}
 
@@ -310,7 +310,7 @@ def test_what_the_hub_refuses_is_explained(hub, folder, answer, parts):
 def test_a_gated_repository_shows_its_licence_and_keeps_its_files(hub, folder):
     hub.refuse, hub.refused = (403, "GatedRepo"), "/resolve/"
     result = run("fetch", "model")
-    assert "licence of the weights: cc-by-nc-sa-4.0" in result.stdout
+    assert "license of the weights: cc-by-nc-sa-4.0" in result.stdout
     assert_refused(result, "team/model is gated", "accept its conditions")
     assert not files(folder)
 
@@ -365,7 +365,7 @@ def test_a_folder_of_the_same_layout_serves_as_well(hub, folder, tmp_path):
     assert_refused(run("fetch", "model", "--from", "stick", "--out", "b"), "wrong checksum")
     (tmp_path / "stick" / fetching.RECORD).unlink()
     result = run("fetch", "model", "--from", "stick", "--out", "b")
-    assert f"no checksum was known of {LARGE}, {SMALL}" in result.stdout
+    assert f"no checksum is published: {LARGE}, {SMALL}" in result.stdout
     assert (tmp_path / "b" / LARGE).read_bytes() == CONTENT[LARGE][::-1]
 
     (tmp_path / "stick" / SMALL).unlink()
