@@ -1,0 +1,217 @@
+"""The runs behind the figures of README.md and docs/: commands, durations, and who reads them.
+
+Durations are of 2 cores of an AMD EPYC.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import figure_pictures as pictures
+from benchmarks import figure_values as values
+
+ROOT = Path(__file__).parents[1]
+Command = tuple[str, ...]
+
+
+class Run(NamedTuple):
+    """Commands whose results hold figures.
+
+    Attributes:
+        commands: Arguments of Python; `{out}` is the run's folder, `{NAME}` that of one it needs.
+        minutes: Expected duration.
+        extract: Reads the values from the results, by name.
+        needs: Runs whose folders the commands use.
+        pictures: By path, what draws it from the run's folder.
+    """
+
+    commands: tuple[Command, ...]
+    minutes: float
+    extract: Callable[[values.Results], dict[str, str]]
+    needs: tuple[str, ...] = ()
+    pictures: Mapping[str, Callable[[Path, Path], None]] = {}
+
+
+def packforcing(line: str) -> Command:
+    """Return a command of the command line."""
+    return ("-m", "packforcing.app.cli", *shlex.split(line))
+
+
+def full_test(line: str) -> Command:
+    """Return a test that prints figures."""
+    return ("-m", "pytest", "-m", "full", "-s", *shlex.split(line))
+
+
+def benchmark(line: str) -> Command:
+    """Return a program of this folder."""
+    name, *words = shlex.split(line)
+    return ("-m", f"benchmarks.{name}", *words)
+
+
+DRAW_PROMPTS = (
+    "import sys; from packforcing import model_config; "
+    "from packforcing.evaluation.prompt_sets import draw_prompts; "
+    "prompts = draw_prompts(model_config('demo'), 32, 1000); "
+    "open(sys.argv[1], 'w').write('\\n'.join(prompt.text for prompt in prompts))"
+)
+SIZES = (
+    "import json; from packforcing import model_config; c = model_config('wan-1.3b'); "
+    "token = 2 * c.layers * c.dim * 2; "  # bytes of its keys and values in fp16
+    "blocks = c.frames(120) // c.block_pixel_frames; p = c.policy; "
+    "print(json.dumps({'two_minutes': blocks * c.block_tokens * token, "
+    "'checkpoint': (p.sink + p.recent) * c.block_tokens * token, "
+    "'archive': c.compressed_tokens * token}))"
+)
+# Of an environment that has NVIDIA ModelOpt; without it the table has no row for it.
+MODELOPT = os.environ.get("MODELOPT_PYTHON", "")
+QUANTIZED = (
+    ("cache8", "fp32", "--cache int8"),
+    ("int8", "fp32", "--weights int8"),
+    ("int8-cache8", "fp32", "--weights int8 --cache int8"),
+    ("int4", "fp32", "--weights int4"),
+    ("fp8", "fp32", "--weights fp8"),
+    ("fp8-cachefp8", "fp32", "--weights fp8 --cache fp8"),
+    ("fp16-cache8", "fp16", "--cache int8"),
+)
+
+RUNS = {
+    "sizes": Run((("-c", SIZES),), 0.1, values.size_values),
+    "plan": Run(
+        (packforcing(values.PLAN.removeprefix("packforcing ")),), 1, values.plan_values,
+        pictures={"docs/plan.png": pictures.drawn_by_the_command},
+    ),
+    "self-forcing": Run(
+        (
+            packforcing(values.SELF_FORCING.removeprefix("packforcing ")),
+            packforcing("plan --model self-forcing --policy packforcing --history 2,16,2"),
+        ),
+        1,
+        values.self_forcing_values,
+    ),
+    "bench": Run(
+        (benchmark("bench_runtime --only demo --json {out}/bench.json"),), 3, values.bench_values
+    ),
+    "checkpoints": Run(
+        (benchmark("bench_runtime --only checkpoints --json {out}/bench.json"),), 2,
+        values.checkpoint_values,
+    ),
+    "hour": Run(
+        (full_test("tests/end_to_end/test_demo.py -k 'hour and 60'"),), 150, values.hour_values
+    ),
+    "policies": Run(
+        (packforcing(
+            "compare --seconds 120 --prompts 16 --threads 1 --out {out} --policies "
+            "packforcing,packforcing-likeness,packforcing-recency,packforcing-random,"
+            "sliding-window,sink-window"
+        ),),
+        360,
+        values.policy_values,
+        pictures={
+            "docs/demo.png": pictures.draw_demo,
+            "docs/results/curves.png": pictures.draw_curves,
+            "docs/results/tours.png": pictures.draw_tours,
+        },
+    ),
+    "spans": Run(
+        (packforcing(
+            "compare --seconds 120 --prompts 8 --threads 1 --out {out} --policies "
+            "packforcing,packforcing-half-span,packforcing-quarter-span"
+        ),),
+        90,
+        values.span_values,
+    ),
+    "ten-minutes": Run(
+        (packforcing(
+            "compare --seconds 600 --prompts 4 --threads 1 --out {out} --policies packforcing"
+        ),),
+        90,
+        values.ten_minutes_values,
+    ),
+    "retrieval": Run(
+        (full_test("tests/evaluation -k landmarks"),), 10, values.retrieval_values
+    ),
+    "reference": Run(
+        (full_test("tests/evaluation -k reference_measures"),), 15, values.reference_values
+    ),
+    "bundles": Run(
+        (
+            packforcing("export --out {out}/fp32"),
+            packforcing("export --precision fp16 --out {out}/fp16"),
+            ("-c", DRAW_PROMPTS, "{out}/prompts.txt"),
+            *(
+                packforcing(
+                    f"calibrate {{out}}/{exact} --prompts {{out}}/prompts.txt --seconds 5 "
+                    f"--out {{out}}/{exact}.safetensors"
+                )
+                for exact in ("fp32", "fp16")
+            ),
+            *(
+                packforcing(
+                    f"quantize {{out}}/{exact} {options} "
+                    f"--calibration {{out}}/{exact}.safetensors --out {{out}}/{name}"
+                )
+                for name, exact, options in QUANTIZED
+            ),
+        ),
+        15,
+        lambda results: {},
+    ),
+    "layers": Run(
+        (benchmark("ablate_layers {bundles}/fp32 --json {out}/layers.json"),), 3,
+        values.layer_values, needs=("bundles",),
+    ),
+    "cache-choices": Run(
+        (benchmark(
+            "ablate_cache {bundles}/fp32 --prompts 12 --fit 32 --seconds 5 "
+            "--json {out}/schemes.json"
+        ),),
+        60,
+        values.cache_choice_values,
+        needs=("bundles",),
+    ),
+    "quantizers": Run(
+        (benchmark(
+            "compare_quantizers {bundles}/fp32 --prompts 4 --seconds 5 --json {out}/tools.json"
+            + (f" --modelopt {MODELOPT}" if MODELOPT else "")
+        ),),
+        4,
+        values.quantizer_values,
+        needs=("bundles",),
+    ),
+    "quantized": Run(
+        (packforcing(
+            "compare {bundles}/fp32 --with {bundles}/cache8 --with {bundles}/int8 "
+            "--with {bundles}/int8-cache8 --with {bundles}/int4 --with {bundles}/fp8 "
+            "--with {bundles}/fp8-cachefp8 --with {bundles}/fp16 "
+            "--prompts 16 --seconds 5 --out {out}"
+        ),),
+        45,
+        values.quantized_values,
+        needs=("bundles",),
+    ),
+    "cache": Run(
+        (packforcing(
+            "compare {bundles}/fp16 --with {bundles}/fp16-cache8 --prompts 16 --seconds 120 "
+            "--out {out}"
+        ),),
+        120,
+        values.cache_values,
+        needs=("bundles",),
+    ),
+    "full-size": Run(
+        (
+            packforcing("export --model wan-1.3b --random-weights --out {out}/wan"),
+            packforcing("build {out}/wan --targets sm86,sm89,sm120"),
+            packforcing("verify {out}/wan --out {out}/verify"),
+        ),
+        15,
+        values.full_size_values,
+    ),
+    "builder": Run(
+        (full_test("tests/calibration -k 'engine_takes and 30'"),), 25, values.builder_values
+    ),
+}  # fmt: skip
