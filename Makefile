@@ -14,11 +14,14 @@ demo: $(INSTALLED)  ## export the demo model, render a prompt with it, write a r
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-full: $(INSTALLED)  ## the long proofs as well
-	$(BIN)/python -m pytest -m ""
+full: $(INSTALLED)  ## the long proofs as well, and how long each took
+	$(BIN)/python -m pytest -m "" -p tests.durations --durations=30
 
-bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.bench_runtime
+bench: $(INSTALLED)  ## with AGAINST=CHECKOUT, before and after in one run
+	$(BIN)/python -m benchmarks.bench_runtime $(if $(AGAINST),--against $(AGAINST))
+
+figures: $(INSTALLED)  ## the numbers and pictures of README and docs, days; ARGS="--below 5" for some
+	$(BIN)/python -m benchmarks.figures $(ARGS)
 
 # The rooms come together as one package only when it is installed: links show tools the same.
 typed:
