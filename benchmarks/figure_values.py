@@ -369,8 +369,8 @@ def plan_values(results: Results) -> dict[str, str]:
 
 
 def self_forcing_values(results: Results) -> dict[str, str]:
-    listing = results.text().partition("\n\non the host")[0].strip()
-    (history,) = re.findall(r"^  total +[\d,]+ +([\d.]+)", results.text(1), re.MULTILINE)[:1]
+    listing = "\n\n".join(results.text().strip().split("\n\n")[:2])  # all of the device's memory
+    (history,) = re.findall(r"^ *total +[\d,]+ +([\d.]+)", results.text(1), re.MULTILINE)[:1]
     return {
         "plan": f"```\n$ {SELF_FORCING}\n{listing}\n```",
         "history": f"{history} GiB",

@@ -145,7 +145,7 @@ def measure(name: str, folders: Mapping[str, Path]) -> Record:
     places = {"out": folder, **{need: folders[need] for need in run.needs}}
     began = time.monotonic()
     for number, command in enumerate(run.commands):
-        words = [sys.executable, *(word.format(**places) for word in command)]
+        words = [sys.executable, *(_placed(word, places) for word in command)]
         log, cost_file = folder / f"{number}.log", folder / f"{number}.json"
         if cost_file.exists():  # done before an interruption
             continue
@@ -173,6 +173,13 @@ def measure(name: str, folders: Mapping[str, Path]) -> Record:
         values=values,
         pictures=pictures,
     )
+
+
+def _placed(word: str, folders: Mapping[str, Path]) -> str:
+    """A word of a command with the folders that it names in braces."""
+    for name, folder in folders.items():
+        word = word.replace(f"{{{name}}}", str(folder))
+    return word
 
 
 def readable(command: Iterable[str]) -> str:
