@@ -1,4 +1,4 @@
-"""Write files and folders that are whole or absent, seal JSON, hash files, check disk space.
+"""Write files and folders that are whole or absent, seal JSON and upgrade it, hash files.
 
 Whatever is written gets its final name last: first a hidden partial name beside it, then the data
 flushed to the disk, then a rename, then the folder's entry flushed. A power cut leaves the older
@@ -11,9 +11,10 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -21,6 +22,9 @@ from packforcing.errors import OutputError
 from packforcing.units import format_file_size
 
 HASH_CHUNK = 1 << 18  # bytes read at a time
+
+T = TypeVar("T")
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # of the next version, from those of one
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -219,3 +223,48 @@ def unseal_json(name: str, sealed: bytes) -> bytes:
     if hashlib.sha256(body).hexdigest() != msgspec.json.decode(fields["sha256"], type=str):
         raise ValueError("its SHA-256 differs")
     return body
+
+
+class VersionError(Exception):
+    """JSON of a version that this release cannot read; the message follows the file's path."""
+
+
+def decode_versioned(
+    body: bytes,
+    struct: type[T],
+    version: int,
+    upgrades: Mapping[int, Upgrade],
+    remedy: str,
+    field: str = "version",
+) -> T:
+    """Decode JSON of a format's current version, or of an older one that can be upgraded.
+
+    Args:
+        body: Encoded JSON, an object.
+        struct: What the current version holds.
+        version: The current version.
+        upgrades: For each older version that is still read, a pure function that turns the
+            object of that version into one of the next. The version itself is raised here; where
+            a format has no such field yet, its first upgrade adds the field.
+        remedy: The end of the message: what to do about a version that is not read.
+        field: The object's field with its version. An object without it is of version 1.
+
+    Raises:
+        VersionError: A newer version, or an older one that is not upgraded any more.
+        msgspec.DecodeError: Malformed JSON, or not what its version holds.
+    """
+    fields = msgspec.json.decode(body, type=dict[str, Any])
+    file_version = msgspec.convert(fields.get(field, 1), int)
+    what = f"has {field.replace('_', ' ')} {file_version}, this release reads {version}"
+    if file_version > version:
+        raise VersionError(f"{what}: update packforcing, or {remedy}")
+    for older in range(file_version, version):
+        if older not in upgrades:
+            raise VersionError(f"{what}: {remedy}")
+        try:
+            fields = upgrades[older](fields)
+        except (LookupError, TypeError, AttributeError) as error:  # nothing was checked yet
+            raise msgspec.ValidationError(f"not what version {older} holds ({error!r})") from error
+        if field in fields:
+            fields = {**fields, field: older + 1}
+    return msgspec.convert(fields, struct)

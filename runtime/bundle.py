@@ -45,9 +45,10 @@ import msgspec
 from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
-from packforcing.files import FileRecord, file_record
+from packforcing.files import FileRecord, Upgrade, VersionError, decode_versioned, file_record
 
 SCHEMA_VERSION = 3
+UPGRADES: dict[int, Upgrade] = {}  # of older manifests; none of the first two versions is read
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
 ENGINE_FOLDER = (
@@ -211,7 +212,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: str | Path) -> Manifest:
     """Reads and checks the manifest of a bundle; the graphs are checked by `check_files`.
 
-    Raises `BundleError` for a missing or malformed manifest, another schema version, or graphs
+    One of an older schema version is brought up to this one where `UPGRADES` can. Raises
+    `BundleError` for a missing or malformed manifest, a schema version that is not read, or graphs
     that are not what the config calls for.
     """
     path = Path(directory) / MANIFEST
@@ -226,13 +228,11 @@ def read_manifest(directory: str | Path) -> Manifest:
             "make one with 'packforcing export'"
         ) from error
     try:
-        version = msgspec.json.decode(text, type=_Version).schema_version
-        if version != SCHEMA_VERSION:
-            raise BundleError(
-                f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
-                "export the bundle anew"
-            )
-        manifest = msgspec.json.decode(text, type=Manifest)
+        manifest = decode_versioned(
+            text, Manifest, SCHEMA_VERSION, UPGRADES, "export the bundle anew", "schema_version"
+        )
+    except VersionError as error:
+        raise BundleError(f"{path} {error}") from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}") from error
     expected = contract(manifest.config)
@@ -253,10 +253,6 @@ def read_manifest(directory: str | Path) -> Manifest:
             f"{path} is damaged: its SHA-256 differs; export or download the bundle again"
         )
     return manifest
-
-
-class _Version(msgspec.Struct):
-    schema_version: int
 
 
 def check_files(directory: str | Path, manifest: Manifest) -> None:

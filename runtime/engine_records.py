@@ -19,7 +19,15 @@ import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import BackendError
-from packforcing.files import FileRecord, file_record, seal_json, unseal_json
+from packforcing.files import (
+    FileRecord,
+    Upgrade,
+    VersionError,
+    decode_versioned,
+    file_record,
+    seal_json,
+    unseal_json,
+)
 from packforcing.runtime.bundle import (
     ENGINE_FOLDER,
     GPU_CALLS,
@@ -29,6 +37,8 @@ from packforcing.runtime.bundle import (
     read_manifest,
 )
 
+VERSION = 1  # of the records; they say none, and those of the next version will
+UPGRADES: dict[int, Upgrade] = {}
 Length = Literal["input", "mask"]
 
 
@@ -123,17 +133,20 @@ def encode_record(record: EngineRecord) -> bytes:
 def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord | None:
     """The record of an engine, or None where none is built; the engine is not looked at.
 
-    Raises `BackendError` for a damaged record.
+    One of an older version is brought up to this one where `UPGRADES` can. Raises `BackendError`
+    for a damaged record or one of a version that is not read.
     """
     path = record_file(directory, backend, graph)
     try:
         body = unseal_json("engine", path.read_bytes())
-        return msgspec.json.decode(body, type=EngineRecord)
+        return decode_versioned(body, EngineRecord, VERSION, UPGRADES, _build(directory))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise BackendError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except VersionError as error:
+        raise BackendError(f"{path} {error}") from error
+    except (ValueError, RecursionError) as error:
         raise BackendError(f"{path} is damaged ({error}): {_build(directory)}") from error
 
 

@@ -39,7 +39,15 @@ import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import BackendError, CheckpointError, OutputError
-from packforcing.files import FileRecord, file_record
+from packforcing.files import (
+    FileRecord,
+    Upgrade,
+    VersionError,
+    decode_versioned,
+    file_record,
+    seal_json,
+    unseal_json,
+)
 from packforcing.runtime.buffers import IN_MEMORY, Archive, archive_rows
 from packforcing.runtime.bundle import DTYPES
 from packforcing.runtime.cache import Slot
@@ -58,6 +66,7 @@ from packforcing.runtime.video_files import (
 )
 
 VERSION = 2
+UPGRADES: dict[int, Upgrade] = {}  # of older checkpoints; the first version's are not read
 SECONDS = 20.0  # of video between two checkpoints
 RECORD, LOCK = "checkpoint.json", "lock"
 _OURS = re.compile(
@@ -89,11 +98,6 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def named(self, kind: str) -> list[str]:
         """The files of a kind, in order."""
         return sorted(name for name in self.files if name.startswith(f"{kind}-"))
-
-
-class _Sealed(msgspec.Struct, forbid_unknown_fields=True):
-    sha256: str
-    checkpoint: msgspec.Raw
 
 
 def interval(config: Config, seconds: float) -> int:
@@ -354,10 +358,8 @@ class RenderFolder:
 
     def write(self) -> None:
         """Makes `done` the last checkpoint, and removes what it has no use for."""
-        body = msgspec.json.encode(self.done)
-        sealed = _Sealed(hashlib.sha256(body).hexdigest(), msgspec.Raw(body))
         partial = self.path / f"{RECORD}.partial"
-        partial.write_bytes(msgspec.json.encode(sealed))
+        partial.write_bytes(seal_json("checkpoint", msgspec.json.encode(self.done)))
         flush(partial)
         flush_folder(self.path)  # what it names comes before it
         partial.replace(self.path / RECORD)
@@ -525,24 +527,16 @@ def _read_record(folder: Path) -> Checkpoint | None:
             return None
         if not _is_file(path) or path.stat().st_size > _LARGEST_RECORD:
             raise CheckpointError(_damage(path))
-        sealed = msgspec.json.decode(path.read_bytes(), type=_Sealed)
-        if hashlib.sha256(sealed.checkpoint).hexdigest() != sealed.sha256:
-            raise CheckpointError(_damage(path))
-        if (version := msgspec.json.decode(sealed.checkpoint, type=_Version).version) != VERSION:
-            raise CheckpointError(
-                f"{path} has version {version}, this release reads {VERSION}: finish the render "
-                f"with the release that began it, or remove {folder} to begin anew"
-            )
-        done = msgspec.json.decode(sealed.checkpoint, type=Checkpoint)
+        body = unseal_json("checkpoint", path.read_bytes())
+        remedy = f"finish it with the release that began it, or remove {folder} to begin anew"
+        done = decode_versioned(body, Checkpoint, VERSION, UPGRADES, remedy)
+    except VersionError as error:
+        raise CheckpointError(f"{path} {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(_damage(path)) from error
     if not all(_OURS.fullmatch(name) for name in done.files):
         raise CheckpointError(_damage(path))
     return done
-
-
-class _Version(msgspec.Struct):
-    version: int
 
 
 def _damage(path: Path) -> str:

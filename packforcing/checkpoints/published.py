@@ -15,6 +15,7 @@ import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import CheckpointError
+from packforcing.files import Upgrade, VersionError, decode_versioned
 from packforcing.presets import MODELS, PAPER
 
 UNREAD = "not read here: see the source before use"  # a licence
@@ -112,6 +113,8 @@ def published_config(kind: str) -> Config:
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
+VERSION = 1  # of the description; it says none, and that of the next version will
+UPGRADES: dict[int, Upgrade] = {}
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,10 +129,17 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
-    """The description of an imported model; raises `CheckpointError` if it cannot be exported."""
+    """The description of an imported model; raises `CheckpointError` if it cannot be exported.
+
+    One of an older version is brought up to this one where `UPGRADES` can.
+    """
     file = Path(path) / DESCRIPTION
     try:
-        folder = msgspec.json.decode(file.read_bytes(), type=ModelFolder)
+        folder = decode_versioned(
+            file.read_bytes(), ModelFolder, VERSION, UPGRADES, "import the checkpoint again"
+        )
+    except VersionError as error:
+        raise CheckpointError(f"{file} {error}") from error
     except OSError as error:
         raise CheckpointError(
             f"{path} is no imported model: cannot read {DESCRIPTION} ({error.strerror}); "

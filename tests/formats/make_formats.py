@@ -24,19 +24,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import torch
-from packforcing.checkpoints import import_checkpoint
-from packforcing.fetch import fetch, look_up
-from packforcing.models import published_config
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from packforcing import MODELS, Config, Policy
 from packforcing.calibration.statistics import calibrate
+from packforcing.checkpoints import import_checkpoint
 from packforcing.config import AUTOENCODERS, Precision
 from packforcing.embeddings import Embedding, save_embedding
 from packforcing.errors import RenderStopped
 from packforcing.export.bundle import export_bundle
+from packforcing.fetch import fetch, look_up
 from packforcing.model import random_model, random_weights
+from packforcing.models import published_config
 from packforcing.prompts import Switch, encode
 from packforcing.runtime import Session
 from packforcing.runtime.bundle import file_record, read_manifest
@@ -106,9 +106,7 @@ def make_render(out: Path, bundle: Path) -> None:
                 session.stop()
 
         with suppress(RenderStopped):
-            session.render(
-                SCENES, 15, out / "film.mp4", 5, on_block=stop, checkpoint_seconds=3.0
-            )
+            session.render(SCENES, 15, out / "film.mp4", 5, on_block=stop, checkpoint_seconds=3.0)
     (out / "film.mp4.render").rename(out / "render-2")
     (out / "render-2" / "lock").unlink(missing_ok=True)
 
@@ -149,8 +147,8 @@ def main(out: Path) -> None:
     prompts = [PROMPT, "a blue square over sand checks"]
     calibrate(bundle, prompts, out / "statistics-1.safetensors", seconds=2.0, seed=5)
     rows = encode(PROMPT, CONFIG)[0, :4]
-    said = Embedding(rows, PROMPT, "words", "0" * 64)
-    save_embedding(out / "embedding-1.safetensors", said)
+    embedding = Embedding(rows, PROMPT, "words", "0" * 64)
+    save_embedding(out / "embedding-1.safetensors", embedding)
 
 
 if __name__ == "__main__":
