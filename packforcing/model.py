@@ -139,14 +139,14 @@ def open_weights(config: Config, path: str | os.PathLike[str]) -> Weights:
         raise CheckpointError(f"cannot read weights from {path}: {error}") from error
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     wanted = weight_shapes(config)
-    if problems := mismatch(found, wanted):
+    if problems := describe_mismatch(found, wanted):
         raise CheckpointError(
             f"{path} does not hold the weights of model '{config.name}' {problems}"
         )
     return LazyWeights(wanted, file.get_tensor)
 
 
-def mismatch(found: Shapes, wanted: Shapes) -> str:
+def describe_mismatch(found: Shapes, wanted: Shapes) -> str:
     """What tells two sets of weights apart: how many names, and the first ten; "" if nothing."""
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in wanted]

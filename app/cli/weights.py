@@ -24,8 +24,6 @@ def models(as_json: bool) -> None:
     Example:
       packforcing models
     """
-    import dataclasses
-
     import msgspec
 
     from packforcing.checkpoints.published import PARTS, PUBLISHED, published_config
@@ -34,7 +32,7 @@ def models(as_json: bool) -> None:
         print_json(
             {
                 kind: {
-                    **dataclasses.asdict(row),
+                    **msgspec.to_builtins(row),
                     "config": msgspec.to_builtins(published_config(kind)),
                 }
                 for kind, row in PUBLISHED.items()
@@ -56,9 +54,9 @@ def models(as_json: bool) -> None:
                 f"{config.policy}"
             )
         where = f"{row.source}: {', '.join(row.files)}" if row.source else "not published"
-        click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; license: {row.licence}")
+        click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; license: {row.license}")
     for name, row in PARTS.items():
-        click.echo(f"{name}\n  {row.source}: {', '.join(row.files)}; license: {row.licence}")
+        click.echo(f"{name}\n  {row.source}: {', '.join(row.files)}; license: {row.license}")
 
 
 @click.command()
@@ -98,14 +96,14 @@ def fetch(model: str, out: Path | None, folder: Path | None, as_json: bool) -> N
         where = offer.folder or f"{offer.source} at {offer.revision[:12]}"
         size = format_file_size(offer.bytes)
         click.echo(f"{model}: {len(offer.files)} files, {size}, from {where}")
-        click.echo(f"license of the weights: {offer.licence}")
+        click.echo(f"license of the weights: {offer.license}")
     try:
         record = fetching.fetch(offer, target, FileMeters("fetching", quiet=as_json))
     except KeyboardInterrupt:
         click.echo("interrupted: run the same command again to resume", err=True)
         sys.exit(130)
     unverified = [path for path, file in offer.files.items() if not file.checksum]
-    steps = fetching.next_steps(offer, target)
+    steps = fetching.next_commands(offer, target)
     if as_json:
         files = {path: msgspec.to_builtins(record[path]) for path in offer.files}
         print_json({"path": str(target), "files": files, "unverified": unverified, "next": steps})
@@ -187,11 +185,11 @@ def import_checkpoint(
     if as_json:
         print_json({"path": out, "refused": refused, **msgspec.to_builtins(imported)})
         return
-    for line in imported.said:
+    for line in imported.lines:
         click.echo(line)
     size = format_file_size(imported.bytes)
     click.echo(f"{out}: {folder.kind} ({imported.why}), {imported.tensors} tensors, {size}")
-    click.echo(f"license of the weights: {folder.licence}")
+    click.echo(f"license of the weights: {folder.license}")
     if refused:
         click.echo(f"weights only, {folder.kind} cannot be rendered: {refused}")
     elif not folder.autoencoder:

@@ -1,11 +1,12 @@
-"""Published weights into a folder, laid out as in their repository: from the Hugging Face hub, or
-from a folder with that layout. Free of torch.
+"""Fetch published weights into a folder laid out as their repository. Free of torch.
 
-Only the files that `published.py` names are taken, and every checksum that is known is
-compared before a file gets its name: the hub's SHA-256 (git's SHA-1 of small files), or that of an
-earlier run's record, `fetched.json`. Until then a file is called NAME.CHECKSUM.partial, and a
-later run goes on with it. huggingface_hub's own downloads begin anew in every run, so its
-`http_get` is called, which can begin anywhere.
+They come from the Hugging Face hub, or from a folder with the same layout. Only the files that
+`published.py` names are taken. Every checksum that is known is compared before a file gets its
+name: the hub's SHA-256 (git's SHA-1 for small files), or that of an earlier run's record,
+`fetched.json`. Until then a file is called NAME.CHECKSUM.partial, and a later run resumes it.
+
+`huggingface_hub.hf_hub_download` removes what it has when a download breaks off (2.4: a file of
+11 GB begins again), so its `http_get` is called, which can begin at any byte.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import errno
 import hashlib
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,32 +26,33 @@ from filelock import FileLock, Timeout
 
 from packforcing.checkpoints.published import PARTS, PUBLISHED, UNREAD, Published
 from packforcing.errors import CheckpointError, FetchError, OutputError
-from packforcing.files import file_sha256
+from packforcing.extras import optional_imports
+from packforcing.files import file_sha256, require_disk_space, write_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 RECORD, LOCK = "fetched.json", ".lock"
-PIECE = 1 << 22  # bytes copied at a time
-SHA256 = 64  # digits
+COPY_CHUNK = 1 << 22  # bytes copied at a time
+SHA256_DIGITS = 64
 
 
-class Fetched(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the record says of a file."""
+class FetchedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The record of a file."""
 
     bytes: int
     sha256: str
     source: str  # the repository
     revision: str  # commit of the repository; "" where it is not known
-    licence: str
+    license: str = msgspec.field(name="licence")
 
 
-Record = dict[str, Fetched]  # by path in the folder
+Record = dict[str, FetchedFile]  # by path in the folder
 
 
 @dataclass(frozen=True)
-class Offered:
-    """A file that can be had."""
+class OfferedFile:
+    """A file that can be fetched."""
 
     bytes: int
     checksum: str  # SHA-256 or git's SHA-1, "" where none is known
@@ -59,118 +60,139 @@ class Offered:
 
 @dataclass(frozen=True)
 class Offer:
-    """Everything that belongs to a name, and where it is."""
+    """The files of a published model or part, and where they are."""
 
     name: str
     source: str
     revision: str
-    licence: str
-    files: dict[str, Offered]  # by path in the repository
+    license: str
+    files: dict[str, OfferedFile]  # by path in the repository
     folder: Path | None  # None: on the hub
 
     @property
     def bytes(self) -> int:
+        """Size of all files."""
         return sum(file.bytes for file in self.files.values())
 
 
 def look_up(name: str, out: Path, folder: Path | None = None) -> Offer:
-    """What there is of a name: on the hub or, where that cannot be reached, in `out` itself or in
-    the hub's cache on this machine. From `folder` instead where one is given.
+    """Look up what can be fetched under a name.
 
-    Raises `CheckpointError` for an unknown name or a folder without its files, and `FetchError`
-    if nothing can be had, with what to do.
+    The hub is asked. Where it cannot be reached, `out` itself or the hub's cache on this machine
+    serves.
+
+    Args:
+        name: A name in `PUBLISHED` or `PARTS`.
+        out: The folder that the files go to.
+        folder: Take the files from this folder instead of the hub.
+
+    Raises:
+        CheckpointError: The name is unknown, or the folder lacks files.
+        FetchError: The hub cannot be reached or refuses.
+        MissingDependency: huggingface_hub is not installed.
     """
     row = {**PUBLISHED, **PARTS}.get(name)
     if row is None:
-        known = ", ".join(name for name, row in (*PUBLISHED.items(), *PARTS.items()) if row.source)
-        raise CheckpointError(f"nothing is published as '{name}'; known: {known}")
+        names = ", ".join(name for name, row in (*PUBLISHED.items(), *PARTS.items()) if row.source)
+        raise CheckpointError(f"nothing is published as '{name}'; known names: {names}")
     if not row.source:
         raise CheckpointError(f"no public place of {name} is known: ask its trainer for the file")
     if folder is not None:
-        return _in_folder(name, row, folder)
+        return _offer_from_folder(name, row, folder)
     try:
-        with _hub(row.source):
+        with _explain_hub_errors(row.source):
             from huggingface_hub import HfApi
 
             info = HfApi().model_info(row.source, files_metadata=True, timeout=30)
     except _Unreachable:
-        for here in (out, _cached(row)):
-            if here is not None and all((here / path).is_file() for path in row.files):
-                return _in_folder(name, row, here)
+        for local in (out, _hub_cache_folder(row)):
+            if local is not None and all((local / path).is_file() for path in row.files):
+                return _offer_from_folder(name, row, local)
         raise
-    there = {file.rfilename: file for file in info.siblings or ()}
-    if missing := [path for path in row.files if path not in there]:
+    siblings = {file.rfilename: file for file in info.siblings or ()}
+    if missing := [path for path in row.files if path not in siblings]:
         raise FetchError(
-            f"{row.source} no longer has {', '.join(missing)}: see there what took its place, "
-            "download it and name it to 'packforcing import-checkpoint'"
+            f"{row.source} no longer has {', '.join(missing)}: look there for the replacement, "
+            "download it and pass it to 'packforcing import-checkpoint'"
         )
     files = {}
     for path in row.files:
-        file = there[path]
-        checksum = file.lfs.sha256 if file.lfs else file.blob_id
-        files[path] = Offered(file.size or 0, checksum or "")
-    return Offer(name, row.source, info.sha or "main", _licence(row, info), files, None)
+        sibling = siblings[path]
+        checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+        files[path] = OfferedFile(sibling.size or 0, checksum or "")
+    return Offer(name, row.source, info.sha or "main", _license(row, info), files, None)
 
 
 def fetch(offer: Offer, out: Path, bar: Callable[..., Any]) -> Record:
-    """Puts the files of an offer into the folder `out` and returns the record kept there.
+    """Fetch the files of an offer into a folder. Files that are there and intact stay.
 
-    What lies there intact is kept. bar: makes a tqdm for one file.
+    Args:
+        offer: Of `look_up`.
+        out: The folder; made if missing.
+        bar: Makes a tqdm for one file.
 
-    Raises `FetchError` for a transfer that broke off (a later call goes on) or a wrong checksum
-    (nothing of it is kept), and `OutputError` if the disk lacks space or refuses, or
-    another process fetches into the same folder.
+    Returns:
+        The record of all files in the folder.
+
+    Raises:
+        FetchError: A transfer broke off (a later call resumes it), or a checksum is wrong (nothing
+            of the file stays).
+        OutputError: The disk has no room or refuses, or another process fetches into `out`.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / LOCK, blocking=False):
             record = read_record(out)
-            wanted = {
-                path: file for path, file in offer.files.items() if not _intact(out / path, file)
+            missing = {
+                path: file for path, file in offer.files.items() if not _is_intact(out / path, file)
             }
-            _check_space(out, wanted)
-            for path, file in wanted.items():
+            _check_disk_space(out, missing)
+            for path, file in missing.items():
                 (out / path).parent.mkdir(parents=True, exist_ok=True)
-                _get(offer, path, file, out / path, bar)
+                _fetch_file(offer, path, file, out / path, bar)
             for path, file in offer.files.items():
-                digest = file_sha256(out / path) if len(file.checksum) != SHA256 else file.checksum
-                record[path] = Fetched(
-                    bytes=file.bytes, sha256=digest, source=offer.source, revision=offer.revision,
-                    licence=offer.licence,
+                is_sha256 = len(file.checksum) == SHA256_DIGITS
+                sha256 = file.checksum if is_sha256 else file_sha256(out / path)
+                record[path] = FetchedFile(
+                    bytes=file.bytes, sha256=sha256, source=offer.source, revision=offer.revision,
+                    license=offer.license,
                 )  # fmt: skip
-            partial = out / f"{RECORD}.partial"
-            partial.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
-            partial.replace(out / RECORD)
+            encoded = msgspec.json.format(msgspec.json.encode(record), indent=1)
+            write_file(out / RECORD, encoded + b"\n")
     except Timeout as error:
         raise OutputError(f"another process is fetching into {out}: wait until it ends") from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; make room and run the same command again: it goes on there" if full else ""
+        advice = "; make room and run the same command again to resume" if full else ""
         raise OutputError(f"cannot write to {out}: {error.strerror or error}{advice}") from error
     return record
 
 
-def next_steps(offer: Offer, out: Path) -> list[str]:
-    """The commands that use what was fetched."""
+def next_commands(offer: Offer, out: Path) -> list[str]:
+    """Return the commands that use what was fetched."""
     files = [str(out / path) for path in offer.files]
     if offer.name == "umt5-xxl":
         encode = ["packforcing", "encode-prompt", "a cat walks on the beach", "--encoder", str(out)]
         return [shlex.join([*encode, "--out", "cat.safetensors"])]
     if offer.name in PARTS:
-        steps, files, name = [], ["MODEL.pt", *files], "my-model"
+        commands, files, name = [], ["MODEL.pt", *files], "my-model"
     else:
         tiny = out.parent / "taew2_1"
         [decoder] = PARTS["taew2_1"].files
-        steps = ["packforcing fetch taew2_1"] if not (tiny / decoder).is_file() else []
+        commands = ["packforcing fetch taew2_1"] if not (tiny / decoder).is_file() else []
         files, name = [*files, str(tiny / decoder)], offer.name
-    return [*steps, shlex.join(["packforcing", "import-checkpoint", *files, "--out", name])]
+    return [*commands, shlex.join(["packforcing", "import-checkpoint", *files, "--out", name])]
 
 
 # The record
 
 
 def read_record(folder: Path) -> Record:
-    """The record in a folder, empty if there is none; raises `CheckpointError` if damaged."""
+    """Read the record in a folder; it is empty if there is none.
+
+    Raises:
+        CheckpointError: The record is damaged.
+    """
     try:
         return msgspec.json.decode((folder / RECORD).read_bytes(), type=Record)
     except OSError:
@@ -182,27 +204,31 @@ def read_record(folder: Path) -> Record:
         ) from error
 
 
-def recorded(path: Path) -> Fetched | None:
-    """What a record beside a file or above it says of the file, None where none does.
+def recorded_file(path: Path) -> FetchedFile | None:
+    """Find the record of a file, in its folder or one above, and compare the file with it.
 
-    Raises `CheckpointError` if the file is not what was fetched.
+    Returns:
+        The record, or None if there is none.
+
+    Raises:
+        CheckpointError: The file is not what was fetched.
     """
-    places = (Path(os.path.abspath(path)), path.resolve())  # as it is named, and what it links to
-    for path, folder in ((place, folder) for place in places for folder in place.parents):
+    names = (Path(os.path.abspath(path)), path.resolve())  # the path itself, and a link's target
+    for file, folder in ((name, folder) for name in names for folder in name.parents):
         try:
-            said = read_record(folder).get(path.relative_to(folder).as_posix())
+            fetched = read_record(folder).get(file.relative_to(folder).as_posix())
         except CheckpointError as error:
             if isinstance(error.__cause__, msgspec.ValidationError):
                 continue  # another program's file of that name
             raise
-        if not said:
+        if not fetched:
             continue
-        if path.stat().st_size != said.bytes or file_sha256(path) != said.sha256:
+        if file.stat().st_size != fetched.bytes or file_sha256(file) != fetched.sha256:
             raise CheckpointError(
-                f"{path} is damaged or was replaced (its SHA-256 is not the one in "
+                f"{file} is damaged or was replaced (its SHA-256 is not the one in "
                 f"{folder / RECORD}): fetch it again"
             )
-        return said
+        return fetched
     return None
 
 
@@ -214,19 +240,15 @@ class _Unreachable(FetchError):
 
 
 @contextmanager
-def _hub(repository: str) -> Iterator[None]:
-    """What goes wrong with the hub, explained."""
-    try:
+def _explain_hub_errors(repository: str) -> Iterator[None]:
+    """Turn the hub's errors into one line each, and keep its library quiet inside the block."""
+    with optional_imports("fetching", "fetch"):
         from huggingface_hub import errors
         from huggingface_hub.utils import logging
-    except ModuleNotFoundError as error:
-        raise FetchError(
-            f"fetching needs {error.name}, which is not installed: "
-            "pip install '.[fetch]' in the checkout"
-        ) from error
-    logging.set_verbosity_error()
     log_in = "log in with 'hf auth login', or put a token into HF_TOKEN"
     elsewhere = "fetch on another machine, copy the folder here and name it with --from"
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     except errors.GatedRepoError as error:
@@ -238,15 +260,15 @@ def _hub(repository: str) -> Iterator[None]:
         raise FetchError(f"{repository} is not on the hub, or is private: {log_in}") from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
-        todo = log_in if code in (401, 403) else "run the same command again later"
-        raise FetchError(f"the hub refuses {repository} (HTTP {code}): {todo}") from error
+        remedy = log_in if code in (401, 403) else "run the same command again later"
+        raise FetchError(f"the hub refuses {repository} (HTTP {code}): {remedy}") from error
     except errors.OfflineModeIsEnabled as error:
         raise _Unreachable(
-            f"HF_HUB_OFFLINE forbids to ask the hub: unset it, or {elsewhere}"
-        ) from (error)
+            f"HF_HUB_OFFLINE forbids access to the hub: unset it, or {elsewhere}"
+        ) from error
     except errors.HTTPError as error:
         raise _Unreachable(
-            f"the hub cannot be reached ({error}): run the same command again to go on, or "
+            f"the hub cannot be reached ({error}): run the same command again to resume, or "
             f"{elsewhere}"
         ) from error
     except OSError as error:
@@ -255,52 +277,54 @@ def _hub(repository: str) -> Iterator[None]:
         raise FetchError(
             f"{repository} sent less or more than it announced: run the same command again"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
-def _licence(row: Published, info: ModelInfo) -> str:
-    """What the model card says now, and what was read of it before."""
+def _license(row: Published, info: ModelInfo) -> str:
+    """Say what the model card states now and, where it differs, what was read of it before."""
     card: Any = info.card_data or {}
-    said = card.get("license_name") or card.get("license")
-    if not said:
-        return row.licence
-    said = " ".join(map(str, said)) if isinstance(said, list) else str(said)
-    known = (
-        "" if row.licence in (UNREAD, "") or row.licence.lower() == said.lower() else row.licence
-    )
-    return f"{said}, says its model card" + (f"; known here: {known}" if known else "")
+    stated = card.get("license_name") or card.get("license")
+    if not stated:
+        return row.license
+    stated = " ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
+    differs = row.license not in (UNREAD, "") and row.license.lower() != stated.lower()
+    return f"{stated}, says its model card" + (f"; known here: {row.license}" if differs else "")
 
 
-def _cached(row: Published) -> Path | None:
-    """The folder of a repository in the hub's cache on this machine."""
+def _hub_cache_folder(row: Published) -> Path | None:
+    """Find the folder of a repository in the hub's cache on this machine."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(row.source, row.files[0])
+    cached = try_to_load_from_cache(row.source, row.files[0])
     depth = len(Path(row.files[0]).parts)
-    return Path(found).parents[depth - 1] if isinstance(found, str) else None
+    return Path(cached).parents[depth - 1] if isinstance(cached, str) else None
 
 
-def _in_folder(name: str, row: Published, folder: Path) -> Offer:
-    """What a folder has; the checksums are those of its record, or the hub's cache's."""
+def _offer_from_folder(name: str, row: Published, folder: Path) -> Offer:
+    """Offer a folder's files, with the checksums of its record or of the hub's cache."""
     if missing := [path for path in row.files if not (folder / path).is_file()]:
         raise CheckpointError(
             f"{folder} lacks {', '.join(missing)}: it must be laid out as {row.source} is"
         )
     record = read_record(folder)
-    files, licences, revisions = {}, [], []
+    files, licenses, revisions = {}, [], []
     for path in row.files:
-        said, file = record.get(path), (folder / path).resolve()
+        fetched, file = record.get(path), (folder / path).resolve()
         blob = file.name if file.parent.name == "blobs" else ""
-        files[path] = Offered(file.stat().st_size, said.sha256 if said else blob)
-        licences.append(said.licence if said else row.licence)
-        revisions.append(said.revision if said else folder.name if blob else "")
-    return Offer(name, row.source, revisions[0], licences[0], files, folder)
+        files[path] = OfferedFile(file.stat().st_size, fetched.sha256 if fetched else blob)
+        licenses.append(fetched.license if fetched else row.license)
+        revisions.append(fetched.revision if fetched else folder.name if blob else "")
+    return Offer(name, row.source, revisions[0], licenses[0], files, folder)
 
 
 # One file
 
 
-def _get(offer: Offer, path: str, file: Offered, target: Path, bar: Callable[..., Any]) -> None:
-    partial = _partial(target, file)
+def _fetch_file(
+    offer: Offer, path: str, file: OfferedFile, target: Path, bar: Callable[..., Any]
+) -> None:
+    partial = _partial_path(target, file)
     if not file.checksum or (partial.is_file() and partial.stat().st_size > file.bytes):
         partial.unlink(missing_ok=True)
     try:
@@ -314,71 +338,67 @@ def _get(offer: Offer, path: str, file: Offered, target: Path, bar: Callable[...
     if not whole or not _matches(partial, file.checksum):
         partial.unlink()
         raise FetchError(
-            f"{path} of {offer.source} came with a wrong {'checksum' if whole else 'size'} and is "
-            "not kept: run the same command again"
+            f"{path} of {offer.source} came with a wrong {'checksum' if whole else 'size'} and was "
+            "removed: run the same command again"
         )
     partial.replace(target)
 
 
-def _transfer(offer: Offer, path: str, out: Any, size: int, bar: Callable[..., Any]) -> None:
-    """Appends what is still lacking of a file."""
+def _transfer(offer: Offer, path: str, out: Any, size_bytes: int, bar: Callable[..., Any]) -> None:
+    """Append the rest of a file to `out`."""
     done = out.tell()
     if offer.folder is not None:
         with (
             (offer.folder / path).open("rb") as file,
-            bar(total=size, initial=done, desc=path, unit="B", unit_scale=True) as progress,
+            bar(total=size_bytes, initial=done, desc=path, unit="B", unit_scale=True) as progress,
         ):
             file.seek(done)
-            while piece := file.read(PIECE):
-                out.write(piece)
-                progress.update(len(piece))
+            while chunk := file.read(COPY_CHUNK):
+                out.write(chunk)
+                progress.update(len(chunk))
         return
-    with _hub(offer.source):
+    with _explain_hub_errors(offer.source):
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        plain = {"Accept-Encoding": "identity"}  # a packed file cannot be gone on with
+        uncompressed = {"Accept-Encoding": "identity"}  # a compressed file cannot be resumed
         http_get(
             hf_hub_url(offer.source, path, revision=offer.revision),
             out,
             resume_size=done,
-            headers=build_hf_headers(library_name="packforcing", headers=plain),
-            expected_size=size,
+            headers=build_hf_headers(library_name="packforcing", headers=uncompressed),
+            expected_size=size_bytes,
             displayed_filename=path,
             tqdm_class=bar,  # type: ignore[arg-type]  # any callable will do
         )
 
 
-def _partial(target: Path, file: Offered) -> Path:
-    """The name of a file that is not whole yet: what another revision left is not gone on with."""
+def _partial_path(target: Path, file: OfferedFile) -> Path:
+    """Name an incomplete file by its checksum, so that another revision's is not resumed."""
     return target.with_name(f"{target.name}.{file.checksum[:12] or file.bytes}.partial")
 
 
-def _intact(path: Path, file: Offered) -> bool:
-    """Whether a file is what is offered; without a known checksum it is taken again."""
-    size = path.stat().st_size if path.is_file() else None
-    return size == file.bytes and file.checksum != "" and _matches(path, file.checksum)
+def _is_intact(path: Path, file: OfferedFile) -> bool:
+    """Tell whether a file is the offered one; without a known checksum it is fetched again."""
+    size_bytes = path.stat().st_size if path.is_file() else None
+    return size_bytes == file.bytes and file.checksum != "" and _matches(path, file.checksum)
 
 
 def _matches(path: Path, checksum: str) -> bool:
-    if len(checksum) == SHA256:
+    if len(checksum) == SHA256_DIGITS:
         return file_sha256(path) == checksum
     if not checksum:
         return True
-    content = path.read_bytes()  # the hub keeps no more than a few MB so
+    content = path.read_bytes()  # the hub has a SHA-1 for files of a few MB alone
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == checksum
 
 
-def _check_space(out: Path, files: dict[str, Offered]) -> None:
-    """Raises `OutputError` unless the disk has room for what is still to come."""
-    needed = 0
+def _check_disk_space(out: Path, files: dict[str, OfferedFile]) -> None:
+    """Raise `OutputError` unless the disk has room for the rest of the files."""
+    needed_bytes = 0
     for path, file in files.items():
-        partial = _partial(out / path, file)
-        needed += file.bytes - (partial.stat().st_size if partial.is_file() else 0)
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise OutputError(
-            f"{needed / 1e9:.1f} GB are to be written to {os.fspath(out)}, where {free / 1e9:.1f} "
-            "GB are free: make room, or choose another folder with --out"
-        )
+        partial = _partial_path(out / path, file)
+        needed_bytes += file.bytes - (partial.stat().st_size if partial.is_file() else 0)
+    remedy = "make room, or choose another folder with --out"
+    require_disk_space(out, needed_bytes, "the download", remedy)

@@ -1,14 +1,13 @@
 """The published models of the family: where their weights are, and how they are stored.
 
 How a model is rolled out (block size, schedule, sampler, policy, positions) is its `Config` in
-`packforcing.presets.MODELS`, under the same name. Also the folder that `packforcing
-import-checkpoint` makes of a checkpoint. Free of torch.
+`packforcing.presets.MODELS`, under the same name. The model folder, which `packforcing
+import-checkpoint` writes, is described here as well. Free of torch.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -18,17 +17,16 @@ from packforcing.errors import CheckpointError
 from packforcing.files import Upgrade, VersionError, decode_versioned
 from packforcing.presets import MODELS, PAPER
 
-UNREAD = "not read here: see the source before use"  # a licence
+UNREAD = "not read here: see the source before use"  # a license
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(msgspec.Struct, frozen=True):
     """One model as it is published."""
 
     source: str  # repository on Hugging Face; empty where none is known
-    files: tuple[str, ...]  # in it
-    entry: str  # of a torch checkpoint that is run: its EMA where it is published to be run so
-    licence: str  # of the weights
+    files: tuple[str, ...]  # paths in the repository
+    entry: str  # of a torch checkpoint that is run; the EMA where that is published to be run
+    license: str = msgspec.field(name="licence")  # of the weights
     lora: bool = False  # whether the last file is a LoRA, without which this is another model
     refused: str = ""  # why it cannot be rendered
 
@@ -65,17 +63,17 @@ PUBLISHED: dict[str, Published] = {
     "packforcing-unofficial": Published("", (), "generator_ema", "its trainer's"),
     "wan2.1-t2v-1.3b": Published(
         "Wan-AI/Wan2.1-T2V-1.3B", ("diffusion_pytorch_model.safetensors",), "", "Apache-2.0",
-        refused="it denoises a whole clip at once, over many guided steps, and was never made "
-        "causal; a distilled model of the family renders",
+        refused="it denoises a whole clip at once, over many guided steps, and is not causal: use "
+        "a distilled model of the family",
     ),
     "rolling-forcing": Published(
         "TencentARC/RollingForcing", ("checkpoints/rolling_forcing_dmd.pt",), "generator_ema",
         UNREAD,
-        refused="it denoises five blocks together at five noise levels, and a call here has one",
+        refused="it denoises five blocks together at five noise levels; a call here has one level",
     ),
 }  # fmt: skip
 
-# What models need beside their transformer
+# Parts that models need beside their transformer
 PARTS: dict[str, Published] = {
     "taew2_1": Published("lightx2v/Autoencoders", ("taew2_1.pth",), "", UNREAD),
     "lighttaew2_1": Published("lightx2v/Autoencoders", ("lighttaew2_1.safetensors",), "", UNREAD),
@@ -92,19 +90,26 @@ PARTS: dict[str, Published] = {
 }
 
 
-# Those of them that decode, by the name in a config
+# The autoencoders among them, by the name in a config
 AUTOENCODER_PARTS = {"taehv": "taew2_1", "lighttae": "lighttaew2_1", "wan": "wan-vae"}
 
 
 def published(kind: str) -> Published:
-    """The row of this name; raises `CheckpointError` naming the known ones."""
+    """Look up a published model by name.
+
+    Raises:
+        CheckpointError: There is none of this name.
+    """
     if kind not in PUBLISHED:
         raise CheckpointError(f"unknown kind of model '{kind}'; known: {', '.join(PUBLISHED)}")
     return PUBLISHED[kind]
 
 
 def published_config(kind: str) -> Config:
-    """How a published model is rolled out; of one that is refused, its sizes alone hold."""
+    """Return how a published model is rolled out.
+
+    For a model that cannot be rendered, only the sizes of its transformer are right.
+    """
     plain = msgspec.structs.replace(PAPER, name=kind, compressor_widths=())
     return MODELS.get(kind, plain)
 
@@ -113,25 +118,26 @@ def published_config(kind: str) -> Config:
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
-VERSION = 1  # of the description; it says none, and that of the next version will
+VERSION = 1  # of the description, which has no version field; the next version adds one
 UPGRADES: dict[int, Upgrade] = {}
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What model.json says of the weights beside it."""
+    """The description in model.json of the weights beside it."""
 
     kind: str
     config: Config
-    autoencoder: bool  # whether its weights are there
+    autoencoder: bool  # whether the autoencoder's weights are among them
     made_from: list[str]
     source: str
-    licence: str
+    license: str = msgspec.field(name="licence")
 
 
 def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
-    """The description of an imported model; raises `CheckpointError` if it cannot be exported.
+    """Read the description of a model folder. Older versions are upgraded where `UPGRADES` can.
 
-    One of an older version is brought up to this one where `UPGRADES` can.
+    Raises:
+        CheckpointError: The folder is not one, is damaged, or its model cannot be exported.
     """
     file = Path(path) / DESCRIPTION
     try:
@@ -142,16 +148,16 @@ def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:
         raise CheckpointError(f"{file} {error}") from error
     except OSError as error:
         raise CheckpointError(
-            f"{path} is no imported model: cannot read {DESCRIPTION} ({error.strerror}); "
-            "'packforcing import-checkpoint' makes such a folder"
+            f"{path} is not a model folder: cannot read {DESCRIPTION} ({error.strerror}); "
+            "make one with 'packforcing import-checkpoint'"
         ) from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}; import the checkpoint again") from error
     if refused := published(folder.kind).refused:
-        raise CheckpointError(f"{path} holds {folder.kind}, as weights alone: {refused}")
+        raise CheckpointError(f"{path} holds {folder.kind}, which cannot be rendered: {refused}")
     if not folder.autoencoder:
         raise CheckpointError(
-            f"{path} has no autoencoder: import the checkpoint again and name one's weights as "
-            f"well ({' '.join(folder.made_from)} taew2_1.pth, or Wan2.1_VAE.pth)"
+            f"{path} has no autoencoder: import the checkpoint again together with one's weights "
+            f"({' '.join(folder.made_from)} taew2_1.pth, or Wan2.1_VAE.pth)"
         )
     return folder

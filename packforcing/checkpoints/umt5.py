@@ -1,6 +1,6 @@
-"""Prompts to embeddings with UMT5's encoder, as in Wan: transformers, on the CPU, from a folder.
+"""Encode prompts with UMT5's encoder, as Wan does: transformers, on the CPU, from a folder.
 
-Weights are read tensor by tensor, by the reader of published checkpoints: nothing is executed.
+Weights are read tensor by tensor with `reading.py`: nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,10 +25,15 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
-from packforcing.checkpoints.convert import Stored, check_formats, contents, parts, reader
+from packforcing.checkpoints.reading import (
+    StoredTensor,
+    check_dtypes,
+    list_files,
+    list_tensors,
+    tensor_reader,
+)
 from packforcing.embeddings import (
     Embedding,
     cached_embedding_path,
@@ -37,14 +42,15 @@ from packforcing.embeddings import (
 )
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
 from packforcing.files import file_sha256
-from packforcing.model import mismatch
+from packforcing.model import describe_mismatch
+from packforcing.units import format_memory
 
-LONGEST = 512  # tokens, Wan's
-DECODERS = ("decoder.", "lm_head.")  # tensors of the whole model that encoding does without
+MAX_TOKENS = 512  # of a prompt, as in Wan
+UNUSED = ("decoder.", "lm_head.")  # prefixes of tensors that encoding does not use
 TIED = "encoder.embed_tokens.weight"  # the same tensor as this:
 EMBEDDING = "shared.weight"
 
-# Wan's own file: its layout beside its tokenizer's folder, and its names to transformers'
+# Wan's own file, the folder of its tokenizer, and its names to transformers'
 WAN_FILE, WAN_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 TOKENIZER = "tokenizer.json"
 WAN_NAMES = [
@@ -63,99 +69,123 @@ WAN_NAMES = [
     )
 ]
 
-Weights = Literal["fp32", "bf16", "int8"]  # int8: the linear layers', the rest in bfloat16
+WeightDtype = Literal["fp32", "bf16", "int8"]  # int8: linear layers; the rest in bfloat16
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The files of an encoder."""
+    """The files of a text encoder."""
 
     folder: Path
     weights: list[Path]
-    config: list[Path]  # none for Wan's own weights
+    config: list[Path]  # empty for Wan's own weights
     tokenizer: Path
 
 
 def encode_umt5(
     prompts: Sequence[str],
     folder: str | os.PathLike[str],
-    weights: Weights = "bf16",
+    weights: WeightDtype = "bf16",
     cache: Path | None = None,
-    bar: Callable[..., Any] = tqdm,
+    bar: Callable[..., Any] | None = None,
 ) -> list[Embedding]:
-    """The encoder's last hidden states of prompts, one row per token with the final </s>.
+    """Encode prompts with UMT5.
 
-    folder: UMT5 as transformers saves it with its tokenizer, the folder of a diffusers Wan, which
-    has both in `text_encoder` and `tokenizer`, or of Wan's own files. weights: how they are kept;
-    int8 ones are rounded to 127 steps per output, and computed with in bfloat16. cache: a folder
-    of embeddings made before, by the encoder's hash and the prompt; one that is damaged or cannot
-    be written costs time alone. bar: makes a tqdm for hashing the files, in bytes.
+    Args:
+        prompts: What to encode.
+        folder: UMT5 with its tokenizer as transformers saves them, the folder of a diffusers Wan,
+            which has both in `text_encoder` and `tokenizer`, or of Wan's own files.
+        weights: dtype of the weights in memory. int8 has one scale per output channel and is
+            dequantized to bfloat16 for each product.
+        cache: A folder of earlier embeddings, by the encoder's hash and the prompt. A damaged
+            entry, or a folder that cannot be written, costs time alone.
+        bar: Makes a progress bar like tqdm's for hashing the files, in bytes.
 
-    Raises `PromptError` for an empty prompt or one of more than 512 tokens, `CheckpointError` for
-    a folder of another layout or damaged files, `ConfigError` if memory does not hold the weights.
+    Returns:
+        The last hidden states of each prompt, one row per token, the final </s> included.
+
+    Raises:
+        PromptError: A prompt is empty or has more than 512 tokens.
+        CheckpointError: The folder has another layout, or damaged files.
+        ConfigError: The weights do not fit into memory.
     """
-    cleaned = [clean(prompt) for prompt in prompts]
+    cleaned = [clean_prompt(prompt) for prompt in prompts]
     if not all(cleaned):
-        raise PromptError("the prompt is empty: say what to show")
-    encoder = _find(Path(folder))
+        raise PromptError("the prompt is empty: describe the video")
+    encoder = _find_encoder(Path(folder))
     tokenizer = _tokenizer(encoder.tokenizer)
     ids = {prompt: tokenizer.encode(prompt).ids for prompt in cleaned}
     if not all(ids.values()):
-        raise CheckpointError(f"{encoder.tokenizer} makes no token of a prompt: take another")
-    if (longest := max(map(len, ids.values()))) > LONGEST:
-        raise PromptError(f"the prompt has {longest} tokens, at most {LONGEST} are read")
-    made_by = "umt5" if weights == "bf16" else f"umt5-{weights}"
+        raise CheckpointError(
+            f"{encoder.tokenizer} finds no token in a prompt: use another tokenizer"
+        )
+    if (longest := max(map(len, ids.values()))) > MAX_TOKENS:
+        raise PromptError(f"the prompt has {longest} tokens, at most {MAX_TOKENS} can be read")
+    encoder_kind = "umt5" if weights == "bf16" else f"umt5-{weights}"
     sha256 = _sha256([*encoder.weights, *encoder.config, encoder.tokenizer], bar)
     files = {
-        prompt: cache and cached_embedding_path(cache, prompt, made_by, sha256, LONGEST)
+        prompt: cache and cached_embedding_path(cache, prompt, encoder_kind, sha256, MAX_TOKENS)
         for prompt in ids
     }
-    done: dict[str, Embedding] = {}
+    embeddings: dict[str, Embedding] = {}
     for prompt, file in files.items():
         with suppress(PromptError):
-            if file and _is(known := load_embedding(file), prompt, made_by, sha256, ids[prompt]):
-                done[prompt] = known
-    if missing := [prompt for prompt in ids if prompt not in done]:
-        model = _model(encoder, weights, max(token for prompt in missing for token in ids[prompt]))
+            if file:
+                cached = load_embedding(file)
+                if _is_valid(cached, prompt, encoder_kind, sha256, ids[prompt]):
+                    embeddings[prompt] = cached
+    if missing := [prompt for prompt in ids if prompt not in embeddings]:
+        model = _load_model(
+            encoder, weights, max(token for prompt in missing for token in ids[prompt])
+        )
         for prompt in missing:
-            done[prompt] = Embedding(_encode(model, ids[prompt]), prompt, made_by, sha256)
-            if not np.isfinite(done[prompt].text).all():
-                raise CheckpointError(f"the encoder in {folder} gives values that are not finite")
+            text = _encode(model, ids[prompt])
+            embeddings[prompt] = Embedding(text, prompt, encoder_kind, sha256)
+            if not np.isfinite(text).all():
+                raise CheckpointError(
+                    f"the encoder in {folder} computes values that are not finite"
+                )
             with suppress(OutputError, OSError):
                 if file := files[prompt]:
                     file.parent.mkdir(parents=True, exist_ok=True)
-                    save_embedding(file, done[prompt])
-    return [done[prompt] for prompt in cleaned]
+                    save_embedding(file, embeddings[prompt])
+    return [embeddings[prompt] for prompt in cleaned]
 
 
-def _is(known: Embedding, prompt: str, made_by: str, sha256: str, ids: list[int]) -> bool:
-    """Whether an embedding says that it is this one, and can be."""
+def _is_valid(
+    cached: Embedding, prompt: str, encoder_kind: str, sha256: str, ids: list[int]
+) -> bool:
+    """Tell whether a cached embedding is of this prompt and encoder, and whole."""
     return (
-        (known.prompt, known.encoder, known.encoder_sha256) == (prompt, made_by, sha256)
-        and known.text.shape[:-1] == (len(ids),)
-        and bool(np.isfinite(known.text).all())
+        (cached.prompt, cached.encoder, cached.encoder_sha256) == (prompt, encoder_kind, sha256)
+        and cached.text.shape[:-1] == (len(ids),)
+        and bool(np.isfinite(cached.text).all())
     )
 
 
 def _encode(model: UMT5EncoderModel, ids: list[int]) -> np.ndarray:
-    """Padding is masked inside UMT5 and its rows are zeroed after it: encoding the tokens alone is
-    the same and takes a fraction of the time."""
+    """Encode tokens without padding.
+
+    Wan masks padding inside UMT5 and sets its rows to zero afterwards: the result is the same.
+    """
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids])).last_hidden_state[0].float().numpy()
 
 
-def clean(prompt: str) -> str:
-    """Wan's cleaning: broken Unicode and curly quotes mended, HTML entities (even those escaped
-    twice) resolved, white space collapsed."""
-    mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
-    return re.sub(r"\s+", " ", mended).strip()
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as Wan does.
+
+    Fix broken Unicode and curly quotes, resolve HTML entities (also those escaped twice), collapse
+    white space.
+    """
+    fixed = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", fixed).strip()
 
 
 class Int8Linear(nn.Module):
-    """A linear layer without bias whose weight [out, in] is kept as int8, with a scale per output.
+    """A linear layer without bias: int8 weight [out, in], a scale per output channel.
 
-    Weights are off by half a step, scale / 2, at most, so an output is off by at most that times
-    the sum of |x|.
+    A weight's error is at most scale / 2, so an output's is at most that times the sum of |x|.
     """
 
     weight: Tensor
@@ -164,8 +194,8 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         scale = weight.float().abs().amax(1) / 127
-        steps = weight.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        self.register_buffer("weight", steps.round().to(torch.int8))
+        quotients = weight.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        self.register_buffer("weight", quotients.round().to(torch.int8))
         self.register_buffer("scale", scale.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,7 +205,8 @@ class Int8Linear(nn.Module):
 # Files
 
 
-def _find(folder: Path) -> Encoder:
+def _find_encoder(folder: Path) -> Encoder:
+    """Find the files of a text encoder, in one of three layouts."""
     if (folder / WAN_FILE).is_file():
         return Encoder(folder, [folder / WAN_FILE], [], folder / WAN_TOKENIZER / TOKENIZER)
     inside = folder / "text_encoder", folder / "tokenizer"
@@ -184,77 +215,80 @@ def _find(folder: Path) -> Encoder:
         kind = json.loads((place / "config.json").read_bytes())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} is no encoder: {place / 'config.json'} is missing or damaged; name the "
-            "folder of UMT5 for transformers, one with text_encoder and tokenizer in it, or one "
+            f"{folder} is not a text encoder: {place / 'config.json'} is missing or damaged; name "
+            "a folder of UMT5 for transformers, one with text_encoder and tokenizer in it, or one "
             f"with Wan's {WAN_FILE} and {WAN_TOKENIZER}"
         ) from error
     if kind != "umt5":
         raise CheckpointError(f"{place} holds a model of kind '{kind}', not umt5")
     whole = place / "model.safetensors"
-    weights = [whole] if whole.is_file() else parts(place)
+    weights = [whole] if whole.is_file() else list_files(place)
     return Encoder(place, weights, [place / "config.json"], tokens / TOKENIZER)
 
 
 def _tokenizer(path: Path) -> Tokenizer:
-    """As the file has it: transformers' classes would build some of its parts anew."""
+    """Load the tokenizer as the file has it; transformers' classes would rebuild parts of it."""
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare ones
+    except Exception as error:  # the Rust library raises bare exceptions
         raise CheckpointError(f"cannot read a tokenizer from {path}: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _sha256(files: list[Path], bar: Callable[..., Any]) -> str:
-    """One hash of several files, whose names and order count."""
-    digest, size = hashlib.sha256(), sum(path.stat().st_size for path in files)
-    with bar(total=size, desc="which encoder", unit="B", unit_scale=True) as progress:
+def _sha256(files: list[Path], bar: Callable[..., Any] | None) -> str:
+    """Hash several files, with their names and order, to one digest."""
+    digest, size_bytes = hashlib.sha256(), sum(path.stat().st_size for path in files)
+    options = {"total": size_bytes, "desc": "hashing the encoder", "unit": "B", "unit_scale": True}
+    with bar(**options) if bar else nullcontext() as progress:
         for path in files:
-            one = file_sha256(path, progress.update)
-            digest.update(path.name.encode() + bytes.fromhex(one))
+            file_digest = file_sha256(path, progress.update if progress else None)
+            digest.update(path.name.encode() + bytes.fromhex(file_digest))
     return digest.hexdigest()
 
 
 # The model
 
 
-def _model(encoder: Encoder, weights: Weights, last: int) -> UMT5EncoderModel:
-    """last: the highest token that it is to read."""
+def _load_model(encoder: Encoder, weights: WeightDtype, max_token: int) -> UMT5EncoderModel:
+    """Load the model; `max_token` is the highest token ID that it will read."""
     tensors = {
         name: stored
         for path in encoder.weights
-        for stored in contents(path)
-        if not (name := _name(stored.name)).startswith(DECODERS)
+        for stored in list_tensors(path)
+        if not (name := transformers_name(stored.name)).startswith(UNUSED)
     }
-    model = _empty(encoder, tensors)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    del wanted[TIED]
-    found = {name: stored.shape for name, stored in tensors.items()}
-    if problems := mismatch(found, wanted):
-        raise CheckpointError(f"the weights in {encoder.folder} are not its encoder's {problems}")
-    check_formats(tensors)
-    if last >= wanted[EMBEDDING][0]:
+    model = _empty_model(encoder, tensors)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    del expected[TIED]
+    shapes = {name: stored.shape for name, stored in tensors.items()}
+    if problems := describe_mismatch(shapes, expected):
         raise CheckpointError(
-            f"{encoder.tokenizer} gives token {last}, and the encoder in {encoder.folder} reads "
-            f"{wanted[EMBEDDING][0]}: take both from one model"
+            f"the weights in {encoder.folder} are not those of its encoder {problems}"
+        )
+    check_dtypes(tensors.values())
+    if max_token >= expected[EMBEDDING][0]:
+        raise CheckpointError(
+            f"{encoder.tokenizer} gives token {max_token}, and the encoder in {encoder.folder} has "
+            f"{expected[EMBEDDING][0]} tokens: take both from one model"
         )
     dtype = torch.float32 if weights == "fp32" else torch.bfloat16
     linear = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    rounded = {f"{name}.weight" for name in linear} if weights == "int8" else set()
+    quantized = {f"{name}.weight" for name in linear} if weights == "int8" else set()
     _check_memory(
         sum(
-            math.prod(shape) * (1 if name in rounded else dtype.itemsize)
-            for name, shape in wanted.items()
+            math.prod(shape) * (1 if name in quantized else dtype.itemsize)
+            for name, shape in expected.items()
         ),
         weights,
     )
     for path, group in groupby(tensors.items(), key=lambda item: item[1].path):
-        read = reader(path)
+        read = tensor_reader(path)
         for name, stored in group:
             owner, _, leaf = name.rpartition(".")
             above, _, part = owner.rpartition(".")
-            if name in rounded:
+            if name in quantized:
                 setattr(model.get_submodule(above), part, Int8Linear(read(stored), dtype))
             else:
                 value = nn.Parameter(read(stored).to(dtype), requires_grad=False)
@@ -263,26 +297,26 @@ def _model(encoder: Encoder, weights: Weights, last: int) -> UMT5EncoderModel:
     return model
 
 
-def _name(name: str) -> str:
-    """A tensor's name as transformers has it."""
-    for pattern, theirs in WAN_NAMES:
-        name = pattern.sub(theirs, name)
+def transformers_name(name: str) -> str:
+    """Translate a tensor's name from Wan's to transformers'; others stay as they are."""
+    for pattern, replacement in WAN_NAMES:
+        name = pattern.sub(replacement, name)
     return EMBEDDING if name == TIED else name
 
 
-def _empty(encoder: Encoder, tensors: dict[str, Stored]) -> UMT5EncoderModel:
-    """The model without its weights, tried on two tokens."""
+def _empty_model(encoder: Encoder, tensors: dict[str, StoredTensor]) -> UMT5EncoderModel:
+    """Build the model without weights, and try it on two tokens."""
     try:
         with torch.device("meta"), torch.inference_mode():
             model = UMT5EncoderModel(_config(encoder, tensors)).eval()
             model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    except Exception as error:  # transformers takes any setting, and fails over it in its own ways
+    except Exception as error:  # transformers accepts any setting and fails in many ways
         raise CheckpointError(f"cannot read the encoder in {encoder.folder}: {error}") from error
     return model
 
 
-def _config(encoder: Encoder, tensors: dict[str, Stored]) -> UMT5Config:
-    """As the folder says; of Wan's own file, which comes without, from the tensors' shapes."""
+def _config(encoder: Encoder, tensors: dict[str, StoredTensor]) -> UMT5Config:
+    """Read the config; for Wan's own file, which has none, derive it from the tensors' shapes."""
     if encoder.config:
         return UMT5Config.from_pretrained(encoder.folder, local_files_only=True)
     first = "encoder.block.0.layer"
@@ -302,11 +336,12 @@ def _config(encoder: Encoder, tensors: dict[str, Stored]) -> UMT5Config:
     )
 
 
-def _check_memory(needed: int, weights: Weights) -> None:
-    free = psutil.virtual_memory().available
-    if needed > free:
-        smaller = "" if weights == "int8" else "encode-prompt --int8 takes little more than half; "
+def _check_memory(needed_bytes: int, weights: WeightDtype) -> None:
+    free_bytes = psutil.virtual_memory().available
+    if needed_bytes > free_bytes:
+        smaller = "" if weights == "int8" else "encode-prompt --int8 needs little more than half; "
         raise ConfigError(
-            f"the encoder needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            f"the text encoder needs {format_memory(needed_bytes)} of memory, "
+            f"{format_memory(free_bytes)} are free: "
             f"{smaller}close other programs, or encode on another machine and copy the file"
         )

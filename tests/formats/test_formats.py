@@ -98,7 +98,7 @@ def test_a_model_folder_exports(path, tmp_path):
     from packforcing.model import open_weights
 
     folder = published.read_model_folder(path)
-    assert (folder.kind, folder.licence) == ("self-forcing", "CC-BY-NC-SA-4.0")
+    assert (folder.kind, folder.license) == ("self-forcing", "CC-BY-NC-SA-4.0")
     export_bundle(folder.config, open_weights(folder.config, path / published.WEIGHTS), tmp_path)
     embedding = np.ones((2, folder.config.text_dim), np.float32)
     with Session.open(tmp_path) as session:
@@ -153,10 +153,10 @@ def test_an_embedding_is_read(path):
 def test_a_record_of_fetched_files_is_read(path):
     (name, record), = fetch.read_record(path).items()  # fmt: skip
     assert record.sha256 == file_sha256(path / name)
-    assert (record.source, record.licence) == (
+    assert (record.source, record.license) == (
         "lightx2v/Autoencoders", "not read here: see the source before use"
     )  # fmt: skip
-    assert fetch.recorded(path / name) == record
+    assert fetch.recorded_file(path / name) == record
 
 
 # What two later versions might change: a field, its value in the first and in the second of them,

@@ -380,9 +380,9 @@ def test_wans_own_file_gives_the_same(wan, saved_umt5):
 
 def test_wans_names_at_full_size_are_those_of_transformers():
     pytest.importorskip("ftfy")
-    from packforcing.checkpoints.umt5 import TIED, _name
+    from packforcing.checkpoints.umt5 import TIED, transformers_name
 
-    named = {_name(name): shape for name, shape in wan_shapes().items()}
+    named = {transformers_name(name): shape for name, shape in wan_shapes().items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in umt5_xxl().state_dict().items()}
     del wanted[TIED]
     assert named == wanted and len(named) == 242
@@ -452,8 +452,8 @@ def test_a_prompt_is_encoded_once_by_each_encoder(umt5, tmp_path, monkeypatch):
     from packforcing.checkpoints import umt5 as module
 
     cache, loaded = tmp_path / "cache", []
-    load = module._model
-    monkeypatch.setattr(module, "_model", lambda *args: loaded.append(args) or load(*args))
+    load = module._load_model
+    monkeypatch.setattr(module, "_load_model", lambda *args: loaded.append(args) or load(*args))
     first = encode("a fox", umt5, cache=cache)
     again = encode(" a  fox ", umt5, cache=cache)
     np.testing.assert_array_equal(first.text, again.text)
@@ -544,7 +544,7 @@ def test_render_encodes_the_prompt_itself(umt5, tmp_path):
 
     ask = "render", "a fox", "--encoder", tmp_path / "none"
     assert_refused(run(*ask, *options, tmp_path / "none" / "a.mkv"), "no folder")
-    assert_refused(run(*ask, *options, tmp_path / "c.mkv"), "is no encoder")
+    assert_refused(run(*ask, *options, tmp_path / "c.mkv"), "is not a text encoder")
     assert_refused(run(*ask, "--out", tmp_path / "c.mkv"), "leave out --encoder")
     again = run("render", "--embedding", file, *ask[2:], *options, tmp_path / "c.mkv")
     assert_refused(again, "encoded already")
@@ -577,12 +577,12 @@ def test_damaged_encoders_are_refused(umt5, tmp_path):
     tensors, settings = load_file(weights), config.read_text()
     lacking = {name: tensor for name, tensor in tensors.items() if "layer.1" not in name}
     save_file(lacking, weights, {"format": "pt"})
-    refused(r"not its encoder's \(8 missing\): missing encoder.block.0.layer.1")
+    refused(r"not those of its encoder \(8 missing\): missing encoder.block.0.layer.1")
     save_file(tensors, weights, {"format": "pt"})
     for dtype, name in ((torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")):
         cast = {name: t.to(dtype) if t.ndim == 2 else t for name, t in tensors.items()}
         save_file(cast, weights, {"format": "pt"})
-        refused(f"model.safetensors holds .* as {name}, and F32, F16, BF16 can be read")
+        refused(f"model.safetensors holds .* as {name}; only F32, F16, BF16 can be read")
     save_file(tensors, weights, {"format": "pt"})
     weights.write_bytes(weights.read_bytes()[:-1])
     refused("cannot read .*model.safetensors, which is damaged")
@@ -590,7 +590,7 @@ def test_damaged_encoders_are_refused(umt5, tmp_path):
     refused("holds no .safetensors file")
     save_file(tensors, weights, {"format": "pt"})
     config.write_text(settings.replace('"d_ff": 48', '"d_ff": 64'))
-    refused(r"not its encoder's \(6 misshaped\)")
+    refused(r"not those of its encoder \(6 misshaped\)")
     config.write_text(settings.replace('"umt5"', '"t5"'))
     refused("of kind 't5', not umt5")
     config.write_text(settings[:9])
@@ -650,7 +650,7 @@ def test_a_tokenizer_of_another_model_is_refused(umt5):
         encode("a fox", umt5)
     change_tokenizer(umt5, post_processor=None, normalizer={"type": "Replace", "pattern": {
         "String": "a fox"}, "content": ""})  # fmt: skip
-    with pytest.raises(CheckpointError, match="makes no token of a prompt"):
+    with pytest.raises(CheckpointError, match="finds no token in a prompt"):
         encode("a fox", umt5)
 
 
@@ -661,7 +661,7 @@ def test_memory_is_checked_before_the_encoder_is_read(umt5, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
     encode("a fox", umt5)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size - 1))
-    monkeypatch.setattr(module, "reader", None)
+    monkeypatch.setattr(module, "tensor_reader", None)
     with pytest.raises(ConfigError, match="close other programs"):
         encode("a fox", umt5)
 
@@ -673,5 +673,5 @@ def test_encode_prompt_explains_mistakes(tmp_path):
     )
     pytest.importorskip("transformers")
     pytest.importorskip("ftfy")
-    assert_refused(run("encode-prompt", "a", *options), "is no encoder")
+    assert_refused(run("encode-prompt", "a", *options), "is not a text encoder")
     assert not any(tmp_path.iterdir())

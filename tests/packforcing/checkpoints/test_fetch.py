@@ -24,6 +24,7 @@ from tqdm import tqdm
 pytest.importorskip("huggingface_hub")
 
 from huggingface_hub import constants, file_download, try_to_load_from_cache
+from huggingface_hub.utils import logging
 
 from packforcing.app.cli import main
 from packforcing.checkpoints import fetch as fetching
@@ -37,18 +38,18 @@ CHUNK = 1 << 14
 
 
 class Hub(ThreadingHTTPServer):
-    """The two addresses of a hub that are asked, for the one repository team/model."""
+    """The two addresses of a hub that fetching uses, for the one repository team/model."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.content = dict(CONTENT)
-        self.licence: object = "cc-by-nc-sa-4.0"
-        self.asked: list[tuple[str, str | None]] = []  # files, and which part of them
+        self.license: object = "cc-by-nc-sa-4.0"
+        self.requests: list[tuple[str, str | None]] = []  # files, and which part of them
         self.cut_at: int | None = None  # bytes of a file, after which connections break
-        self.hold = False  # instead of breaking it
-        self.elsewhere = ""  # a host that files are kept on
+        self.hangs = False  # instead of breaking it
+        self.elsewhere = ""  # a host that files are partial_bytes on
         self.tokens: list[str | None] = []  # shown for a file, here and there
         self.refuse: tuple[int, str] | None = None  # status and the hub's code for it
         self.refused = "/"  # what the refused addresses have in them
@@ -63,7 +64,7 @@ class Hub(ThreadingHTTPServer):
                 sha256 = hashlib.sha256(content).hexdigest()
                 file["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(file)
-        card = {"license": self.licence} if self.licence else None
+        card = {"license": self.license} if self.license else None
         return {"id": "team/model", "sha": REVISION, "siblings": siblings, "cardData": card}
 
 
@@ -91,13 +92,13 @@ class Answer(BaseHTTPRequestHandler):
         if hub.elsewhere and self.headers["Host"] != hub.elsewhere:
             self.start(302, b"", {"Location": f"http://{hub.elsewhere}{self.path}"})
             return
-        asked = self.headers["Range"]
-        hub.asked.append((path, asked))
+        byte_range = self.headers["Range"]
+        hub.requests.append((path, byte_range))
         content = self.server.content[path]
-        first = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        first = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1]) if byte_range else 0
         end = len(content) if hub.cut_at is None else max(first, hub.cut_at)
-        self.start(206 if asked else 200, content[first:end], length=len(content) - first)
-        if hub.hold:
+        self.start(206 if byte_range else 200, content[first:end], length=len(content) - first)
+        if hub.hangs:
             threading.Event().wait(60)
 
     def start(self, status: int, body: bytes, headers=(), length: int | None = None) -> None:
@@ -147,8 +148,8 @@ def assert_refused(result: Result, *parts: str) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return found - {fetching.LOCK}
+    partials = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return partials - {fetching.LOCK}
 
 
 def assert_complete(folder: Path) -> None:
@@ -159,82 +160,90 @@ def assert_complete(folder: Path) -> None:
         assert (folder / path).read_bytes() == content
         assert record[path].sha256 == hashlib.sha256(content).hexdigest()
         assert (record[path].source, record[path].revision) == ("team/model", REVISION)
-        assert record[path].licence.startswith("cc-by-nc-sa-4.0")
+        assert record[path].license.startswith("cc-by-nc-sa-4.0")
 
 
-def test_files_come_with_licence_record_and_the_next_command(hub, folder):
+def test_files_come_with_license_record_and_the_next_command(hub, folder):
     result = run("fetch", "model")
     assert result.exit_code == 0, result.output
-    said = result.stdout.splitlines()
-    assert said[0] == "model: 2 files, 300.5 kB, from team/model at 0123456789ab"
-    assert said[1] == "license of the weights: cc-by-nc-sa-4.0, says its model card"
-    assert said[-2:] == [
+    output = result.stdout.splitlines()
+    assert output[0] == "model: 2 files, 300.5 kB, from team/model at 0123456789ab"
+    assert output[1] == "license of the weights: cc-by-nc-sa-4.0, says its model card"
+    assert output[-2:] == [
         "next: packforcing fetch taew2_1",
         f"next: packforcing import-checkpoint downloads/model/{LARGE} downloads/model/{SMALL} "
         "downloads/taew2_1/taew2_1.pth --out model",
     ]
     assert_complete(folder)
-    assert sorted(hub.asked) == [(SMALL, None), (LARGE, None)]
+    assert sorted(hub.requests) == [(SMALL, None), (LARGE, None)]
 
     again = json.loads(run("fetch", "model", "--json").stdout)  # asks for no file
-    assert len(hub.asked) == 2 and set(again["files"]) == set(CONTENT)
+    assert len(hub.requests) == 2 and set(again["files"]) == set(CONTENT)
 
 
-def test_the_licence_is_the_cards_of_today(hub, folder):
+def test_the_verbosity_of_huggingface_hub_does_not_change(hub, folder):
+    before = logging.get_verbosity()
+    run("fetch", "model")
+    hub.refuse = (500, "")
+    run("fetch", "model", "--out", "b")
+    assert logging.get_verbosity() == before < logging.ERROR
+
+
+def test_the_model_cards_license_is_shown(hub, folder):
     """Where the card says another than was read before, both are shown; where none, that one."""
-    hub.licence = "other"
+    hub.license = "other"
     assert "license of the weights: other, says its model card; known here: CC-BY" in (
         run("fetch", "model").stdout
     )
-    hub.licence = None
+    hub.license = None
     assert "license of the weights: CC-BY-NC-SA-4.0\n" in run("fetch", "model").stdout
 
 
-def test_a_cut_connection_is_taken_up_where_it_broke(hub, folder):
+def test_a_broken_download_is_resumed(hub, folder):
     """First by huggingface_hub itself, five times; then by the next run, from the partial file."""
     hub.cut_at = 5 * CHUNK + 100
     result = run("fetch", "model")
-    assert_refused(result, "cannot be reached", "run the same command again to go on")
+    assert_refused(result, "cannot be reached", "run the same command again to resume")
     [partial] = files(folder)
     whole = hashlib.sha256(CONTENT[LARGE]).hexdigest()
     assert partial == f"{LARGE}.{whole[:12]}.partial"
-    kept = (folder / partial).stat().st_size
-    assert 5 * CHUNK <= kept < hub.cut_at + 1
-    assert [part for _, part in hub.asked[:2]] == [None, f"bytes={kept}-"]
+    partial_bytes = (folder / partial).stat().st_size
+    assert 5 * CHUNK <= partial_bytes < hub.cut_at + 1
+    assert [part for _, part in hub.requests[:2]] == [None, f"bytes={partial_bytes}-"]
 
-    hub.cut_at, hub.asked = None, []
+    hub.cut_at, hub.requests = None, []
     assert run("fetch", "model").exit_code == 0
-    assert hub.asked == [(LARGE, f"bytes={kept}-"), (SMALL, None)]
+    assert hub.requests == [(LARGE, f"bytes={partial_bytes}-"), (SMALL, None)]
     assert_complete(folder)
 
 
-def test_a_redirect_takes_the_range_along_and_not_the_token(hub, folder, monkeypatch):
+def test_a_redirect_keeps_the_range_and_drops_the_token(hub, folder, monkeypatch):
     """The hub keeps large files with others."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     hub.elsewhere, hub.cut_at = f"localhost:{hub.server_port}", 5 * CHUNK
     assert run("fetch", "model").exit_code == 2
-    hub.cut_at, hub.asked, hub.tokens = None, [], []
+    hub.cut_at, hub.requests, hub.tokens = None, [], []
     assert run("fetch", "model").exit_code == 0
     assert_complete(folder)
-    assert hub.asked[0][1] and hub.tokens == ["Bearer hf_secret", None] * 2
+    assert hub.requests[0][1] and hub.tokens == ["Bearer hf_secret", None] * 2
 
 
-def test_a_full_disk_leaves_what_the_next_run_goes_on_with(hub, folder, monkeypatch):
+def test_a_download_is_resumed_after_a_full_disk(hub, folder, monkeypatch):
     def until_full(offer, path, out, size, bar):
         out.write(CONTENT[path][:1000])
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
         patched.setattr(fetching, "_transfer", until_full)
-        assert_refused(run("fetch", "model"), "No space left", "make room", "goes on")
+        assert_refused(run("fetch", "model"), "No space left", "make room", "to resume")
     assert run("fetch", "model").exit_code == 0
-    assert hub.asked[0] == (LARGE, "bytes=1000-")
+    assert hub.requests[0] == (LARGE, "bytes=1000-")
     assert_complete(folder)
 
 
-def test_an_interrupt_leaves_what_the_next_run_goes_on_with(hub, folder):
-    """The program itself, asked by its environment to use this hub, and Ctrl-C."""
-    hub.cut_at, hub.hold = 9 * CHUNK, True
+def test_a_download_is_resumed_after_an_interrupt(hub, folder):
+    """The program itself, told by its environment to use this hub, and Ctrl-C."""
+    hub.cut_at, hub.hangs = 9 * CHUNK, True
     program = f"""
 import sys
 from huggingface_hub import constants
@@ -245,29 +254,29 @@ PUBLISHED["model"] = Published("team/model", ({LARGE!r}, {SMALL!r}), "generator"
 main(["fetch", "model"])
 """
     environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "PYTHONPATH": str(Path(__file__).parents[2]),
+        **os.environ, "HF_ENDPOINT": hub.url, "PYTHONPATH": str(Path(__file__).parents[3]),
     }  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    while not (found := list(folder.glob("*/*.partial"))) or not found[0].stat().st_size:
+    while not (partials := list(folder.glob("*/*.partial"))) or not partials[0].stat().st_size:
         assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130 and "run the same command again to resume" in said
-    assert "Traceback" not in said
+    _, output = process.communicate(timeout=30)
+    assert process.returncode == 130 and "run the same command again to resume" in output
+    assert "Traceback" not in output
     assert files(folder) == {f"{LARGE}.{hashlib.sha256(CONTENT[LARGE]).hexdigest()[:12]}.partial"}
 
-    kept = found[0].stat().st_size
-    hub.cut_at, hub.hold, hub.asked = None, False, []
+    partial_bytes = partials[0].stat().st_size
+    hub.cut_at, hub.hangs, hub.requests = None, False, []
     assert run("fetch", "model").exit_code == 0
-    assert kept and hub.asked[0] == (LARGE, f"bytes={kept}-")
+    assert partial_bytes and hub.requests[0] == (LARGE, f"bytes={partial_bytes}-")
     assert_complete(folder)
 
 
 @pytest.mark.parametrize("path", [LARGE, SMALL])
-def test_a_wrong_checksum_keeps_nothing(hub, folder, path, monkeypatch):
+def test_a_file_with_a_wrong_checksum_is_removed(hub, folder, path, monkeypatch):
     published = hub.info()
     monkeypatch.setattr(hub, "info", lambda: published)
     hub.content[path] = bytes([hub.content[path][0] ^ 1]) + hub.content[path][1:]
@@ -278,16 +287,16 @@ def test_a_wrong_checksum_keeps_nothing(hub, folder, path, monkeypatch):
     assert_complete(folder)
 
 
-def test_a_damaged_or_newer_file_is_fetched_again_and_no_other(hub, folder):
+def test_only_damaged_or_newer_files_are_fetched_again(hub, folder):
     run("fetch", "model")
     (folder / LARGE).write_bytes(CONTENT[LARGE][:-1] + b"?")
-    hub.asked = []
+    hub.requests = []
     assert run("fetch", "model").exit_code == 0
-    assert hub.asked == [(LARGE, None)]
+    assert hub.requests == [(LARGE, None)]
     assert_complete(folder)
-    hub.content[SMALL], hub.asked = b"newer", []
+    hub.content[SMALL], hub.requests = b"newer", []
     assert run("fetch", "model").exit_code == 0
-    assert hub.asked == [(SMALL, None)] and (folder / SMALL).read_bytes() == b"newer"
+    assert hub.requests == [(SMALL, None)] and (folder / SMALL).read_bytes() == b"newer"
 
 
 @pytest.mark.parametrize(
@@ -301,13 +310,13 @@ def test_a_damaged_or_newer_file_is_fetched_again_and_no_other(hub, folder):
         ((500, ""), ("HTTP 500", "again later")),
     ],
 )
-def test_what_the_hub_refuses_is_explained(hub, folder, answer, parts):
+def test_refusals_of_the_hub_are_explained(hub, folder, answer, parts):
     hub.refuse = answer
     assert_refused(run("fetch", "model"), *parts)
     assert not folder.exists()
 
 
-def test_a_gated_repository_shows_its_licence_and_keeps_its_files(hub, folder):
+def test_a_gated_repository_is_explained_after_its_license(hub, folder):
     hub.refuse, hub.refused = (403, "GatedRepo"), "/resolve/"
     result = run("fetch", "model")
     assert "license of the weights: cc-by-nc-sa-4.0" in result.stdout
@@ -315,31 +324,33 @@ def test_a_gated_repository_shows_its_licence_and_keeps_its_files(hub, folder):
     assert not files(folder)
 
 
-def test_a_file_that_is_published_no_more_is_named(hub, folder):
+def test_a_file_that_left_the_repository_is_named(hub, folder):
     del hub.content[LARGE]
     assert_refused(run("fetch", "model"), f"no longer has {LARGE}", "import-checkpoint")
 
 
-def test_names_that_nothing_is_published_under(folder):
+def test_unknown_names_are_refused(folder):
     assert_refused(run("fetch", "sora"), "nothing is published as 'sora'", "self-forcing, causvid")
     assert_refused(run("fetch", "packforcing-unofficial"), "no public place")
 
 
-def test_the_disk_is_checked_before_anything_is_fetched(hub, folder, monkeypatch):
+def test_disk_space_is_checked_before_anything_is_fetched(hub, folder, monkeypatch):
     """What a partial file holds already is not counted."""
     size = sum(map(len, CONTENT.values()))
     usage = shutil.disk_usage("/")
-    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
-    assert_refused(run("fetch", "model"), "GB are free", "make room")
-    assert hub.asked == [] and not files(folder)
+    monkeypatch.setattr(
+        "packforcing.files.shutil.disk_usage", lambda _: usage._replace(free=size - 1)
+    )
+    assert_refused(run("fetch", "model"), "the download needs 300.5 kB", "make room")
+    assert hub.requests == [] and not files(folder)
     sha256 = hashlib.sha256(CONTENT[LARGE]).hexdigest()
     (folder / "weights").mkdir()
     (folder / f"{LARGE}.{sha256[:12]}.partial").write_bytes(CONTENT[LARGE][:1])
     assert run("fetch", "model").exit_code == 0
-    assert hub.asked[0] == (LARGE, "bytes=1-")
+    assert hub.requests[0] == (LARGE, "bytes=1-")
 
 
-def test_only_files_of_the_table_are_fetched_and_none_of_another_format(hub, folder):
+def test_only_files_of_the_table_are_fetched(hub, folder):
     hub.content |= {"code.py": b"import os", "../up.safetensors": b"x"}
     assert run("fetch", "model").exit_code == 0
     assert_complete(folder)
@@ -352,11 +363,11 @@ def test_only_files_of_the_table_are_fetched_and_none_of_another_format(hub, fol
 # Without the hub
 
 
-def test_a_folder_of_the_same_layout_serves_as_well(hub, folder, tmp_path):
+def test_a_folder_of_the_same_layout_replaces_the_hub(hub, folder, tmp_path):
     """With the checksums of its record where it has one; else they are taken as they come, and
-    said to be so."""
+    output to be so."""
     run("fetch", "model", "--out", "stick")
-    hub.asked, hub.refuse = [], (500, "")
+    hub.requests, hub.refuse = [], (500, "")
     result = run("fetch", "model", "--from", "stick")
     assert result.exit_code == 0 and "no checksum" not in result.stdout
     assert_complete(folder)
@@ -370,10 +381,10 @@ def test_a_folder_of_the_same_layout_serves_as_well(hub, folder, tmp_path):
 
     (tmp_path / "stick" / SMALL).unlink()
     assert_refused(run("fetch", "model", "--from", "stick"), f"lacks {SMALL}", "laid out")
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_a_file_without_a_checksum_has_the_size_that_was_offered(folder, tmp_path):
+def test_a_file_without_a_checksum_must_have_the_offered_size(folder, tmp_path):
     """A copy that is cut after it was looked up."""
     stick = tmp_path / "stick"
     [path] = PARTS["taew2_1"].files
@@ -381,19 +392,19 @@ def test_a_file_without_a_checksum_has_the_size_that_was_offered(folder, tmp_pat
     (stick / path).write_bytes(CONTENT[LARGE])
     offer = fetching.look_up("taew2_1", folder, stick)
     (stick / path).write_bytes(CONTENT[LARGE][:400])
-    with pytest.raises(FetchError, match=f"{path} .* came with a wrong size and is not kept"):
+    with pytest.raises(FetchError, match=f"{path} .* came with a wrong size and was removed"):
         fetching.fetch(offer, folder, tqdm)
     assert not files(folder)
 
 
-def test_two_at_once_do_not_write_into_the_same_files(hub, folder):
+def test_two_processes_cannot_fetch_into_one_folder(hub, folder):
     folder.mkdir(parents=True)
     with FileLock(folder / fetching.LOCK):
         assert_refused(run("fetch", "model"), "another process is fetching into downloads/model")
     assert not files(folder) and run("fetch", "model").exit_code == 0
 
 
-def test_an_empty_file_is_a_file(folder, tmp_path):
+def test_an_empty_file_is_copied(folder, tmp_path):
     stick = tmp_path / "stick"
     stick.mkdir()
     (stick / PARTS["taew2_1"].files[0]).touch()
@@ -401,7 +412,7 @@ def test_an_empty_file_is_a_file(folder, tmp_path):
     assert files(folder) == {PARTS["taew2_1"].files[0], fetching.RECORD}
 
 
-def test_a_file_that_cannot_be_written_is_said_to_be_so(hub, folder, monkeypatch):
+def test_a_file_that_cannot_be_written_is_reported(hub, folder, monkeypatch):
     def forbidden(path, mode="r", *options, **named):
         if mode == "ab":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -412,9 +423,7 @@ def test_a_file_that_cannot_be_written_is_said_to_be_so(hub, folder, monkeypatch
     assert_refused(run("fetch", "model"), "Permission denied")
 
 
-def test_a_size_that_differs_from_the_announced_one_names_no_option_of_others(
-    hub, folder, monkeypatch
-):
+def test_a_size_that_differs_from_the_announced_one_is_explained(hub, folder, monkeypatch):
     published = hub.info()
     monkeypatch.setattr(hub, "info", lambda: published)
     hub.content[LARGE] += b"more"
@@ -423,7 +432,7 @@ def test_a_size_that_differs_from_the_announced_one_names_no_option_of_others(
     assert "force_download" not in result.stderr
 
 
-def test_no_network_is_said_and_what_is_here_is_taken(hub, folder, monkeypatch):
+def test_without_a_network_local_files_are_used(hub, folder, monkeypatch):
     run("fetch", "model")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     result = run("fetch", "model")
@@ -448,33 +457,33 @@ def test_the_hubs_cache_serves_offline(hub, folder, tmp_path, monkeypatch):
         link.symlink_to(blob)
     assert isinstance(try_to_load_from_cache("team/model", LARGE), str)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.licence = None
+    hub.license = None
     result = run("fetch", "model")
     assert result.exit_code == 0 and "no checksum" not in result.stdout, result.output
     record = fetching.read_record(folder)
-    assert record[LARGE].revision == REVISION and record[LARGE].licence == "CC-BY-NC-SA-4.0"
-    assert not (folder / LARGE).is_symlink() and hub.asked == []
+    assert record[LARGE].revision == REVISION and record[LARGE].license == "CC-BY-NC-SA-4.0"
+    assert not (folder / LARGE).is_symlink() and hub.requests == []
 
 
 # What import-checkpoint makes of it
 
 
 def test_a_file_is_compared_with_the_record_above_it(hub, folder, tmp_path):
-    """test_checkpoints.py has the import itself."""
+    """tests/packforcing/test_import.py has the import itself."""
     run("fetch", "model")
-    assert fetching.recorded(folder / LARGE).licence == "cc-by-nc-sa-4.0, says its model card"
-    assert fetching.recorded(tmp_path / "elsewhere.pt") is None
+    assert fetching.recorded_file(folder / LARGE).license == "cc-by-nc-sa-4.0, says its model card"
+    assert fetching.recorded_file(tmp_path / "elsewhere.pt") is None
     (folder / LARGE).write_bytes(CONTENT[LARGE][::-1])
     with pytest.raises(CheckpointError, match=r"damaged or was replaced .*fetch it again"):
-        fetching.recorded(folder / LARGE)
+        fetching.recorded_file(folder / LARGE)
     link = tmp_path / "link.safetensors"
     link.symlink_to(folder / LARGE)
     (tmp_path / "other").mkdir()
     for way in (link, tmp_path / "other" / ".." / "downloads" / "model" / LARGE):
         with pytest.raises(CheckpointError, match="damaged or was replaced"):
-            fetching.recorded(way)
+            fetching.recorded_file(way)
     (tmp_path / fetching.RECORD).write_text('{"elsewhere.pt": [1, 2]}')  # another program's
-    assert fetching.recorded(tmp_path / "elsewhere.pt") is None
+    assert fetching.recorded_file(tmp_path / "elsewhere.pt") is None
     (folder / fetching.RECORD).write_text("{")
     with pytest.raises(CheckpointError, match="is damaged: remove it and fetch again"):
-        fetching.recorded(folder / LARGE)
+        fetching.recorded_file(folder / LARGE)

@@ -1,0 +1,214 @@
+"""Which model and which part of it a file is: every published layout."""
+
+import shutil
+from math import prod
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from packforcing import model_config
+from packforcing.checkpoints.convert import import_checkpoint
+from packforcing.checkpoints.published import (
+    PUBLISHED,
+    WEIGHTS,
+    read_model_folder,
+)
+from packforcing.errors import CheckpointError
+from packforcing.model import load_model, open_weights, weight_shapes
+from packforcing.presets import PAPER, with_autoencoder
+from packforcing.rope import block_positions, rope_table
+from packforcing.transformer import patchify, unpatchify
+from tests.packforcing.checkpoints.layouts import (
+    CASES,
+    LAYOUTS,
+    LINEAR,
+    assert_refused,
+    diffusers_name,
+    imported,
+    prefixed,
+    save,
+    self_forcing,
+    wan_shapes,
+    wan_vae_name,
+)
+
+
+def test_the_list_of_tensors_is_wans():
+    """825 tensors, 1,418,996,800 parameters; checked against our own without allocating one."""
+    shapes = wan_shapes()
+    assert len(shapes) == 825 and sum(map(prod, shapes.values())) == 1_418_996_800
+    ours = weight_shapes(PAPER)
+    assert {f"transformer.{name}": shape for name, shape in shapes.items()} == {
+        name: shape for name, shape in ours.items() if name.startswith("transformer.")
+    }
+    added = sum(256 * sum(shapes[f"blocks.0.{name}.weight"]) for name in LINEAR) * 30
+    assert added == 349_962_240  # LongLive's LoRA of rank 256
+
+
+def test_names_are_those_that_diffusers_itself_has():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel(
+            num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960
+        )
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert theirs == {diffusers_name(name): shape for name, shape in wan_shapes().items()}
+
+
+def test_a_block_is_that_of_diffusers_own_transformer(tiny_autoencoder, tmp_path):
+    """Saved by diffusers with random weights in every tensor, imported here, and result the same:
+    the flow of one block with no history is that of a clip whose frames share a timestep."""
+    diffusers = pytest.importorskip("diffusers")
+    kind = "wan2.1-t2v-1.3b"
+    config = model_config(kind)
+    theirs = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.heads, attention_head_dim=config.head_dim,
+        num_layers=config.layers, ffn_dim=config.ffn_dim, text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(6)
+    for name, tensor in theirs.state_dict().items():  # norms too, whose weights begin as ones
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3 + ("norm" in name))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")
+    import_checkpoint([tmp_path / "theirs", tiny_autoencoder], tmp_path / "model", kind=kind)
+    ours = load_model(config, tmp_path / "model" / WEIGHTS).transformer
+
+    frames = config.block_frames, config.latent_channels, *config.latent_size
+    latents = torch.randn(1, *frames, generator=generator)
+    text = torch.randn(1, config.text_len, config.text_dim, generator=generator)
+    rope = tuple(map(torch.from_numpy, rope_table(block_positions(config, 0), config.head_dim)))
+    empty = torch.zeros(1, config.heads, 0, config.head_dim)
+    nothing = [(empty, empty)] * config.layers, tuple(table[:0] for table in rope)
+    for timestep in (torch.tensor([937.5]), torch.tensor([0.0])):
+        with torch.no_grad():
+            wanted = theirs(latents.transpose(1, 2), timestep, text).sample.transpose(1, 2)
+            flow, *_ = ours(
+                patchify(latents, config.patch), torch.zeros(()), timestep, ours.cross_kv(text),
+                rope, *nothing,
+            )  # fmt: skip
+        assert 0.3 < wanted.std() < 30
+        copied = unpatchify(flow, config.grid, config.patch)
+        torch.testing.assert_close(copied, wanted, rtol=0, atol=1e-4)
+
+
+def test_every_published_model_has_a_layout_here():
+    assert set(LAYOUTS) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize(("kind", "layout"), CASES, ids=[layout.__name__ for _, layout in CASES])
+def test_layouts_are_recognized_and_give_the_same_weights(
+    kind, layout, weights, tiny_autoencoder, tmp_path
+):
+    """The names alone, no option; entries that are not run are left alone."""
+    files = layout(tmp_path, weights)
+    done = import_checkpoint([*files, tiny_autoencoder], tmp_path / "model")
+
+    assert done.folder.kind == kind and done.tensors == 825 + 128
+    assert done.folder.config == model_config(kind)
+    copied = imported(tmp_path / "model")
+    for name, tensor in weights.items():
+        atol = 1e-5 if kind == "longlive" else 0  # W - B A + B A, in float32
+        torch.testing.assert_close(copied[f"transformer.{name}"], tensor, atol=atol, rtol=0)
+    given = torch.load(tiny_autoencoder, weights_only=True)
+    for name, tensor in given.items():
+        assert tensor.dtype == torch.float16 and copied[f"autoencoder.{name}"].equal(tensor)
+    assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 128
+
+    if PUBLISHED[kind].refused:
+        with pytest.raises(CheckpointError, match=PUBLISHED[kind].refused):
+            read_model_folder(tmp_path / "model")
+    else:
+        assert read_model_folder(tmp_path / "model") == done.folder
+
+
+def test_what_tensors_cannot_tell_the_caller_must(weights, tmp_path):
+    path = save(tmp_path / "mine.pt", {"generator": prefixed(weights)})
+    with pytest.raises(CheckpointError, match=r"several models have these tensors: name it with --kind.*causvid"):
+        import_checkpoint([path], tmp_path / "model")
+    done = import_checkpoint([path], tmp_path / "model", kind="causal-forcing")
+    assert (done.folder.kind, done.folder.autoencoder) == ("causal-forcing", False)
+    with pytest.raises(CheckpointError, match=r"no autoencoder: .*mine.pt taew2_1"):
+        read_model_folder(tmp_path / "model")
+
+
+def test_entry_chooses_another_entry_than_the_published_one(weights, tmp_path):
+    [path] = self_forcing(tmp_path, weights)
+    import_checkpoint([path], tmp_path / "model", entry="generator")
+    copied = imported(tmp_path / "model")["transformer.head.head.bias"]
+    assert copied.equal(weights["head.head.bias"] + 1)
+
+
+def wan_vae_file(folder, tensors, naming=wan_vae_name):
+    """As Wan publishes it, one torch checkpoint; or with diffusers' names in its folder."""
+    if naming is wan_vae_name:
+        return save(folder / "Wan2.1_VAE.pth", {naming(n): t for n, t in tensors.items()})
+    (folder / "vae").mkdir()
+    save_file(tensors, folder / "vae" / "diffusion_pytorch_model.safetensors")
+    return folder / "vae"
+
+
+@pytest.mark.parametrize("naming", [wan_vae_name, str], ids=["Wan's names", "diffusers' names"])
+def test_wans_autoencoder_is_recognized_by_its_tensors(naming, weights, wan_vae, tmp_path):
+    """Names written down from the published checkpoint, which has 194 tensors."""
+    if naming is wan_vae_name:
+        named = {naming(name) for name in wan_vae}
+        assert len(named) == 194 and {
+            "conv1.weight", "conv2.bias", "encoder.conv1.weight", "decoder.head.2.weight",
+            "encoder.downsamples.3.shortcut.weight", "encoder.downsamples.5.time_conv.weight",
+            "encoder.downsamples.2.resample.1.weight", "encoder.middle.1.to_qkv.weight",
+            "decoder.middle.2.residual.6.weight", "decoder.upsamples.4.shortcut.bias",
+            "decoder.upsamples.7.time_conv.bias", "decoder.upsamples.11.resample.1.weight",
+            "decoder.upsamples.14.residual.3.gamma", "decoder.head.0.gamma",
+        } <= named  # fmt: skip
+    files = [*self_forcing(tmp_path, weights), wan_vae_file(tmp_path, wan_vae, naming)]
+    done = import_checkpoint(files, tmp_path / "model")
+    assert done.folder.config == with_autoencoder(model_config("self-forcing"), "wan")
+    assert done.folder.autoencoder and done.tensors == 825 + 194
+    assert "the autoencoder is wan-vae, license of its weights: Apache-2.0" in done.lines
+    copied = imported(tmp_path / "model")
+    assert all(copied[f"autoencoder.{name}"].equal(tensor) for name, tensor in wan_vae.items())
+    assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 194
+
+
+def test_a_damaged_autoencoder_is_refused_by_name(weights, wan_vae, tmp_path):
+    damaged = dict(wan_vae)
+    del damaged["decoder.conv_in.weight"], damaged["encoder.mid_block.resnets.0.norm1.gamma"]
+    damaged |= {"decoder.up_blocks.0.upsamplers.0.time_conv.bias": torch.zeros(3)}
+    files = [*self_forcing(tmp_path, weights), wan_vae_file(tmp_path, damaged)]
+    assert_refused(
+        files, tmp_path,
+        r"\(2 missing, 1 misshaped\): missing autoencoder.encoder.mid_block.resnets.0.norm1.gamma; "
+        r"missing autoencoder.decoder.conv_in.weight; misshaped "
+        r"autoencoder.decoder.up_blocks.0.upsamplers.0.time_conv.bias: \(3,\), not \(16,\)",
+    )  # fmt: skip
+    twice = {**wan_vae, "conv1.bias": wan_vae["quant_conv.bias"].clone()}
+    path = wan_vae_file(tmp_path, twice, str)
+    assert_refused([files[0], path], tmp_path, "holds .*twice, under two names")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("taew2_1.pth", {}, "taehv"),
+        ("lighttaew2_1.pth", {}, "lighttae"),
+        ("mine.pth", {"vae": "lighttae"}, "lighttae"),
+        ("mine.pth", {}, "do not say which: name it with --vae"),
+        ("taew2_1.pth", {"vae": "wan"}, "is not 'wan' by its tensors, but taehv or lighttae"),
+    ],
+)
+def test_the_tiny_autoencoders_differ_by_name_alone(
+    name, options, expected, weights, tiny_autoencoder, tmp_path
+):
+    shutil.copy(tiny_autoencoder, tmp_path / name)
+    files = [*self_forcing(tmp_path, weights), tmp_path / name]
+    if " " in expected:
+        assert_refused(files, tmp_path, expected, **options)
+    else:
+        done = import_checkpoint(files, tmp_path / "model", **options)
+        assert done.folder.config == with_autoencoder(model_config("self-forcing"), expected)
+
+
+def test_two_autoencoders_are_one_too_many(weights, wan_vae, tiny_autoencoder, tmp_path):
+    files = [*self_forcing(tmp_path, weights), tiny_autoencoder, wan_vae_file(tmp_path, wan_vae)]
+    assert_refused(files, tmp_path, "are two autoencoders: name one")
