@@ -26,6 +26,7 @@ import onnx_ir as ir
 from packforcing.calibration.matmuls import NAMES, SHARED, initializer, known, matrices
 from packforcing.config import Config
 from packforcing.errors import BundleError, CalibrationError, OutputError
+from packforcing.geometry import layer_matrices
 from packforcing.runtime.backends import Graph, open_backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import (
@@ -38,7 +39,7 @@ from packforcing.runtime.bundle import (
 )
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.engine_records import graph_files
-from packforcing.runtime.estimate import layer_matrices, weight_block
+from packforcing.runtime.estimate import weight_block
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.session import check_request
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from packforcing.config import Config
 from packforcing.errors import BundleError
-from packforcing.runtime.estimate import layer_matrices
+from packforcing.geometry import layer_matrices
 
 T = TypeVar("T")
 # a layer's matrices, as `layer_matrices` lists their shapes

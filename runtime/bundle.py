@@ -42,10 +42,10 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  makes float8_e4m3fn known to NumPy
 import msgspec
 
-from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
 from packforcing.files import FileRecord, Upgrade, VersionError, decode_versioned, file_record
+from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
 
 SCHEMA_VERSION = 3
 UPGRADES: dict[int, Upgrade] = {}  # of older manifests; none of the first two versions is read
@@ -174,25 +174,6 @@ def contract(config: Config) -> dict[str, GraphSpec]:
             outputs=(TensorSpec("latent", latent), *states("new_state", encoder)),
         ),
     }
-
-
-def decoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
-    """Memory of the decoder between calls; the tiny one's, three blocks at each of three scales."""
-    if config.vae == "wan":
-        return geometry.state_shapes(geometry.decoder_layers(config))
-    h, w = config.latent_size
-    scales = zip(config.vae_decoder_widths[:3], (1, 2, 4))
-    return [(1, width, h * scale, w * scale) for width, scale in scales for _ in range(3)]
-
-
-def encoder_state_shapes(config: Config) -> list[tuple[int, ...]]:
-    """Memory of the encoder between calls, fine scale first."""
-    if config.vae == "wan":
-        return geometry.state_shapes(geometry.encoder_layers(config, config.height, config.width))
-    h, w = config.latent_size
-    return [
-        (1, config.vae_encoder_width, h * scale, w * scale) for scale in (4, 2, 1) for _ in range(3)
-    ]
 
 
 def graph_file(name: str) -> str:

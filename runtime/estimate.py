@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
-from packforcing import geometry
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import ConfigError
+from packforcing.geometry import layer_matrices, low_branch_clip, operations, parameters
 from packforcing.runtime.bundle import DTYPES, GPU_CALLS, GPU_GRAPHS, TensorSpec, contract
 
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
@@ -57,91 +56,6 @@ def find_gpu(name: str) -> CardFigures:
     return plain[wanted]
 
 
-class Conv(NamedTuple):
-    """A convolution: channels, taps of its kernel and how many positions it is evaluated at."""
-
-    inputs: int
-    outputs: int
-    taps: int
-    positions: int
-    bias: bool = True
-
-    @property
-    def parameters(self) -> int:
-        return self.outputs * (self.inputs * self.taps + self.bias)
-
-    @property
-    def operations(self) -> int:
-        return 2 * self.inputs * self.outputs * self.taps * self.positions
-
-
-def encoder_layers(
-    config: Config, height: int, width: int, *, first: bool = False
-) -> list[Conv] | geometry.Layers:
-    """The encoder over a latent frame's four pixel frames (packforcing/autoencoder.py); Wan's
-    sees but one of those of a clip's first."""
-    if config.vae == "wan":
-        return geometry.encoder_layers(config, height, width, first=first)
-    e, frames = config.vae_encoder_width, TEMPORAL_FACTOR
-    h, w = height // config.vae_patch, width // config.vae_patch
-    convs = [Conv(3 * config.vae_patch**2, e, 9, frames * h * w)]
-    for stride in (2, 2, 1):
-        frames //= stride
-        convs.append(Conv(stride * e, e, 1, frames * h * w, bias=False))
-        h, w = -(-h // 2), -(-w // 2)
-        convs.append(Conv(e, e, 9, frames * h * w, bias=False))
-        convs += 3 * _mem_block(e, frames * h * w)
-    return [*convs, Conv(e, config.latent_channels, 9, h * w)]
-
-
-def decoder_layers(config: Config) -> list[Conv] | geometry.Layers:
-    """The decoder over one latent frame (packforcing/autoencoder.py)."""
-    if config.vae == "wan":
-        return geometry.decoder_layers(config)
-    widths, frames = config.vae_decoder_widths, 1
-    h, w = config.latent_size
-    convs = [Conv(config.latent_channels, widths[0], 9, h * w)]
-    for wide, narrow, stride in zip(widths, widths[1:], (1, 2, 2)):
-        convs += 3 * _mem_block(wide, frames * h * w)
-        h, w = 2 * h, 2 * w
-        convs.append(Conv(wide, wide * stride, 1, frames * h * w, bias=False))
-        frames *= stride
-        convs.append(Conv(wide, narrow, 9, frames * h * w, bias=False))
-    return [*convs, Conv(widths[3], 3 * config.vae_patch**2, 9, frames * h * w)]
-
-
-def _mem_block(width: int, positions: int) -> list[Conv]:
-    return [Conv(inputs, width, 9, positions) for inputs in (2 * width, width, width)]
-
-
-def compressor_convs(config: Config) -> list[Conv]:
-    """The compressor's high branch over a block (packforcing/compressor.py)."""
-    if not config.compressor_widths:
-        return []
-    channels = (config.latent_channels, *config.compressor_widths)
-    times, (h, w) = config.compressed_grid[0], config.latent_size
-    convs = []
-    for number, (inputs, outputs) in enumerate(pairwise(channels)):
-        if number:
-            h, w = h // 2, w // 2
-        convs.append(Conv(inputs, outputs, 4 if number else 2, times * h * w))
-    return [*convs, Conv(channels[-1], config.dim, 1, times * h * w)]
-
-
-def _clip(config: Config) -> int:
-    """Pixels of the small clip that the compressor encodes: a block at half the frames and a
-    quarter of the size."""
-    frames = config.compressed_grid[0] * TEMPORAL_FACTOR
-    return frames * (config.height // 4) * (config.width // 4)
-
-
-def layer_matrices(config: Config) -> list[tuple[int, int]]:
-    """(inputs, outputs) of a layer's matrices in the denoiser, in the graph's order, which
-    `prompt` takes two off: keys and values of cross-attention."""
-    square = (config.dim, config.dim)
-    return [*[square] * 6, (config.dim, config.ffn_dim), (config.ffn_dim, config.dim)]
-
-
 def matrix_bytes(config: Config) -> list[int]:
     """Bytes of each matrix of a layer of the denoiser, in the format of the weights.
 
@@ -171,31 +85,6 @@ def weight_block(kind: str, inputs: int, outputs: int) -> int:
     return inputs // 2 if kind == "int8" and outputs > inputs else inputs
 
 
-def parameters(config: Config) -> dict[str, int]:
-    """Weights of each graph, biases and norms included.
-
-    `compressor` and `vae_encoder` both hold the autoencoder's encoder. `prompt` and `denoiser`
-    together are the transformer of a Wan checkpoint.
-    """
-    d, layers = config.dim, config.layers
-
-    def linear(inputs: int, outputs: int) -> int:
-        return inputs * outputs + outputs
-
-    layer = sum(linear(*matrix) for matrix in layer_matrices(config))
-    layer += 3 * d + 2 * d + 6 * d  # norms of q, k and the cross q; the norm before; modulation
-    around = linear(config.token_dim, d) + linear(d, config.token_dim) + 2 * d
-    time = linear(config.freq_dim, d) + linear(d, d) + linear(d, 6 * d)
-    encoder = sum(layer.parameters for layer in encoder_layers(config, config.height, config.width))
-    return {
-        "prompt": linear(config.text_dim, d) + linear(d, d) + layers * (2 * linear(d, d) + d),
-        "denoiser": around + time + layers * layer,
-        "compressor": encoder + sum(conv.parameters for conv in compressor_convs(config)),
-        "vae_decoder": sum(layer.parameters for layer in decoder_layers(config)),
-        "vae_encoder": encoder,
-    }
-
-
 def weight_bytes(config: Config) -> dict[str, int]:
     """Bytes of each graph's weights when loaded.
 
@@ -210,7 +99,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
     sizes |= {name: counts[name] * full for name in GPU_GRAPHS}
     plain = sum(inputs * outputs * full for inputs, outputs in layer_matrices(config))
     # TensorRT writes down what each value of the compressor's average pool is divided by
-    sizes["compressor"] += full * _clip(config)
+    sizes["compressor"] += full * math.prod(low_branch_clip(config))
     sizes["denoiser"] += max(0, config.layers - 2) * (sum(matrix_bytes(config)) - plain)
     return sizes
 
@@ -237,33 +126,6 @@ def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
             **GPU_CALLS,
             **{name: name for name in ("prompt", "vae_encoder")},
         }.items()
-    }
-
-
-def operations(config: Config) -> dict[str, int]:
-    """Multiplications and additions of the matrix products of one call with a full context."""
-    d, layers = config.dim, config.layers
-    weights = layers * sum(map(math.prod, layer_matrices(config))) + 2 * config.token_dim * d
-    time = config.freq_dim * d + d * d + 6 * d * d
-
-    def denoiser(new: int) -> int:
-        keys = new + config.context_tokens + config.text_len
-        return 2 * (new * weights + time) + 4 * new * keys * d * layers
-
-    small = config.height // 4, config.width // 4
-    compressor = [
-        *compressor_convs(config),
-        *(
-            layer
-            for latent in range(config.compressed_grid[0])
-            for layer in encoder_layers(config, *small, first=latent == 0)
-        ),
-    ]
-    return {
-        "denoiser.block": denoiser(config.block_tokens),
-        "denoiser.compressed": denoiser(config.compressed_tokens),
-        "compressor": sum(layer.operations for layer in compressor),
-        "vae_decoder": sum(layer.operations for layer in decoder_layers(config)),
     }
 
 
@@ -328,7 +190,10 @@ def scratch_bytes(config: Config) -> dict[str, int]:
     values = {
         "denoiser.block": denoiser(config.block_tokens),
         "denoiser.compressed": denoiser(config.compressed_tokens),
-        "compressor": 3 * _clip(config) * config.vae_encoder_width // config.vae_patch**2,
+        "compressor": 3
+        * math.prod(low_branch_clip(config))
+        * config.vae_encoder_width
+        // config.vae_patch**2,
         "vae_decoder": 6 * half if in_turn else full + 3 * half,
     }
     if config.vae == "wan":

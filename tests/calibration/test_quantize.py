@@ -54,10 +54,11 @@ from packforcing.errors import (
 from packforcing.export.oracle import Oracle, in_full, record
 from packforcing.export.verify import verify
 from packforcing.files import file_record
+from packforcing.geometry import layer_matrices
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import DTYPES, contract, graph_file, read_manifest, write_manifest
 from packforcing.runtime.engine_records import graph_files
-from packforcing.runtime.estimate import layer_matrices, weight_block
+from packforcing.runtime.estimate import weight_block
 from packforcing.runtime.plan import choose, make_plan
 from packforcing.units import GIB
 from tests.helpers import TINY, run_measured

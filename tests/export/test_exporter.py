@@ -21,6 +21,7 @@ from packforcing.export import export_bundle
 from packforcing.export.exporter import save_graph
 from packforcing.export.graphs import WRAPPERS, example_inputs, export_graph
 from packforcing.export.lint import TRACE_SIZES, lint
+from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
 from packforcing.model import LazyWeights, Model, open_weights, save_model
 from packforcing.runtime import Session
 from packforcing.runtime.backends import Graph
@@ -30,8 +31,6 @@ from packforcing.runtime.bundle import (
     TensorSpec,
     check_files,
     contract,
-    decoder_state_shapes,
-    encoder_state_shapes,
     read_manifest,
 )
 from packforcing.runtime.device import view

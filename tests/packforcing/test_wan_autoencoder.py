@@ -17,12 +17,13 @@ from packforcing.app.cli import main
 from packforcing.autoencoder import LATENT_MEAN, LATENT_STD, TinyAutoencoder
 from packforcing.errors import ConfigError, PlanError
 from packforcing.export import export_bundle
+from packforcing.geometry import decoder_state_shapes, encoder_state_shapes, operations, parameters
 from packforcing.model import load_model, random_model, random_weights, weight_shapes
 from packforcing.presets import PAPER, with_autoencoder
 from packforcing.reference import rollout
 from packforcing.runtime import Session
-from packforcing.runtime.bundle import contract, decoder_state_shapes, encoder_state_shapes
-from packforcing.runtime.estimate import operations, parameters, weight_bytes
+from packforcing.runtime.bundle import contract
+from packforcing.runtime.estimate import weight_bytes
 from packforcing.runtime.plan import choose, estimates, make_plan
 from packforcing.sampler import draw_noise
 from packforcing.units import GIB

@@ -14,14 +14,13 @@ from packforcing.autoencoder import TinyAutoencoder
 from packforcing.compressor import Compressor
 from packforcing.config import Precision
 from packforcing.errors import ConfigError, PlanError
+from packforcing.geometry import operations, parameters
 from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import GPU_GRAPHS
 from packforcing.runtime.estimate import (
     GPUS,
     calls_per_block,
     find_gpu,
-    operations,
-    parameters,
     seconds_per_block,
     tensor_bytes,
     weight_bytes,
