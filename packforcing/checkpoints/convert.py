@@ -97,7 +97,7 @@ def import_checkpoint(
     names, roles = ", ".join(map(str, files)), [file.role for file in surveyed]
     if "transformer" not in roles:
         raise CheckpointError(f"none of {names} holds a transformer: name its checkpoint too")
-    kind, why = (kind, "by --kind") if kind else recognize_model(surveyed)
+    kind, why = (kind, "by --model") if kind else recognize_model(surveyed)
     row, config = published(kind), published_config(kind)
     autoencoders = [file for file in surveyed if file.role == "autoencoder"]
     if autoencoders:
@@ -106,7 +106,7 @@ def import_checkpoint(
     if row.lora and "LoRA" not in roles:
         raise CheckpointError(
             f"{kind} is {row.files[0]} with {row.files[1]} merged into it: name both files, or "
-            "import the base as another model with --kind"
+            "import the base as another model with --model"
         )
     selected = [(file, select_entry(file, kind, entry)) for file in surveyed]
     tensors = _join_tensors(selected)

@@ -149,7 +149,7 @@ def recognize_model(files: list[CheckpointFile]) -> tuple[str, str]:
         return "wan2.1-t2v-1.3b", "its tensors are not divided into entries and have no prefix"
     raise CheckpointError(
         f"{models[0].path} holds a causal Wan model, and several models have these tensors: name "
-        f"it with --kind, one of {', '.join(kinds)}"
+        f"it with --model, one of {', '.join(kinds)}"
     )
 
 
@@ -215,9 +215,9 @@ def select_entry(file: CheckpointFile, kind: str, entry: str | None) -> Tensors:
     available = ", ".join(f"'{entry}'" for entry in entries if entry) or "no entries"
     if not name:
         raise CheckpointError(
-            f"{file.path} is divided into {available}, which {kind} is not: name another --kind"
+            f"{file.path} is divided into {available}, which {kind} is not: name another --model"
         )
     raise CheckpointError(
         f"{file.path} has no entry '{name}', which {kind} is run with, but {available}: choose an "
-        "entry with --entry, or another --kind"
+        "entry with --entry, or another --model"
     )

@@ -165,7 +165,7 @@ def test_the_command_says_what_it_found(weights, tmp_path):
         "LoRA merged into 300 weights at scale 1",
         "longlive (its LoRA is a 'generator_lora'), 825 tensors",
         "license of the weights: Apache-2.0",
-        "no autoencoder in it",
+        "no autoencoder: export needs",
     ):
         assert part in output
     result = CliRunner().invoke(
@@ -188,7 +188,7 @@ def test_a_folder_with_something_in_it_is_left_alone(weights, tmp_path):
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
     with pytest.raises(OutputError, match="null"):
         import_checkpoint([path], f"{tmp_path}/a\0b")
-    with pytest.raises(OutputError, match="choose a new or an empty folder"):
+    with pytest.raises(OutputError, match="choose a new or an empty one"):
         import_checkpoint([path], tmp_path / "model")
     assert {entry.name for entry in tmp_path.iterdir()} == {"self_forcing_dmd.pt", "model"}
 
@@ -230,6 +230,7 @@ import msgspec
 from packforcing import MODELS
 from packforcing.checkpoints.convert import import_checkpoint
 from packforcing.checkpoints.published import published_config
+from packforcing.config import Precision
 peaks = []
 for folder, (dim, ffn) in {widths}.items():  # the small one first: what all imports have in common
     sizes = {TINY} | dict(dim=dim, ffn_dim=ffn, layers={layers})
@@ -239,7 +240,7 @@ for folder, (dim, ffn) in {widths}.items():  # the small one first: what all imp
 print(1024 * (peaks[1] - peaks[0]))
 """
     root = str(Path(__file__).parents[3])
-    result = subprocess.run_command(
+    result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
     )  # fmt: skip

@@ -99,7 +99,7 @@ def test_a_pickle_that_is_no_checkpoints_is_refused(pickled, tmp_path):
 def test_names_and_indices_of_no_model_are_refused(tmp_path):
     save_file({"decoder.upsamples.foo.x": torch.zeros(1)}, tmp_path / "odd.safetensors")
     assert_refused(
-        [tmp_path / "odd.safetensors"], tmp_path, "none of what is read here.*upsamples.foo"
+        [tmp_path / "odd.safetensors"], tmp_path, "neither a Wan transformer.*upsamples.foo"
     )
     index = tmp_path / "deep.safetensors.index.json"
     index.write_text("[" * 100_000)

@@ -124,7 +124,9 @@ def test_layouts_are_recognized_and_give_the_same_weights(
 
 def test_what_tensors_cannot_tell_the_caller_must(weights, tmp_path):
     path = save(tmp_path / "mine.pt", {"generator": prefixed(weights)})
-    with pytest.raises(CheckpointError, match=r"several models have these tensors: name it with --kind.*causvid"):
+    with pytest.raises(
+        CheckpointError, match=r"several models have these tensors: name it with --model.*causvid"
+    ):
         import_checkpoint([path], tmp_path / "model")
     done = import_checkpoint([path], tmp_path / "model", kind="causal-forcing")
     assert (done.folder.kind, done.folder.autoencoder) == ("causal-forcing", False)
