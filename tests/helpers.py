@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import av
@@ -21,16 +22,14 @@ from click.testing import CliRunner, Result
 
 from packforcing import Config, Policy
 from packforcing.app.cli import main
+from tests.golden import cases as golden
 
 PROMPT = "a red star over navy stripes"
 SEED = 3
 
 TINY = Config(
-    name="tiny", height=64, width=96, fps=8, dim=48, heads=2, layers=2, ffn_dim=64, freq_dim=32,
-    block_frames=3, text_encoder="words", text_len=6, text_dim=22, compressor_widths=(8, 8, 8, 8),
-    latent_channels=4, vae_encoder_width=8, vae_decoder_widths=(8, 8, 8, 8), sampler="renoise",
-    policy=Policy(sink=1, mid=3, recent=2, mid_span=2.5),
-)  # fmt: skip
+    **golden.TINY, sampler="renoise", policy=Policy(sink=1, mid=3, recent=2, mid_span=2.5)
+)
 
 POLICIES = {
     "packforcing": None,
@@ -47,25 +46,27 @@ POLICIES = {
 }
 
 
-def make_tiny_model():
-    """Make weights for TINY from a seeded NumPy generator, scaled so that every part matters.
-
-    Torch's own initialization lets the autoencoder's pictures come out all but black.
-    """
+def make_model(config: Config, weights: Mapping[str, np.ndarray]):
+    """Make a model of weights by checkpoint name; a part without any keeps random ones."""
     import torch
 
     from packforcing.model import random_model
 
-    model = random_model(TINY)
-    rng = np.random.Generator(np.random.Philox(7))
-    for part in model.parts().values():
-        state = part.state_dict()
-        for name, tensor in state.items():
-            values = rng.standard_normal(tensor.shape, dtype=np.float32)
-            scale = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.ndim > 1 else 0.1
-            state[name] = torch.from_numpy(values * np.float32(scale)) + (tensor.ndim == 1)
-        part.load_state_dict(state)
+    model = random_model(config)
+    for prefix, part in model.parts().items():
+        tensors = {
+            name.removeprefix(f"{prefix}."): torch.from_numpy(values)
+            for name, values in weights.items()
+            if name.startswith(f"{prefix}.")
+        }
+        if tensors:
+            part.load_state_dict(tensors)
     return model
+
+
+def make_tiny_model():
+    """Make the golden tiny model: torch's own weights give pictures that are all but black."""
+    return make_model(TINY, golden.make_weights(golden.TINY))
 
 
 # The command line
