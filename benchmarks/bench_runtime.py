@@ -36,7 +36,7 @@ from benchmarks.against import time_against
 from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.plan import memory
-from packforcing.runtime.session import BlockInfo
+from packforcing.runtime.video import BlockInfo
 from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"
@@ -79,13 +79,13 @@ def side_by_side(config: Config, weights: Path | None, bundle: Path, blocks: int
         times: dict[str, list[float]] = {name: [] for name in runs}
         for block in range(blocks):
             for name, run in runs.items():
-                graphs = sum(session._graph_seconds().values())
+                graphs = sum(session.graph_seconds().values())
                 began = time.perf_counter()
                 next(run)
                 if block >= config.policy.capacity + 2:
                     times[name].append(time.perf_counter() - began)
                     if name == "runtime":
-                        graphs = sum(session._graph_seconds().values()) - graphs
+                        graphs = sum(session.graph_seconds().values()) - graphs
                         inside.append(graphs / times[name][-1])
     median = {name: 1000 * statistics.median(values) for name, values in times.items()}
     return {
@@ -148,7 +148,7 @@ def endless(seconds: float, video: Path) -> dict:
 
         def note(info: BlockInfo) -> None:
             times[info.index], resident[info.index] = info.seconds, _resident_bytes()
-            starts[info.index] = session._rollout.cache.layout().start  # of the next block
+            starts[info.index] = session.rollout.cache.layout().start  # of the next block
 
         summary = session.render(PROMPT, seconds, video, on_block=note)
         archive = memory(config)["archive_per_block"]
@@ -193,12 +193,12 @@ def checkpoints() -> dict:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         session = stack.enter_context(Session.open(demo_bundle()))
-        for name in ("note", "save", "write", "check", "segments", "remove"):
+        for name in ("add_latents", "save", "write", "check", "segments", "remove"):
             stack.enter_context(timed(resume.RenderFolder, name))
-        for name in ("join", "flush", "flush_folder"):
+        for name in ("join_segments", "flush", "flush_folder"):
             stack.enter_context(timed(video_files, name))
         summary = session.render(PROMPT, 120, folder / "long.mp4")
-        every = resume.interval(session.config, resume.SECONDS)
+        every = resume.snapshot_interval(session.config, resume.SNAPSHOT_SECONDS)
     return {
         "checkpoints": (summary.blocks - 1) // every,
         "percent_of_render_time": round(100 * sum(spent.values()) / summary.seconds_total, 2),

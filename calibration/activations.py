@@ -40,8 +40,8 @@ from packforcing.runtime.bundle import (
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.engine_records import graph_files
 from packforcing.runtime.estimate import weight_block
+from packforcing.runtime.request import check_request
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.session import check_request
 
 OCTAVE, LOWEST, BINS = 8, -10, 160  # bins per factor of two; the first begins at 2^LOWEST
 # magnitude in the middle of each bin

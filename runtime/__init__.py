@@ -1,4 +1,4 @@
-"""Bundle to video. No torch, and nothing heavy until a session is opened."""
+"""Bundle to frames to file. No torch, and nothing heavy before a session is opened."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from packforcing.runtime.session import BlockInfo, RenderSummary, Session, Switch
+    from packforcing.prompts import Switch
+    from packforcing.runtime.render import RenderSummary
+    from packforcing.runtime.session import Session
+    from packforcing.runtime.video import BlockInfo
 
 __all__ = ["BlockInfo", "RenderSummary", "Session", "Switch", "demo_bundle"]
 
 
 def demo_bundle() -> Path:
-    """The demo model's bundle, shipped inside the package."""
+    """Return the demo model's bundle, which is inside the package."""
     import packforcing
 
     return Path(packforcing.__file__).parent / "demo" / "bundle"
 
 
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        from packforcing.runtime import session
+if not TYPE_CHECKING:  # a type checker would take every name for one of this module's
 
-        return getattr(session, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from packforcing.prompts import Switch
+        from packforcing.runtime.render import RenderSummary
+        from packforcing.runtime.session import Session
+        from packforcing.runtime.video import BlockInfo
+
+        names = {"BlockInfo": BlockInfo, "RenderSummary": RenderSummary, "Session": Session}
+        return {**names, "Switch": Switch}[name]

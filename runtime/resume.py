@@ -1,26 +1,26 @@
-"""A render's state on disk: it outlives its process, and goes on as if nothing had happened.
+"""Store an unfinished render in a folder beside its output, so that another process resumes it.
 
     OUT.render/                       beside OUT while it is rendered, gone once OUT is whole
-      lock                            held by the process that renders
-      checkpoint.json                 what was asked for, how far it is, SHA-256 of all it needs
+      lock                            locked by the process that renders
+      checkpoint.json                 the record: request, progress, SHA-256 of every file below
       segment-000000.mp4              the frames of the blocks from 0 to the next segment's
-      archive-000040.safetensors      what was archived between the checkpoint before and block 40
+      archive-000040.safetensors      what was archived between the snapshot before and block 40
       sink-000040.safetensors         keys and values of the sink, once
       state-000040.safetensors        those of the recent blocks, and the decoder's state
       latents-000040.bin              clean latents of the blocks after 40, as they are made
-      joined.mp4                      all segments as one, until it is renamed to OUT, which
-                                      checkpoint.json announces
+      joined.mp4                      all segments as one, until it is renamed to OUT, which the
+                                      record announces
 
-A checkpoint is made every so many blocks, at the same ones in every run, and with it the encoder
-starts anew. Its files are written and on the disk before `checkpoint.json` is renamed into place,
-and none of them ever changes: whatever moment a process ends at, the last checkpoint is whole.
-Blocks after it are given their clean latents again instead of being denoised, so little is lost
-between two checkpoints; a record of latents that is torn or damaged is as if it had not been made.
-Once the video has been announced and is no longer in the folder, it is OUT, and the folder is no
-more than what a process had no time to remove.
+A snapshot of the rollout is saved every so many blocks, at the same ones in every run, and the
+video encoder begins a new segment there. The files of a snapshot are flushed to the disk before
+the record is renamed into place, and none of them ever changes: whenever a process ends, the last
+snapshot is whole. Later blocks take their clean latents from the file instead of being denoised,
+so little work is lost; latents that are torn or damaged are generated again. Once the record
+announces the video and the folder no longer has it, the video is OUT, and the folder is no more
+than what a process had no time to remove.
 
 Nothing here is trusted: sizes follow from the config and are compared before a file is read, every
-file is compared with its SHA-256, names are of the pattern above, links are not followed.
+file is compared with its SHA-256, names have to match the pattern above, links are not followed.
 """
 
 from __future__ import annotations
@@ -28,80 +28,69 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.errors import BackendError, CheckpointError, OutputError
+from packforcing.errors import BackendError, OutputError, ResumeError
 from packforcing.files import (
-    FileRecord,
-    Upgrade,
-    VersionError,
-    decode_versioned,
     file_record,
-    seal_json,
-    unseal_json,
+    flush_folder,
+    require_disk_space,
 )
-from packforcing.runtime.buffers import IN_MEMORY, Archive, archive_rows
-from packforcing.runtime.bundle import DTYPES
-from packforcing.runtime.cache import Slot
+from packforcing.runtime.buffers import IN_MEMORY
 from packforcing.runtime.plan import archive_bytes, memory, token_bytes
-from packforcing.runtime.rollout import Rollout
+from packforcing.runtime.render_record import (
+    LOCK,
+    OWN_FILES,
+    RECORD,
+    RenderRecord,
+    damage_message,
+    is_plain_file,
+    read_record,
+    write_record,
+)
+from packforcing.runtime.snapshot import (
+    Arrays,
+    Form,
+    Snapshot,
+    read_part,
+    restore_snapshot,
+    take_snapshot,
+    write_part,
+)
 from packforcing.runtime.video_files import (
     JOINED,
     Kind,
-    flush,
-    flush_folder,
+    output_errors,
     output_target,
-    place,
-    refusals,
-    require_room,
+    place_video,
     video_bytes,
 )
 
-VERSION = 2
-UPGRADES: dict[int, Upgrade] = {}  # of older checkpoints; the first version's are not read
-SECONDS = 20.0  # of video between two checkpoints
-RECORD, LOCK = "checkpoint.json", "lock"
-_OURS = re.compile(
-    r"segment-\d{6}\.(mp4|mkv)|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
-    r"|checkpoint\.json(\.partial)?|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
-    rf"|{JOINED}(\.(mp4|mkv))?"
-)
+if TYPE_CHECKING:
+    from packforcing.runtime.rollout import Rollout
+
+SNAPSHOT_SECONDS = 20.0  # of video between two snapshots
 _JOINED = (JOINED, f"{JOINED}.mp4", f"{JOINED}.mkv")
-_LARGEST_RECORD = 1 << 26  # bytes of checkpoint.json; that of a day of video is smaller
-_HEADER = 1 << 20  # bytes at most that a safetensors file spends on its own description
-_DIGEST = hashlib.sha256().digest_size
-
-Arrays = dict[str, np.ndarray]
-Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype
+_MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_SPARE_BYTES = 1 << 20  # left free on the disk
 
 
-class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How far a render is; all of `files` is on the disk when this is."""
+def snapshot_interval(config: Config, seconds: float) -> int:
+    """Return the blocks from one snapshot to the next.
 
-    version: int
-    request: dict[str, str]  # all that decides about the frames
-    block: int = 0  # blocks done, their frames in segments
-    scene: int = 0  # its first block; `oldest` and `mids` count from there, as the cache does
-    oldest: int = 0
-    mids: tuple[int, ...] = ()
-    joined: bool = False  # whether the whole video was about to be renamed
-    files: dict[str, FileRecord] = {}
-
-    def named(self, kind: str) -> list[str]:
-        """The files of a kind, in order."""
-        return sorted(name for name in self.files if name.startswith(f"{kind}-"))
-
-
-def interval(config: Config, seconds: float) -> int:
-    """Blocks from one checkpoint to the next."""
+    Args:
+        config: Of the bundle.
+        seconds: Of video between two snapshots.
+    """
     return max(1, round(seconds * config.fps / config.block_pixel_frames))
 
 
@@ -114,12 +103,22 @@ def render_folder(
     blocks: int,
     resume: bool,
 ) -> Iterator[RenderFolder]:
-    """The folder beside `path` for a render of this length, locked and with room on its disk.
+    """Open the folder beside `path` for a render, locked and with room on its disk.
 
-    request: all that decides about the frames; "interval" is in blocks. A render that was begun
-    goes on if `resume` says so and `request` is the same, and is in the way otherwise. Left as it
-    is at the end, but for one that has nothing in it; `RenderFolder.remove` is for success.
-    Raises `OutputError` and `CheckpointError`.
+    At the end it stays as it is, unless nothing is in it. `RenderFolder.remove` is for success.
+
+    Args:
+        path: The output.
+        config: Of the bundle.
+        request: All that decides about the frames; "interval" is in blocks.
+        frames: Frames of the video.
+        blocks: Blocks of the video.
+        resume: Continue a render of the same request; without it, an unfinished render is in the
+            way.
+
+    Raises:
+        OutputError: The folder cannot be written, is locked or has an unfinished render.
+        ResumeError: The unfinished render is damaged or of another request.
     """
     _, target = output_target(path)
     if target.is_dir() and not _replaceable(target):
@@ -133,60 +132,76 @@ def render_folder(
             render.check(frames, blocks)
             yield render
         finally:
-            if not (render.done.block or _is_file(render.latents)):
+            if not (render.record.block or is_plain_file(render.latents)):
                 render.remove()
 
 
 def finished(path: str | os.PathLike[str]) -> bool:
-    """Whether a render of `path` ended right after its video took its name: what it left in its
-    folder is no render any more. Raises `CheckpointError` for a damaged record."""
+    """Tell whether a render of `path` ended right after its video took its name.
+
+    What it left in its folder is no longer a render.
+
+    Raises:
+        ResumeError: The record is damaged.
+    """
     folder, target = _places(path)
-    done = _read_record(folder)
-    return done is not None and _placed(folder, done) and target.exists()
+    record = read_record(folder)
+    return record is not None and _placed(folder, record) and target.exists()
 
 
-def conclude(path: str | os.PathLike[str], request: Mapping[str, str]) -> bool:
-    """Whether the video at `path` is the one that `request` is for, made by a render that ended
-    before it could remove its folder, which is then done. Raises as `render_folder` does."""
+def remove_leftovers(path: str | os.PathLike[str], request: Mapping[str, str]) -> bool:
+    """Remove the folder of a render whose video is at `path` already.
+
+    Returns:
+        Whether the video is there and is the one that `request` is for.
+
+    Raises:
+        OutputError: The folder is locked.
+        ResumeError: The record is damaged.
+    """
     if not finished(path):
         return False
     with _locked(path) as (folder, _):
-        done = _read_record(folder)
-        if not done or done.request != request:
+        record = read_record(folder)
+        if not record or record.request != request:
             return False
         _remove(folder)
     return True
 
 
-def _placed(folder: Path, done: Checkpoint) -> bool:
-    """Whether the video that a record announces is no longer in the folder."""
-    return done.joined and not any(os.path.lexists(folder / name) for name in _JOINED)
+def _placed(folder: Path, record: RenderRecord) -> bool:
+    """Tell whether an announced video is no longer in the folder."""
+    return record.joined and not any(os.path.lexists(folder / name) for name in _JOINED)
 
 
 def discard(path: str | os.PathLike[str]) -> None:
-    """Removes what an unfinished render of `path` left. Raises `OutputError` if it is going on."""
+    """Remove what an unfinished render of `path` left.
+
+    Raises:
+        OutputError: The render is going on.
+    """
     with _locked(path) as (folder, _):
         _remove(folder)
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether an empty folder can give way to another one of its name."""
+    """Tell whether an empty folder can give way to another one of its name."""
     return not (folder.is_symlink() or os.path.ismount(folder) or folder.samefile(os.curdir))
 
 
 def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The folder of a render, and the file or folder to be made."""
+    """Return the folder of a render, and the file or folder to be made."""
     target = Path(os.path.abspath(output_target(path)[1]))
     return target.with_name(f"{target.name}.render"), target
 
 
 @contextmanager
 def _locked(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
-    """The folder of a render, made if need be and locked, and the file or folder to be made."""
+    """Make and lock the folder of a render; yield it and the file or folder to be made."""
     from filelock import FileLock, Timeout
 
     folder, target = _places(path)
-    with refusals(target, "choose another name or folder"):
+    with output_errors(target, "choose another name or folder"):
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutputError(f"cannot write {target}: {folder} is in the way; remove it")
         folder.mkdir(exist_ok=True)
@@ -209,29 +224,29 @@ def _locked(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
 def _open(
     folder: Path, target: Path, config: Config, request: dict[str, str], resume: bool
 ) -> RenderFolder:
-    done = _read_record(folder)
-    if done and _placed(folder, done):  # of a video that is finished: nothing to go on with
-        done = None
-    if done and not resume:
+    record = read_record(folder)
+    if record and _placed(folder, record):  # of a video that is finished: nothing to resume
+        record = None
+    if record and not resume:
         raise OutputError(
             f"an unfinished render of {target} is in {folder}: resume it (--resume), or remove "
-            "that folder to begin anew"
+            "that folder to start again"
         )
-    if done and done.request != request:
-        differs = sorted(
-            f"{name} was {done.request.get(name, 'not named')}, now {request.get(name, 'none')}"
-            for name in done.request.keys() | request.keys()
-            if done.request.get(name) != request.get(name)
+    if record and record.request != request:
+        differences = sorted(
+            f"{name} was {record.request.get(name, 'not named')}, now {request.get(name, 'none')}"
+            for name in record.request.keys() | request.keys()
+            if record.request.get(name) != request.get(name)
         )
-        raise CheckpointError(
-            f"the render in {folder} is another one: {'; '.join(differs)}; resume it as it was "
-            "begun, or remove that folder to begin anew"
+        raise ResumeError(
+            f"the render in {folder} has another request: {'; '.join(differences)}; resume it "
+            "with the same one, or remove that folder to start again"
         )
-    begun = done or Checkpoint(version=VERSION, request=request)
-    # what was announced is joined anew
+    begun = record or RenderRecord(request=request)
+    # an announced video is joined again
     render = RenderFolder(folder, target, config, msgspec.structs.replace(begun, joined=False))
-    with refusals(target, render.then):
-        if render.done == done:
+    with output_errors(target, render.remedy):
+        if render.record == record:
             render.sweep()
         else:
             render.write()
@@ -240,369 +255,248 @@ def _open(
 
 
 class RenderFolder:
-    """The folder of a render, locked by this process; `render_folder` opens it."""
+    """The folder of a render, locked by this process; `render_folder` opens it.
 
-    def __init__(self, path: Path, target: Path, config: Config, done: Checkpoint) -> None:
-        self.path, self.config, self.done = path, config, done
+    Attributes:
+        path: The folder.
+        record: How far the render is.
+        interval: Blocks from one snapshot to the next.
+        remedy: The end of an error's message: how to resume.
+    """
+
+    def __init__(self, path: Path, target: Path, config: Config, record: RenderRecord) -> None:
+        self.path, self.config, self.record = path, config, record
         self._removed = False
-        self.every = int(done.request["interval"])
-        self.then = f"what was done is in {path}: resume it"
-        self._target, self._suffix = target, done.request["output"]
-        self._key = hashlib.sha256(msgspec.json.encode(done.request)).digest()
+        self.interval = int(record.request["interval"])
+        self.remedy = f"finished blocks are in {path}: resume it"
+        self._target, self._suffix = target, record.request["output"]
+        self._key = hashlib.sha256(msgspec.json.encode(record.request)).digest()
 
     @property
     def latents(self) -> Path:
-        """Where clean latents are kept from the last checkpoint on."""
-        return self.path / f"latents-{self.done.block:06}.bin"
+        """Where the clean latents of the blocks after the last snapshot are."""
+        return self.path / f"latents-{self.record.block:06}.bin"
 
     def segment(self, block: int) -> Path:
-        """Where the frames from this block to the next checkpoint are written."""
+        """Return where the frames from this block to the next snapshot are written."""
         return self.path / f"segment-{block:06}{self._suffix}"
 
     def segments(self, blocks: int) -> list[Path]:
-        """The segments of a render of so many blocks that is done, in order; those of the last
-        checkpoint are compared with their SHA-256 once more."""
-        for name in self.done.named("segment"):
-            self._check(name)
-        return [self.segment(block) for block in range(0, blocks, self.every)]
+        """Return the segments of a finished render of so many blocks, in order.
 
-    def note(self, block: int, latents: np.ndarray) -> None:
-        """Keeps a block's clean latents until the next checkpoint."""
+        Compares those that the record names with their SHA-256 once more.
+        """
+        for name in self.record.files_of("segment"):
+            self._check(name)
+        return [self.segment(block) for block in range(0, blocks, self.interval)]
+
+    def add_latents(self, block: int, latents: np.ndarray) -> None:
+        """Store a block's clean latents until the next snapshot."""
         data = np.ascontiguousarray(latents, "<f4").tobytes()
-        with refusals(self._target, self.then), self.latents.open("ab") as file:
+        with output_errors(self._target, self.remedy), self.latents.open("ab") as file:
             file.write(data + self._digest(block, data))
 
-    def noted(self) -> dict[int, np.ndarray]:
-        """Clean latents [B_f, C, h, w] of the blocks after the last checkpoint, as far as they are
-        whole; the rest of the file is cut off."""
-        config, found = self.config, {}
+    def read_latents(self) -> dict[int, np.ndarray]:
+        """Return the clean latents [B_f, C, h, w] of the blocks after the last snapshot.
+
+        Stops at the first that is torn or damaged, and cuts off the rest of the file.
+        """
+        config, latents = self.config, {}
         shape = (config.block_frames, config.latent_channels, *config.latent_size)
         size = math.prod(shape) * np.dtype("<f4").itemsize
-        if not _is_file(self.latents):
+        if not is_plain_file(self.latents):
             return {}
-        with refusals(self._target, self.then), self.latents.open("rb+") as file:
-            for block in range(self.done.block, self.done.block + self.every):
-                data, digest = file.read(size), file.read(_DIGEST)
+        with output_errors(self._target, self.remedy), self.latents.open("rb+") as file:
+            for block in range(self.record.block, self.record.block + self.interval):
+                data, digest = file.read(size), file.read(_DIGEST_BYTES)
                 if digest != self._digest(block, data):
                     break
-                found[block] = np.frombuffer(data, "<f4").reshape(shape)
-            file.truncate(len(found) * (size + _DIGEST))
-        return found
+                latents[block] = np.frombuffer(data, "<f4").reshape(shape)
+            file.truncate(len(latents) * (size + _DIGEST_BYTES))
+        return latents
 
     def save(self, rollout: Rollout) -> None:
-        """Makes the checkpoint after the block committed last, its frames being in segments.
+        """Save a snapshot after the block committed last, whose frames are in segments.
 
-        Raises `OutputError`, and `BackendError` for a state that holds NaN; the checkpoint before
-        is good then.
+        Raises:
+            OutputError: The disk has no room.
+            BackendError: The state holds NaN or infinity; the snapshot before stays.
         """
-        before, cache, policy = self.done, rollout.cache, self.config.policy
-        block = rollout.scene + cache.committed
-        full = [slot for slot in cache.layout().slots if not slot.compressed]
-        sink = [slot for slot in full if slot.block < policy.sink]
-        decoder = {
-            name: rollout.device.read(array) for name, array in rollout.decoder_state.items()
-        }
-        tokens = _read_tokens(rollout, full[len(sink) :])
-        arrays = {
-            "state": {"key_values": tokens, "recent": _recent(rollout), **decoder},
-            "sink": {"key_values": _read_tokens(rollout, sink)},
-        }
-        known = before.block - before.scene if before.scene == rollout.scene else 0
-        kept = before.named("segment")
-        if known:
-            kept += before.named("archive")
-        if sink and len(sink) == min(known, policy.sink):  # they never change
-            kept += before.named("sink")
-            del arrays["sink"]
-        rows = slice(archive_rows(self.config, known), archive_rows(self.config, cache.committed))
-        if rows.start < rows.stop:
-            arrays["archive"] = {
-                "key_values": rollout.archive.key_values[rows],
-                "pooled_keys": rollout.archive.pooled_keys[rows],
-            }
-        for kind, part in arrays.items():
-            for array in part.values():
-                # as in a rollout, by a sum: it takes no memory
-                if array.dtype.kind != "i" and not math.isfinite(array.sum(dtype=np.float64)):
-                    raise BackendError(
-                        f"block {block - 1}: its keys, values or decoder state ({kind}) hold NaN "
-                        "or infinity; begin anew with another backend or precision, or look for "
-                        f"the graph with 'packforcing verify'; blocks before {before.block} are in "
-                        f"{self.path}"
-                    )
-        size = sum(array.nbytes for part in arrays.values() for array in part.values())
-        with refusals(self._target, self.then):
-            require_room(self._target, self.path, "a checkpoint", size, self.then)
+        before = self.record
+        snapshot = take_snapshot(rollout, before.counters)
+        self._require_finite(snapshot)
+        arrays = [array for part in snapshot.parts.values() for array in part.values()]
+        size = sum(array.nbytes for array in arrays)
+        with output_errors(self._target, self.remedy):
+            self._require_space(size, "a snapshot of the render")
             new = [self.segment(before.block)]
-            for kind, part in arrays.items():
-                new.append(self.path / f"{kind}-{block:06}.safetensors")
-                _write_tensors(new[-1], part)
-            files = {name: before.files[name] for name in kept}
+            for part, part_arrays in snapshot.parts.items():
+                new.append(self.path / f"{part}-{snapshot.counters.block:06}.safetensors")
+                write_part(new[-1], part_arrays)
+            valid = ("segment", *snapshot.valid)
+            files = {name: before.files[name] for kind in valid for name in before.files_of(kind)}
             files |= {path.name: file_record(path) for path in new}
-            self.done = msgspec.structs.replace(
-                before,
-                block=block,
-                scene=rollout.scene,
-                oldest=cache.oldest,
-                mids=tuple(cache.mids),
-                files=files,
+            self.record = msgspec.structs.replace(
+                before, **snapshot.counters._asdict(), files=files
             )
             self.write()
 
+    def _require_finite(self, snapshot: Snapshot) -> None:
+        for part, arrays in snapshot.parts.items():
+            for array in arrays.values():
+                # as in a rollout, by a sum: it takes no memory
+                if array.dtype.kind != "i" and not math.isfinite(array.sum(dtype=np.float64)):
+                    raise BackendError(
+                        f"block {snapshot.counters.block - 1}: its keys, values or decoder state "
+                        f"({part}) hold NaN or infinity; start again with another backend or "
+                        "precision, or find the graph with 'packforcing verify'; blocks before "
+                        f"{self.record.block} are in {self.path}"
+                    )
+
     def place(self, video: Path) -> None:
-        """Gives the whole video, made in this folder and on the disk, its name."""
-        with refusals(self._target, self.then):
-            self.done = msgspec.structs.replace(self.done, joined=True)
+        """Give the whole video, made in this folder and on the disk, its name."""
+        with output_errors(self._target, self.remedy):
+            self.record = msgspec.structs.replace(self.record, joined=True)
             self.write()
-            place(video, self._target)
+            place_video(video, self._target)
 
     def write(self) -> None:
-        """Makes `done` the last checkpoint, and removes what it has no use for."""
-        partial = self.path / f"{RECORD}.partial"
-        partial.write_bytes(seal_json("checkpoint", msgspec.json.encode(self.done)))
-        flush(partial)
-        flush_folder(self.path)  # what it names comes before it
-        partial.replace(self.path / RECORD)
-        flush_folder(self.path)
+        """Make `record` the one on the disk, and remove files it has no use for."""
+        flush_folder(self.path)  # the files it names come before it
+        try:
+            write_record(self.path, self.record)
+        except OutputError as error:
+            raise OutputError(f"{error}; {self.remedy}") from error
         self.sweep()
 
     def sweep(self) -> None:
-        """Removes what the last checkpoint has no use for, and a link where latents should be:
-        nothing is to be written through one."""
-        kept = {*self.done.files, RECORD, self.latents.name if _is_file(self.latents) else RECORD}
-        kept |= set(_JOINED) if self.done.joined else set()
+        """Remove files that the record has no use for.
+
+        A link where latents should be goes too: nothing is to be written through one.
+        """
+        names = {*self.record.files, RECORD}
+        names |= {self.latents.name} if is_plain_file(self.latents) else set()
+        names |= set(_JOINED) if self.record.joined else set()
         for path in self.path.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in kept:
+            if OWN_FILES.fullmatch(path.name) and path.name not in names:
                 _delete(path)
 
     def check(self, frames: int, blocks: int) -> None:
-        """Compares every file of the last checkpoint with its SHA-256, and asks for room on the
-        disk for the rest of a render of this length."""
-        config, done = self.config, self.done
-        if not 0 <= done.scene <= done.block <= blocks:
+        """Check every file of the record, and the disk's room for the rest of the render.
+
+        Raises:
+            ResumeError: A file is missing or damaged.
+            OutputError: The disk has too little room.
+        """
+        config, record = self.config, self.record
+        if not 0 <= record.scene <= record.block <= blocks:
             raise self._damaged(RECORD)
-        names = [self.segment(block).name for block in range(0, done.block, self.every)]
-        if done.block % self.every or names != done.named("segment"):
+        names = [self.segment(block).name for block in range(0, record.block, self.interval)]
+        if record.block % self.interval or names != record.files_of("segment"):
             raise self._damaged(RECORD)
-        for name in self.done.files:
+        for name in record.files:
             self._check(name)
-        present = sum(record.bytes for record in self.done.files.values())
+        present_bytes = sum(file.bytes for file in record.files.values())
         # segments and what they are joined to; PNG files and lossless segments take about the same
         kind: Kind = "mp4" if self._suffix == ".mp4" else "mkv"
         size = video_bytes(kind, frames, config.width, config.height)
-        needed = 2 * size + _checkpoint_bytes(config, blocks) - present
-        then = "free some space or choose another folder"
-        require_room(self._target, self.path, f"{frames} frames", needed, then)
+        needed_bytes = 2 * size + _snapshot_bytes(config, blocks) - present_bytes
+        self._require_space(
+            needed_bytes, f"a render of {frames} frames", "free some space or choose another folder"
+        )
 
     def restore(self, rollout: Rollout) -> None:
-        """Brings a rollout that has just begun to the last checkpoint.
+        """Bring a rollout that has just begun to the last snapshot.
 
-        Raises `CheckpointError` for a file that is not what its name and the config call for.
+        Raises:
+            ResumeError: A file is not what its name and the config call for.
         """
-        done, policy = self.done, self.config.policy
-        if not done.block:
-            return
-        committed = done.block - done.scene
-        if not policy.sink <= done.oldest <= max(policy.sink, committed):
-            raise self._damaged(RECORD)
-        rollout.go_on(done.scene, committed, done.oldest, done.mids)
-        mids = set(done.mids) & set(rollout.cache.candidates())
-        if not len(mids) == len(done.mids) <= policy.mid:
-            raise self._damaged(RECORD)
-        self._restore_archive(rollout.archive)
-        slots = rollout.cache.layout().slots
-        sink = [slot for slot in slots if slot.block < policy.sink]
-        recent = [slot for slot in slots if slot not in sink and not slot.compressed]
-        decoder = {name: (a.shape, a.dtype) for name, a in rollout.decoder_state.items()}
-        tokens = _recent(rollout)
-        form = {"key_values": _tokens_form(rollout, recent), "recent": (tokens.shape, tokens.dtype)}
-        state = self._load("state", {**form, **decoder})
-        tokens[...] = state["recent"]
-        values = {
-            slot.block: rollout.archive.get(slot.block)[:, :, 0]
-            for slot in slots
-            if slot.compressed
-        }
-        values |= _by_block(recent, state["key_values"])
-        if sink:
-            first = self._load("sink", {"key_values": _tokens_form(rollout, sink)})
-            values |= _by_block(sink, first["key_values"])
-        context = rollout.buffers.context
-        for layer, kind in np.ndindex(context.shape[:2]):
-            tokens = np.zeros(context.shape[2:], context.dtype)
-            for slot in slots:
-                part = values[slot.block][layer, kind]
-                tokens[0, :, slot.first : slot.first + part.shape[-2]] = part
-            rollout.device.write(context[layer, kind], tokens)
-        for name, array in rollout.decoder_state.items():
-            rollout.device.write(array, state[name])
+        if self.record.block:
+            try:
+                restore_snapshot(rollout, self.record.counters, self)
+            except ValueError as error:
+                raise self._damaged(RECORD) from error
+
+    def archive_parts(self) -> list[tuple[str, int]]:
+        """Return the archive's files, each with the block that it ends before."""
+        names = self.record.files_of("archive")
+        return [(name, int(name.split("-")[1].split(".")[0])) for name in names]
+
+    def read_part(self, part: str, forms: Mapping[str, Form]) -> Arrays:
+        """Read arrays of exactly these forms; the size of the file is compared first.
+
+        Args:
+            part: The kind of a file, or the name of one where there are several.
+            forms: Shapes and dtypes by name.
+
+        Raises:
+            ResumeError: The file is missing, damaged or holds other arrays.
+        """
+        name = (self.record.files_of(part) or [part])[0]
+        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms.values())
+        file = self.record.files.get(name)
+        if file is None or not size <= file.bytes <= size + _MAX_HEADER_BYTES:
+            raise self._damaged(name)
+        self._check(name)
+        try:
+            return read_part(self.path / name, forms)
+        except ValueError as error:
+            raise self._damaged(name) from error
 
     def remove(self) -> None:
-        """Removes the folder, but for files that are not ours; once, for it may be another
-        process's from then on."""
+        """Remove the folder, except files of others; once, as it may be another process's then."""
         if not self._removed:
             _remove(self.path)
         self._removed = True
 
-    def _restore_archive(self, archive: Archive) -> None:
-        row, arrays = 0, (archive.key_values, archive.pooled_keys)
-        for name in self.done.named("archive"):
-            stop = archive_rows(self.config, _block(name) - self.done.scene)
-            rows = slice(row, min(stop, len(archive.key_values)))
-            parts = {"key_values": arrays[0][rows], "pooled_keys": arrays[1][rows]}
-            loaded = self._load(name, {key: (a.shape, a.dtype) for key, a in parts.items()})
-            for key, part in parts.items():
-                part[...] = loaded[key]
-            row = rows.stop
-        if row != archive_rows(self.config, self.done.block - self.done.scene):
-            raise self._damaged(RECORD)
-
-    def _load(self, kind: str, wanted: Mapping[str, Form]) -> Arrays:
-        """Arrays of exactly these forms; the size of the file is looked at first.
-
-        kind: of a file, or the name of one where there are several.
-        """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        name = (self.done.named(kind) or [kind])[0]
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in wanted.values())
-        record = self.done.files.get(name)
-        if record is None or not size <= record.bytes <= size + _HEADER:
-            raise self._damaged(name)
-        self._check(name)
-        try:
-            loaded = load_file(self.path / name)
-            for key, (_, dtype) in wanted.items():
-                if dtype == DTYPES["fp8"]:
-                    loaded[key] = loaded[key].view(dtype)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise self._damaged(name) from error
-        if {key: (array.shape, array.dtype) for key, array in loaded.items()} != dict(wanted):
-            raise self._damaged(name)
-        return loaded
-
     def _check(self, name: str) -> None:
-        """Raises `CheckpointError` unless a file is the one that the checkpoint names."""
-        path, record = self.path / name, self.done.files[name]
+        """Raise `ResumeError` unless a file is the one that the record names."""
+        path, record = self.path / name, self.record.files[name]
         try:
-            if not _is_file(path) or path.stat().st_size != record.bytes:
+            if not is_plain_file(path) or path.stat().st_size != record.bytes:
                 raise self._damaged(name)
             if file_record(path) != record:
                 raise self._damaged(name)
         except OSError as error:
             raise self._damaged(name) from error
 
-    def _damaged(self, name: str) -> CheckpointError:
-        return CheckpointError(_damage(self.path / name))
+    def _require_space(self, size: int, what: str, remedy: str | None = None) -> None:
+        needed_bytes = size + _SPARE_BYTES
+        require_disk_space(self.path, needed_bytes, what, remedy or self.remedy)
+
+    def _damaged(self, name: str) -> ResumeError:
+        return ResumeError(damage_message(self.path / name))
 
     def _digest(self, block: int, data: bytes) -> bytes:
-        """Of a block's latents; those of another block or render have another."""
+        """Hash a block's latents; those of another block or render have another digest."""
         return hashlib.sha256(self._key + block.to_bytes(8, "little") + data).digest()
 
 
 def _remove(folder: Path) -> None:
-    """First the record: what is left if this is interrupted is no render."""
+    """Remove a folder, the record first: what an interrupt leaves is not a render."""
     with suppress(OSError):
         (folder / RECORD).unlink(missing_ok=True)
         for path in folder.iterdir():
-            if _OURS.fullmatch(path.name) or path.name == LOCK:
+            if OWN_FILES.fullmatch(path.name) or path.name == LOCK:
                 _delete(path)
         folder.rmdir()
 
 
 def _delete(path: Path) -> None:
-    """A file, a link or a folder of frames that was being joined."""
+    """Delete a file, a link or a folder of frames that was being joined."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
 
 
-def _read_record(folder: Path) -> Checkpoint | None:
-    """The last checkpoint, or None where no render has begun. Raises `CheckpointError`."""
-    path = folder / RECORD
-    try:
-        if not os.path.lexists(path):
-            return None
-        if not _is_file(path) or path.stat().st_size > _LARGEST_RECORD:
-            raise CheckpointError(_damage(path))
-        body = unseal_json("checkpoint", path.read_bytes())
-        remedy = f"finish it with the release that began it, or remove {folder} to begin anew"
-        done = decode_versioned(body, Checkpoint, VERSION, UPGRADES, remedy)
-    except VersionError as error:
-        raise CheckpointError(f"{path} {error}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(_damage(path)) from error
-    if not all(_OURS.fullmatch(name) for name in done.files):
-        raise CheckpointError(_damage(path))
-    return done
+def _snapshot_bytes(config: Config, blocks: int) -> int:
+    """Return the bytes that a render has on disk at most, without frames.
 
-
-def _damage(path: Path) -> str:
-    return (
-        f"{path} is damaged or missing, and the render cannot go on without it: put the file back, "
-        f"or remove {path.parent} to begin anew"
-    )
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file and no link to one."""
-    return path.is_file() and not path.is_symlink()
-
-
-def _block(name: str) -> int:
-    return int(name.split("-")[1].split(".")[0])
-
-
-def _checkpoint_bytes(config: Config, blocks: int) -> int:
-    """Bytes that a render has on disk at most, frames left out: the archive, once more if memory is
-    not to hold it, and two states, of which the older goes when the newer is there."""
+    The archive, once more if memory is not to hold it, and two states, of which the older one is
+    removed when the newer one is there.
+    """
     full = min(blocks, config.policy.sink + config.policy.recent) * config.block_tokens
     state = full * token_bytes(config) + memory(config)["autoencoder_state"]
     archive = archive_bytes(config, blocks)
     return archive + (archive if archive > IN_MEMORY else 0) + 2 * state
-
-
-def _read_tokens(rollout: Rollout, slots: Sequence[Slot]) -> np.ndarray:
-    """Keys and values of full blocks in the context, [L, 2, H, slots x N, d]."""
-    context, size = rollout.buffers.context, rollout.config.block_tokens
-    found = np.empty(*_tokens_form(rollout, slots))
-    for layer, kind in np.ndindex(found.shape[:2]) if slots else ():
-        tokens = rollout.device.read(context[layer, kind])[0]
-        for i, slot in enumerate(slots):
-            found[layer, kind, :, i * size : (i + 1) * size] = tokens[:, slot.first :][:, :size]
-    return found
-
-
-def _recent(rollout: Rollout) -> np.ndarray:
-    """Clean tokens of the recent blocks, but for rows that no block has written yet."""
-    return rollout.buffers.recent[: rollout.cache.committed]
-
-
-def _tokens_form(rollout: Rollout, slots: Sequence[Slot]) -> Form:
-    layers, kinds, _, heads, _, width = rollout.buffers.context.shape
-    tokens = len(slots) * rollout.config.block_tokens
-    return (layers, kinds, heads, tokens, width), rollout.buffers.context.dtype
-
-
-def _by_block(slots: Sequence[Slot], tokens: np.ndarray) -> dict[int, np.ndarray]:
-    """What `_read_tokens` gave, for each block [L, 2, H, N, d]."""
-    parts = np.split(tokens, len(slots), axis=3) if slots else []
-    return {slot.block: part for slot, part in zip(slots, parts)}
-
-
-def _write_tensors(path: Path, arrays: Arrays) -> None:
-    """fp8, which safetensors has no NumPy type for, as its bytes."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    arrays = {
-        name: array.view(np.uint8) if array.dtype == DTYPES["fp8"] else array
-        for name, array in arrays.items()
-    }
-    try:
-        save_file(arrays, path)
-    except SafetensorError as error:  # what the system says is in its text
-        raise OSError(str(error)) from error
-    flush(path)

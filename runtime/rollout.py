@@ -1,34 +1,53 @@
-"""One video, block by block, on bound graphs: the steady state of the runtime.
+"""Make blocks on bound graphs, one after the other: the steady state of the runtime.
 
-Steps read the history, commit changes it, and so do a prompt switch and a restart between two
-blocks; `packforcing.runtime.cache` has the protocol.
+Steps read the history; commit changes it, and so does a prompt switch between two blocks.
+`packforcing.runtime.cache` has the protocol.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.config import Config
 from packforcing.errors import BackendError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.runtime.backends import Backend, Bindable
+from packforcing.runtime.backends import Backend
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
-from packforcing.runtime.device import Array, HostDevice
+from packforcing.runtime.device import Array
 from packforcing.sampler import advance, draw_noise, schedule
 from packforcing.selection import affinity, likeness, select
 
 
 class Rollout:
-    """Generates blocks in order, into `buffers.latents` and `buffers.pixels`."""
+    """Makes blocks in order, into `buffers.latents` and `buffers.pixels`.
+
+    Attributes:
+        config: The bundle's, with the policy that is followed.
+        device: Where the buffers are.
+        buffers: All arrays; allocated once.
+        cache: Which block sits where in the context. Counts from the first block of the scene.
+        archive: The compressed blocks of the scene.
+        scene: The video's block that the scene began with.
+        read: The archived blocks that the last block read, counted in the scene.
+    """
 
     def __init__(self, config: Config, backend: Backend) -> None:
-        self.config, self._device = config, backend.device
+        """Allocate the buffers and bind the graphs to them.
+
+        Args:
+            config: The bundle's, with the policy to follow.
+            backend: Runs the graphs.
+
+        Raises:
+            BackendError: A device has too little memory.
+        """
+        self.config, self.device = config, backend.device
         self.buffers = buffers = Buffers(config, backend.device)
         # positions relative to a block's start: full, compressed in the mid pass, and as read
         self._grid = block_positions(config, 0)
@@ -44,84 +63,94 @@ class Rollout:
         self._unused = buffers.compressor[unused] if unused else None
         self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
         self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
-        if buffers.encoder is not None:
-            self._encode = encoder(graphs["vae_encoder"], buffers.encoder)
 
     def begin(self, text: np.ndarray, blocks: int, seed: int, folder: Path | None = None) -> None:
-        """A new video of at most `blocks` blocks for a prompt embedding [1, T, text_dim].
+        """Begin a new video.
 
-        folder: for an archive that memory is not to hold, see `Archive`.
+        Args:
+            text: Prompt embedding, float32 [1, T, text_dim].
+            blocks: Blocks of the video at most.
+            seed: Of the noise.
+            folder: Where an archive lies that memory is not to hold, see `Archive`.
         """
         self.archive = Archive(self.config, blocks, folder)
         self.seed = seed
-        self._begin_scene(0)
+        self.begin_scene(0)
         self._follow(text)
 
     def switch(self, text: np.ndarray, history: History) -> None:
-        """Between two blocks: the next ones follow another prompt embedding [1, T, text_dim], and
-        read what `history` leaves of the past; `packforcing.prompts` has the rules."""
+        """Follow another prompt from the next block on.
+
+        Args:
+            text: Prompt embedding, float32 [1, T, text_dim].
+            history: What later blocks read of the past; `packforcing.prompts` has the rules.
+        """
         self._follow(text)
         if history == "cut":
-            self._begin_scene(self.scene + self.cache.committed)
+            self.begin_scene(self.scene + self.cache.committed)
         elif history == "recompute":
             self._recompute()
 
-    def restart(self) -> None:
-        """Begins the next rollout with the block that ends this one, its first latent frame encoded
-        anew; of `buffers.pixels`, the frames before the one that was encoded stay as they are."""
-        pixels, latents = self.buffers.pixels.host[0], self.buffers.latents.host[0]
-        (latents[0],) = self._encode([pixels[TEMPORAL_FACTOR - 1]])
-        before = pixels[: self.config.trimmed_frames].copy()
-        self._begin_scene(self.scene + self.cache.committed - 1)
-        self.next_block(latents)
-        pixels[: len(before)] = before
+    def begin_scene(self, block: int) -> None:
+        """Forget the past; cache and archive count blocks from here on.
 
-    def _begin_scene(self, block: int) -> None:
-        """Forgets the past. The cache and the archive count blocks from here on."""
+        Args:
+            block: The video's next block.
+        """
         self.scene = block
         self.cache = Cache(self.config)
-        self.read: list[int] = []  # the archived blocks that the last block read
+        self.read: list[int] = []
         self._decoded = 0
         self.buffers.clear()
 
     def _follow(self, text: np.ndarray) -> None:
         self.buffers.text.host[...] = text
         self._prompt()
-        self._device.upload(self.buffers.cross)
+        self.device.upload(self.buffers.cross)
 
     def _recompute(self) -> None:
-        """The recent blocks' keys and values anew, each from those before it."""
+        """Compute the recent blocks' keys and values again, each from the blocks before it."""
         buffers, cache = self.buffers, self.cache
         blocks = cache.rewind()
         for block in blocks:
             self._load(cache.mid_slots())
             self.place()
             buffers.denoiser["tokens"].host[0] = buffers.recent[block % len(buffers.recent)]
-            self._call(0)
+            self.call_denoiser(0)
             first = cache.commit()
             assert first is not None
-            self._device.copy_tokens(buffers.new, buffers.context, first)
+            self.device.copy_tokens(buffers.new, buffers.context, first)
         if blocks:
             self._load(cache.mid_slots())
 
     @property
-    def device(self) -> HostDevice:
-        return self._device
-
-    @property
     def decoder_state(self) -> Arrays:
-        """What the decoder reads next of what it wrote last, by name."""
+        """The state that the decoder's next call reads, by name."""
         arrays = self.buffers.decoder[self._decoded % len(self.buffers.decoder)]
         return {name: array for name, array in arrays.items() if name.startswith("state.")}
 
-    def go_on(self, scene: int, committed: int, oldest: int, mids: Iterable[int]) -> None:
-        """As it was in a scene, with such a cache; what the arrays hold is up to the caller."""
+    def set_counters(self, scene: int, committed: int, oldest: int, mids: Iterable[int]) -> None:
+        """Continue in the middle of a scene; the caller fills the arrays.
+
+        Args:
+            scene: The video's block that the scene began with.
+            committed: Blocks of the scene so far.
+            oldest: The block that was first to take a recent slot, see `Cache`.
+            mids: The block in each mid slot.
+        """
         self.scene, cache = scene, self.cache
         cache.committed, cache.oldest, cache.mids = committed, oldest, list(mids)
         self._decoded = committed * self.config.block_frames
 
     def next_block(self, clean: np.ndarray | None = None) -> None:
-        """Generates a block, or takes `clean` latents [B_f, C, h, w] as they are; commits it."""
+        """Make the next block and commit it.
+
+        Args:
+            clean: Latents [B_f, C, h, w] to take as they are; None generates them.
+
+        Raises:
+            BackendError: A graph gave NaN or infinity.
+        """
         self.place()
         if clean is None:
             self.denoise()
@@ -133,7 +162,7 @@ class Rollout:
         self.commit()
 
     def place(self) -> None:
-        """Writes the position tables and lengths that every call of this block reads."""
+        """Write the position tables and lengths that every call of this block reads."""
         denoiser, mid_pass = self.buffers.denoiser, self.buffers.mid_pass
         layout = self.cache.layout()
         for slot in layout.slots:
@@ -145,23 +174,23 @@ class Rollout:
         self._table(mid_pass, "rope", self._centres + np.array((layout.start, 0, 0)))
         denoiser["kv_len"].host[0] = self.config.block_tokens + layout.valid
         mid_pass["kv_len"].host[0] = self.config.compressed_tokens + layout.valid
-        self._device.upload(
+        self.device.upload(
             *(denoiser[name] for name in ("ctx_cos", "ctx_sin", "rope_cos", "rope_sin", "kv_len")),
             *(mid_pass[name] for name in ("rope_cos", "rope_sin", "kv_len")),
         )
 
     def denoise(self) -> None:
-        """The few steps from noise to a clean block, in the `tokens` buffer. Reads only."""
+        """Go from noise to a clean block in the `tokens` buffer, in a few steps. Reads only."""
         config, block = self.config, self.cache.committed
         x, flow = self.buffers.denoiser["tokens"].host, self.buffers.denoiser["flow"]
         x[0] = draw_noise(config, self.seed, self.scene + block, 0)
         steps = schedule(config, block)
-        for step, (told, now, then) in enumerate(steps):
-            self._call(told)
-            self._device.download(flow)
+        for step, (timestep, now, then) in enumerate(steps):
+            self.call_denoiser(timestep)
+            self.device.download(flow)
             self._require_finite(flow, "denoiser", f"step {step + 1} of {len(steps)}")
             if step == 0 and config.policy.selection == "first-step":
-                self._device.download(self.buffers.denoiser["q_pool"])
+                self.device.download(self.buffers.denoiser["q_pool"])
                 self._read()
                 self.place()
             fresh = None
@@ -170,19 +199,19 @@ class Rollout:
             x[...] = advance(config, x, flow.host, fresh, now, then)
 
     def decode(self) -> None:
-        """Latents to pixels, one latent frame a call, carrying the decoder's state."""
-        self._device.upload(self.buffers.latents)
+        """Decode latents to pixels, one latent frame per call, carrying the decoder's state."""
+        self.device.upload(self.buffers.latents)
         for _ in range(self.config.block_frames):
             self._decode[self._decoded % len(self._decode)]()
             self._decoded += 1
-        self._device.download(self.buffers.pixels)
+        self.device.download(self.buffers.pixels)
         self._require_finite(self.buffers.pixels, "vae_decoder", "its pixels")
 
     def commit(self) -> None:
-        """The call at t = 0, the mid pass, and only then the history: slot, archive, selection."""
-        buffers, cache, device = self.buffers, self.cache, self._device
+        """Call at t = 0, compress, and only then change the history: slot, archive, selection."""
+        buffers, cache, device = self.buffers, self.cache, self.device
         self.read = sorted(cache.mids)
-        self._call(0)
+        self.call_denoiser(0)
         device.download(buffers.denoiser["q_pool"])
         self._require_finite(buffers.denoiser["q_pool"], "denoiser", "its commit")
         block, compressed = cache.committed, buffers.new_compressed
@@ -203,7 +232,7 @@ class Rollout:
         self._read()
 
     def _read(self) -> None:
-        """Selects what to read from now on, and brings it to the context."""
+        """Select the archived blocks to read from now on, and bring them to the context."""
         chosen = self.select(self.cache.committed - 1, self.cache.candidates())
         self._load(self.cache.read(chosen.tolist()))
 
@@ -212,27 +241,35 @@ class Rollout:
         if not math.isfinite(array.host.sum(dtype=np.float64)):
             raise BackendError(
                 f"block {self.scene + self.cache.committed}, {where}: the graph '{graph}' gave NaN "
-                "or infinity; nothing made of it was kept. Begin anew with another backend or "
-                "precision, or look for the graph with 'packforcing verify'"
+                "or infinity; the block is discarded. Start again with another backend or "
+                "precision, or find the graph with 'packforcing verify'"
             )
 
     def _load(self, slots: list[tuple[int, int]]) -> None:
-        """Brings archived blocks to the context: pairs of a block and its first token there."""
+        """Bring archived blocks to the context: pairs of a block and its first token there."""
         compressed = self.buffers.new_compressed
         for block, first in slots:
             compressed.host[...] = self.archive.get(block)
-            self._device.upload(compressed)
-            self._device.copy_tokens(compressed, self.buffers.context, first)
+            self.device.upload(compressed)
+            self.device.copy_tokens(compressed, self.buffers.context, first)
 
-    def _call(self, timestep: float) -> None:
-        """The denoiser on the tokens as the host has them."""
+    def call_denoiser(self, timestep: float) -> None:
+        """Run the denoiser on the host's `tokens`."""
         tokens, time = (self.buffers.denoiser[name] for name in ("tokens", "timestep"))
         time.host[0] = timestep
-        self._device.upload(tokens, time)
+        self.device.upload(tokens, time)
         self._denoise()
 
     def select(self, block: int, candidates: range) -> np.ndarray:
-        """The archived blocks to read after `block`, the last that was committed, oldest first."""
+        """Select the archived blocks to read after a commit.
+
+        Args:
+            block: The block that was committed last, counted in the scene.
+            candidates: The archived blocks that may be read.
+
+        Returns:
+            Blocks out of `candidates`, oldest first.
+        """
         policy, scores = self.config.policy, None
         if policy.selection not in ("recency", "random") and len(candidates) > policy.mid:
             keys = self.archive.keys(candidates)
@@ -246,32 +283,3 @@ class Rollout:
         cos, sin = rope_table(positions, self.config.head_dim)
         arrays[f"{name}_cos"].host[: len(cos)] = cos
         arrays[f"{name}_sin"].host[: len(sin)] = sin
-
-
-def encoder(
-    graph: Bindable, arrays: Arrays
-) -> Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]:
-    """Encodes clips, each from an empty past: frames [4, 3, H, W] in 0..1 per latent frame, or one
-    [3, H, W] that stands for four, to latents [C, h, w], which the next one overwrites.
-
-    arrays: what `Buffers` allocates for the graph `vae_encoder`.
-    """
-    run = graph.bind(arrays)
-    frames, latent = arrays["frames"].host, arrays["latent"].host
-    states = [
-        (array.host, arrays[f"new_{name}"].host)
-        for name, array in arrays.items()
-        if name.startswith("state.")
-    ]
-
-    def encode(clip: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for state, _ in states:
-            state[...] = 0
-        for part in clip:
-            frames[...] = part
-            run()
-            yield latent[0]
-            for state, after in states:
-                state[...] = after
-
-    return encode

@@ -4,8 +4,8 @@ The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and k
 byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
 and takes the target's name when it is whole and on the disk, so whatever stands there can be
 trusted. Frames for an empty folder grow in a partial folder inside, and move up when all are
-there. `join` makes such a video of segments that were written one by one, beside them, and `place`
-gives it its name.
+there. `join_segments` makes such a video of segments that were written one by one, beside them, and
+`place_video` gives it its name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import secrets
 import shutil
 import tempfile
 from collections import deque
@@ -25,13 +24,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from packforcing.errors import OutputError, PromptError
+from packforcing.errors import OutputError, VideoError
+from packforcing.files import flush, flush_folder, partial_path, require_disk_space
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Rough upper bounds on disk, in bytes per pixel. The lossless kinds exceed raw size on noise;
 # H.264 at this quality stays well under two bits a pixel on anything but noise.
 _BYTES_PER_PIXEL = {"mp4": 0.25, "mkv": 4.0, "png": 3.1}
-_BYTES_SPARE = 1 << 20
+_SPARE_BYTES = 1 << 20  # left free on the disk
 JOINED = "joined"
 _THREADS = 4  # of the encoder, whatever the machine has: x264 gives other bytes for another number
 _GONE = "nothing is left of it"
@@ -60,7 +60,7 @@ def check_output(
     missing or not writable, a target that is in the way, or a disk with too little room, which
     ends in `then`.
     """
-    with refusals(path, "choose another name or folder"):
+    with output_errors(path, "choose another name or folder"):
         kind, target = output_target(path)
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()  # raises for a name that is too long, or out of reach
@@ -88,17 +88,8 @@ def check_output(
                 "choose another"
             ) from error
         needed = video_bytes(kind, frames, width, height)
-        require_room(target, folder, f"{frames} frames" if frames else "it", needed, then)
-
-
-def require_room(target: Path, folder: Path, what: str, needed: int, then: str) -> None:
-    """Raises `OutputError`, which ends in `then`, unless a folder's disk has so many bytes left."""
-    needed, free = needed + _BYTES_SPARE, shutil.disk_usage(folder).free
-    if free < needed:
-        raise OutputError(
-            f"cannot write {target}: {what} may need {_megabytes(needed)} and the disk has "
-            f"{_megabytes(free)} left; {then}"
-        )
+        what = f"a video of {frames} frames"
+        require_disk_space(folder, needed + _SPARE_BYTES, what, then)
 
 
 def video_bytes(kind: Kind, frames: int, width: int, height: int) -> int:
@@ -121,11 +112,6 @@ def _check_folder(target: Path) -> None:
         )
 
 
-def partial_path(target: Path) -> Path:
-    """A name beside `target` that no other run has, not too long, with the suffix muxers go by."""
-    return target.with_name(f".{target.stem[:40]}.partial-{secrets.token_hex(4)}{target.suffix}")
-
-
 @contextmanager
 def open_video(
     path: str | os.PathLike[str], width: int, height: int, fps: int, then: str = _GONE
@@ -142,13 +128,13 @@ def open_video(
     partial = partial_path(target / "frames" if filling else target)
     video: _PngFolder | _Encoder | None = None
     try:
-        with refusals(target, then):
+        with output_errors(target, then):
             if kind == "png":
                 video = _PngFolder(partial, width, height)
             else:
                 video = _Encoder(partial, kind, width, height, fps)
         yield _Writer(video, target, then)
-        with refusals(target, then):
+        with output_errors(target, then):
             video.finish()
             flush(partial)
             if filling:
@@ -163,7 +149,7 @@ def open_video(
         raise
 
 
-def join(
+def join_segments(
     segments: Sequence[Path],
     path: str | os.PathLike[str],
     folder: Path,
@@ -173,7 +159,7 @@ def join(
     then: str,
 ) -> Path:
     """One video of segments in order, frame for frame and without encoding anew, that is on the
-    disk when this returns; `place` is next.
+    disk when this returns; `place_video` is next.
 
     segments: videos that `open_video` wrote, of the kind that `segment_suffix` names for `path`.
     folder: on the same disk; the video lies there, as `JOINED` with its suffix. Raises
@@ -183,7 +169,7 @@ def join(
 
     kind, target = output_target(path)
     partial = folder / (JOINED if kind == "png" else f"{JOINED}.{kind}")
-    with refusals(target, then):
+    with output_errors(target, then):
         try:
             if kind == "png":
                 _write_frames(segments, _PngFolder(partial, width, height))
@@ -198,7 +184,7 @@ def join(
     return partial
 
 
-def place(video: Path, target: Path) -> None:
+def place_video(video: Path, target: Path) -> None:
     """Gives a video, or a folder of frames, the name `target`, where an empty folder may be."""
     if target.is_dir():
         target.rmdir()
@@ -250,7 +236,7 @@ class _Writer:
         self._video, self._target, self._then = video, target, then
 
     def write(self, frames: np.ndarray) -> None:
-        with refusals(self._target, self._then):
+        with output_errors(self._target, self._then):
             self._video.write(frames)
 
 
@@ -346,7 +332,7 @@ def read_start(
 
     A picture is one frame. A clip is read at `fps`, and if it is longer than `limit` frames its
     end counts, since that is what the video goes on from. Both are cropped around the centre to
-    the shape asked for, then resized. Raises `PromptError` for a file that cannot be read.
+    the shape asked for, then resized. Raises `VideoError` for a file that cannot be read.
     """
     source = Path(path)
     frames: deque[np.ndarray] = deque(maxlen=limit)
@@ -357,11 +343,11 @@ def read_start(
         for image in _read_image(source) if images else _read_clip(source, fps, limit):
             frames.append(_fit(image, width, height))
     except _failures() as error:
-        raise PromptError(
+        raise VideoError(
             f"cannot start from {source}: {_why(error)}; give a picture (png, jpg) or a short clip"
         ) from error
     if not frames:
-        raise PromptError(
+        raise VideoError(
             f"cannot start from {source}: no picture in it can be decoded; "
             "give a picture (png, jpg) or a short clip"
         )
@@ -450,7 +436,7 @@ def _check_frames(frames: np.ndarray, shape: tuple[int, int, int]) -> None:
 
 
 @contextmanager
-def refusals(target: str | os.PathLike[str], then: str) -> Iterator[None]:
+def output_errors(target: str | os.PathLike[str], then: str) -> Iterator[None]:
     """Turns what the disk or the encoder raises into an `OutputError` that ends in `then`."""
     try:
         yield
@@ -479,29 +465,6 @@ def _move_up(partial: Path) -> None:
         for path in moved:
             path.unlink(missing_ok=True)
         raise
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
-
-
-def flush(path: Path) -> None:
-    """Makes sure that a file, or a folder and its files, is on the disk and not on its way."""
-    for file in path.iterdir() if path.is_dir() else (path,):
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-    if path.is_dir():
-        flush_folder(path)
-
-
-def flush_folder(path: Path) -> None:
-    """The same for the names in a folder, where the system has that."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove(partial: Path) -> None:

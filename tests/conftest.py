@@ -52,9 +52,9 @@ def tiny_half_bundle(tiny_model, tmp_path_factory) -> Path:
 def session(request, tiny_bundle):
     """The tiny model's, on the host and on an emulated GPU."""
     from packforcing.runtime import Session
-    from tests.emulated import Cuda, on_gpu
+    from tests.emulated import gpu_session
 
     with Session.open(tiny_bundle) as session:
         if request.param == "gpu":
-            session._backend = on_gpu(session._backend, Cuda())
+            session = gpu_session(session)
         yield session

@@ -29,6 +29,7 @@ from packforcing.runtime.engine_records import (
     record_file,
     shapes,
 )
+from packforcing.runtime.session import Session
 
 STREAM = 7
 
@@ -177,6 +178,11 @@ def cuda_device(cuda: Cuda) -> CudaDevice:
     """The runtime's own device, on this CUDA."""
     with mock.patch("packforcing.runtime.device._cuda_runtime", lambda: cuda):
         return CudaDevice()
+
+
+def gpu_session(session: Session, cuda: Cuda | None = None) -> Session:
+    """The same bundle's session on this CUDA."""
+    return Session(session.manifest, on_gpu(session.backend, cuda or Cuda()))
 
 
 def on_gpu(backend: Backend, cuda: Cuda) -> Backend:

@@ -64,7 +64,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     """
     from packforcing.app.reports.demo import write_report
     from packforcing.runtime.plan import memory
-    from packforcing.runtime.session import check_request
+    from packforcing.runtime.request import check_request
     from packforcing.runtime.video_files import check_output
 
     directory, config, _ = _bundle_and_policy(bundle)
@@ -186,8 +186,8 @@ def render(
     """
     from packforcing.embeddings import load_embedding
     from packforcing.prompts import read_schedule
+    from packforcing.runtime.request import check_request, check_schedule
     from packforcing.runtime.resume import finished
-    from packforcing.runtime.session import check_request, check_schedule
     from packforcing.runtime.video_files import check_output
 
     if sum(source is not None for source in (prompt, embedding, schedule)) > 1:

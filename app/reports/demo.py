@@ -19,7 +19,7 @@ import numpy as np
 
 from packforcing.config import Config, Policy
 from packforcing.errors import OutputError
-from packforcing.runtime.video_files import partial_path
+from packforcing.files import partial_path
 
 if TYPE_CHECKING:
     from packforcing.runtime import BlockInfo, RenderSummary

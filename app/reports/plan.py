@@ -12,13 +12,13 @@ import msgspec
 from packforcing.app.reports.tables import make_table
 from packforcing.config import Config
 from packforcing.errors import BackendError, OutputError, PlanError
+from packforcing.files import partial_path
 from packforcing.presets import with_autoencoder
 from packforcing.runtime.backends import ENGINES
 from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
 from packforcing.runtime.engine_records import graph_files, read_record
 from packforcing.runtime.estimate import GPUS, seconds_per_block
 from packforcing.runtime.plan import CUDA_CONTEXT, Plan, describe, estimates, make_plan, smallest
-from packforcing.runtime.video_files import partial_path
 from packforcing.units import GIB, format_gib
 
 if TYPE_CHECKING:

@@ -102,10 +102,11 @@ def open_backend(
     except BaseException:
         close()
         raise
-    opened = Backend(device, {**on_host, **on_device}, close)
+    where = "the CPU"
     if isinstance(device, CudaDevice):
-        opened.identity = engines.identity if name in ENGINES else device.name
-    return opened
+        where = engines.identity if name in ENGINES else device.name
+    identity = f"{name}, {threads or os.cpu_count()} threads, {where}"
+    return Backend(device, {**on_host, **on_device}, close, identity)
 
 
 class Graph:

@@ -332,7 +332,7 @@ def test_the_runtime_keeps_a_cache_and_an_archive_of_8_bits(half_bundle, small_c
     assert sizes[0] == 2 * sizes[1]
     with Session.open(small_cache) as session:
         frames = list(session.stream("a red star", seconds=4))
-        rollout = session._rollout
+        rollout = session.rollout
         assert rollout is not None
         assert rollout.archive.key_values.dtype == number
         assert rollout.archive.key_values.view(np.int8).any()

@@ -60,7 +60,7 @@ def test_sixty_blocks_of_demo_video_stay_with_the_reference(model):
     """At least 40 dB on frames, the reference's selections replayed."""
     expected = list(expected_blocks(model, 60))
     with Session.open(demo_bundle()) as session:
-        run = Rollout(session.config, session._backend)
+        run = Rollout(session.config, session.backend)
         run.begin(encode_words(PROMPT, session.config), 60, seed=0)
         run.select = lambda block, _: np.array(expected[min(block + 1, 59)].read, int)
         for block in expected:

@@ -30,7 +30,7 @@ from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
 from packforcing.transformer import rotate
 from packforcing.words import encode_words
-from tests.emulated import Cuda, on_gpu
+from tests.emulated import gpu_session
 from tests.helpers import POLICIES, SEED, TINY, assert_follows_reference
 
 STAR, CIRCLE, SQUARE = "a red star over navy stripes", "a blue circle over sand", "a white square"
@@ -41,8 +41,7 @@ EFFECTS = "keep", "recompute", "cut"
 def session(tiny_bundle):
     """On an emulated GPU: what is not brought across from the host and back is not there."""
     with Session.open(tiny_bundle) as session:
-        session._backend = on_gpu(session._backend, Cuda())
-        yield session
+        yield gpu_session(session)
 
 
 def video(session, prompt, seconds=9.0, seed=SEED):
@@ -51,7 +50,7 @@ def video(session, prompt, seconds=9.0, seed=SEED):
 
 def history(run):
     """Keys and values in the context, [L, 2, 1, H, tokens, d]."""
-    run._device.synchronize()
+    run.device.synchronize()
     return view(run.buffers.context)[..., : run.cache.layout().valid, :].copy()
 
 
@@ -113,7 +112,7 @@ def test_longlives_prompt_switch(tiny_bundle, monkeypatch):
     """
     steps = [1000.0, 937.5, 2500 / 3, 625.0]  # 1000, 750, 500, 250, shifted by 5
     calls, switched = [], []
-    call, switch = Rollout._call, Rollout.switch
+    call, switch = Rollout.call_denoiser, Rollout.switch
 
     def record_call(run, timestep):
         if switched:
@@ -128,7 +127,7 @@ def test_longlives_prompt_switch(tiny_bundle, monkeypatch):
         switch(run, text, effect)
         np.testing.assert_array_equal(history(run)[..., : TINY.block_tokens, :], sink)
 
-    monkeypatch.setattr(Rollout, "_call", record_call)
+    monkeypatch.setattr(Rollout, "call_denoiser", record_call)
     monkeypatch.setattr(Rollout, "switch", record_switch)
     schedule = [Switch(0, STAR), Switch((4 * 40 - 3) / TINY.fps, CIRCLE, "recompute")]
     frames = 15 * 12 - 3
@@ -256,7 +255,7 @@ def test_scheduled_blocks_equal_the_reference_given_the_same_history(session, ti
         lambda block, step: draw_noise(config, SEED, block, step), seed=SEED,
         switches={at: (torch.from_numpy(text[p]), how) for at, (p, how) in switches.items()},
     )  # fmt: skip
-    run = Rollout(config, session._backend)
+    run = Rollout(config, session.backend)
     run.begin(text[STAR], 14, SEED)
     for block in expected:
         if block.index in switches:
@@ -306,7 +305,7 @@ def test_any_schedule_is_followed_and_repeats(session, prompts, seed, data):
     stream, found = session.stream(schedule, frames / TINY.fps, seed), []
     for block, made in enumerate(stream):
         switch = timeline.switches[max(at for at in timeline.switches if at <= block)]
-        text = session._rollout.buffers.text.host
+        text = session.rollout.buffers.text.host
         np.testing.assert_array_equal(text, encode_words(switch.prompt, TINY))
         found.append(made)
     assert block + 1 == timeline.blocks
@@ -328,7 +327,7 @@ def test_recomputing_under_the_same_prompt_changes_nothing_while_nothing_was_dro
     come out the same; later ones have lost what stood before them."""
     config = msgspec.structs.replace(TINY, policy=policy or TINY.policy)
     text = encode_words(STAR, config)
-    run = Rollout(config, session._backend)
+    run = Rollout(config, session.backend)
     run.begin(text, 12, SEED)
     for _ in range(min(12, config.policy.sink + config.policy.recent)):
         run.next_block()
@@ -344,7 +343,7 @@ def test_recomputing_leaves_every_mid_where_it_is_read(session):
     """Also where mids take more room than a block: on their way they come to lie on their own."""
     config = msgspec.structs.replace(TINY, policy=Policy(sink=0, mid=40, recent=1))
     assert 40 * config.compressed_tokens > config.block_tokens
-    run = Rollout(config, session._backend)
+    run = Rollout(config, session.backend)
     run.begin(encode_words(STAR, config), 41, SEED)
     rng = np.random.default_rng(0)
     for _ in range(41):

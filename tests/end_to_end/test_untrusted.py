@@ -27,7 +27,7 @@ from packforcing.runtime.backends import Graph
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
 from packforcing.runtime.engine_records import read_records
 from packforcing.runtime.plan import memory
-from packforcing.runtime.session import check_request
+from packforcing.runtime.request import check_request
 from tests.emulated import build_engines
 from tests.helpers import DAMAGES, TINY, link
 

@@ -124,7 +124,8 @@ def test_costs_are_the_plans(compared):
         kept = msgspec.structs.replace(config, policy=cost.policy)
         assert cost.archive == archive_bytes(kept, blocks)
         with Session.open(demo_bundle(), policy=cost.policy) as session:
-            rollout = session._rollout_for(blocks)
+            policy = cost.policy.fit_to_video(blocks, config.policy)
+            rollout = Rollout(msgspec.structs.replace(config, policy=policy), session.backend)
             assert cost.buffers > rollout.buffers.context.nbytes > 0
         assert cost.host_peak > cost.buffers
 
@@ -470,7 +471,7 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
             list(session.stream(tour.prompt, seconds, seed, start=tour.frames))
             # sink blocks have no key and are no candidates
             keys = np.pad(
-                session._rollout.archive.pooled_keys, ((config.policy.sink, 0), *[(0, 0)] * 3)
+                session.rollout.archive.pooled_keys, ((config.policy.sink, 0), *[(0, 0)] * 3)
             )
 
             def near(a, b, camera=camera):

@@ -277,7 +277,7 @@ def test_a_model_without_high_branch_exports_and_renders(tiny_model, tmp_path):
     export_bundle(bare.config, bare.weights(), tmp_path / "bare")
     with Session.open(tmp_path / "bare") as session:
         assert sum(map(len, session.stream("a red star", 12))) == 96
-        assert not view(session._rollout.buffers.mid_pass["extra"]).any()
+        assert not view(session.rollout.buffers.mid_pass["extra"]).any()
 
 
 def test_a_render_needs_neither_torch_nor_onnx(tiny_bundle, tmp_path):

@@ -21,7 +21,7 @@ from packforcing.embeddings import load_embedding
 from packforcing.errors import PackForcingError
 from packforcing.files import file_sha256, unseal_json
 from packforcing.prompts import Switch
-from packforcing.runtime import Session, bundle, engine_records, resume
+from packforcing.runtime import Session, bundle, engine_records, render_record, resume
 
 HERE = Path(__file__).parent
 PROMPT = "a red star over navy stripes"
@@ -32,7 +32,7 @@ FORMATS = {
     "bundle": (bundle, "SCHEMA_VERSION"),
     "engines": (engine_records, "VERSION"),
     "model": (published, "VERSION"),
-    "render": (resume, "VERSION"),
+    "render": (render_record, "VERSION"),
 }
 
 

@@ -23,7 +23,7 @@ from packforcing.runtime.doctor import CHECKS
 from packforcing.runtime.plan import host_only, memory
 from packforcing.runtime.rollout import Rollout
 from packforcing.words import encode_words
-from tests.emulated import Cuda, on_gpu
+from tests.emulated import gpu_session
 
 PROMPT = "a red star over navy stripes"
 HALF = Precision(compute="fp16", weights="fp16", cache="fp16")
@@ -68,7 +68,7 @@ def sessions(request, ready):
     backend = "onnxruntime" if emulated else request.param
     with Session.open(bundle, backend=backend) as on_card, Session.open(bundle) as on_cpu:
         if emulated:
-            on_card._backend = on_gpu(on_card._backend, Cuda())
+            on_card = gpu_session(on_card)
         yield on_card, on_cpu
 
 
@@ -78,7 +78,7 @@ def session(sessions):
 
 
 def begin(session) -> Rollout:
-    run = Rollout(session.config, session._backend)
+    run = Rollout(session.config, session.backend)
     run.begin(encode_words(PROMPT, session.config), BLOCKS, seed=0)
     return run
 
@@ -105,7 +105,7 @@ def test_buffers_take_what_the_plan_says(session):
     stated = memory(session.config)
     del stated["archive_per_block"]
     stated["inputs_outputs"] -= host_only(session.config)
-    allocated = +session._backend.device.allocated
+    allocated = +session.backend.device.allocated
     assert {name: allocated[name] for name in stated} == stated
     assert allocated.keys() - stated.keys() <= {"scratch"}
 
@@ -115,15 +115,15 @@ def test_nothing_is_allocated_after_warm_up(session):
     run = begin(session)
     run.next_block()
     run.next_block()
-    before = session._backend.device.free_memory()
+    before = session.backend.device.free_memory()
     for _ in range(BLOCKS - 2):
         run.next_block()
-    assert session._backend.device.free_memory() == before
+    assert session.backend.device.free_memory() == before
 
 
 def test_garbage_beyond_the_length_is_never_read(session):
     clean, dirty = begin(session), begin(session)
-    context, device = dirty.buffers.context, session._backend.device
+    context, device = dirty.buffers.context, session.backend.device
     for _ in range(3):
         valid = dirty.cache.layout().valid
         shape = (*context.shape[:-2], context.shape[-2] - valid, context.shape[-1])

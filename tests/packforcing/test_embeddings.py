@@ -28,7 +28,7 @@ from packforcing.errors import CheckpointError, ConfigError, OutputError, Prompt
 from packforcing.presets import model_config
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest, write_manifest
-from packforcing.runtime.session import check_request
+from packforcing.runtime.request import check_request
 from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"

@@ -32,10 +32,10 @@ from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.plan import archive_bytes, make_plan, memory
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.session import _to_bytes
+from packforcing.runtime.video import to_bytes
 from packforcing.sampler import draw_noise
 from packforcing.words import encode_words
-from tests.emulated import Cuda, cuda_device, on_gpu
+from tests.emulated import Cuda, cuda_device, gpu_session, on_gpu
 from tests.helpers import POLICIES, PROMPT, SEED, TINY, assert_follows_reference
 
 
@@ -56,7 +56,7 @@ def reference(tiny_model):
 
 def begin(session, blocks, policy=None) -> Rollout:
     config = msgspec.structs.replace(session.config, policy=policy) if policy else session.config
-    run = Rollout(config, session._backend)
+    run = Rollout(config, session.backend)
     run.begin(encode_words(PROMPT, config), blocks, SEED)
     return run
 
@@ -81,7 +81,7 @@ def test_half_precision_follows_the_reference(tiny_half_bundle, reference, devic
     expected = reference(12)
     with Session.open(tiny_half_bundle) as session:
         if device == "gpu":
-            session._backend = on_gpu(session._backend, Cuda())
+            session = gpu_session(session)
         run = begin(session, 12)
         run.select = lambda block, _: np.array(expected[min(block + 1, 11)].read, int)
         assert_follows_reference(run, expected, latents=1e-3, frames=0.02, query=2e-3)
@@ -121,7 +121,7 @@ def test_a_step_leaves_the_history_untouched(session):
         run.next_block()
 
     def history():
-        run._device.synchronize()
+        run.device.synchronize()
         archive = run.archive.key_values.tobytes(), run.archive.pooled_keys.tobytes()
         return view(run.buffers.context).tobytes(), archive, copy.deepcopy(vars(run.cache))
 
@@ -211,7 +211,8 @@ def test_causvids_long_video_is_rollouts_in_a_row(tiny_bundle, tiny_model, devic
 
     with Session.open(tiny_bundle, policy=policy) as session:
         if device == "gpu":
-            session._backend = on_gpu(session._backend, Cuda())
+            gpu = on_gpu(session.backend, Cuda())
+            session = Session(session.manifest, gpu, policy=policy)
         told = []
         found = np.concatenate(
             list(session.stream(PROMPT, 177 / TINY.fps, SEED, on_block=told.append))
@@ -316,7 +317,7 @@ def test_nothing_is_allocated_or_moved_in_a_hundred_blocks(tiny_bundle):
     A prompt switch on the way changes nothing of that."""
     full, cuda = TINY.policy.capacity + 2, Cuda()
     with Session.open(tiny_bundle) as session:
-        run = Rollout(TINY, on_gpu(session._backend, cuda))
+        run = Rollout(TINY, on_gpu(session.backend, cuda))
     run.begin(encode_words(PROMPT, TINY), full + 100, SEED)
     for _ in range(full):
         run.next_block()
@@ -433,7 +434,7 @@ def test_half_precision_pixels_become_the_nearest_bytes():
     halves = np.arange(0x3C01, dtype=np.uint16).view(np.float16)
     pixels = np.repeat(halves[None, None, None], 3, axis=1)
     expected = np.floor(halves.astype(np.float64) * 255 + 0.5)
-    np.testing.assert_array_equal(_to_bytes(pixels)[0, 0], np.stack([expected] * 3, axis=-1))
+    np.testing.assert_array_equal(to_bytes(pixels)[0, 0], np.stack([expected] * 3, axis=-1))
 
 
 def test_videos_beyond_the_machine_are_refused(tiny_bundle, monkeypatch):

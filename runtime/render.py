@@ -1,0 +1,226 @@
+"""Render a video into a file, resumably: consume a session's stream and record its progress."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from packforcing.config import Config
+from packforcing.errors import ConfigError, RenderStopped
+from packforcing.prompts import History, Timeline
+from packforcing.runtime.plan import LONGEST, archive_bytes
+from packforcing.runtime.request import VideoRequest, frames_before
+from packforcing.runtime.resume import (
+    RenderFolder,
+    remove_leftovers,
+    render_folder,
+    snapshot_interval,
+)
+from packforcing.runtime.video import BlockInfo
+
+if TYPE_CHECKING:
+    from packforcing.runtime.rollout import Rollout
+    from packforcing.runtime.session import Session
+
+
+@dataclass(frozen=True)
+class SwitchInfo:
+    """A prompt, and when the video begins to follow it.
+
+    Attributes:
+        block: The first block that follows it.
+        seconds: Time in the video at that block's first frame.
+        prompt: Its words; empty for an embedding that does not record them.
+        history: What the switch does to the history.
+    """
+
+    block: int
+    seconds: float
+    prompt: str
+    history: History
+
+
+@dataclass(frozen=True)
+class RenderSummary:
+    """What `Session.render` did.
+
+    Attributes:
+        frames: Frames of the video.
+        blocks: Blocks of the video.
+        frames_resumed: Those of `frames` that the last snapshot of an earlier run had.
+        seconds_total: Wall time.
+        seconds_graphs: Time inside each graph, by name.
+        seconds_video: Time spent encoding and writing the video.
+        archive_bytes: Size of the archive.
+        prompts: Each prompt and when the video begins to follow it.
+    """
+
+    frames: int
+    blocks: int
+    frames_resumed: int
+    seconds_total: float
+    seconds_graphs: dict[str, float]
+    seconds_video: float
+    archive_bytes: int
+    prompts: list[SwitchInfo]
+
+
+class _FolderRecorder:
+    """Records a video's progress in its render folder."""
+
+    def __init__(self, render: RenderFolder) -> None:
+        self._render = render
+        self.first_block, self.folder = render.record.block, render.path
+        self._recorded: Mapping[int, np.ndarray] = {}
+
+    def restore(self, rollout: Rollout) -> Mapping[int, np.ndarray]:
+        self._render.restore(rollout)
+        self._recorded = self._render.read_latents()
+        return self._recorded
+
+    def before_block(self, rollout: Rollout, block: int) -> None:
+        if block > self.first_block and block % self._render.interval == 0:
+            self._render.save(rollout)
+
+    def after_block(self, block: int, latents: np.ndarray) -> None:
+        if block not in self._recorded:
+            self._render.add_latents(block, latents)
+
+
+def render_video(
+    session: Session,
+    request: VideoRequest,
+    path: str | os.PathLike[str],
+    *,
+    on_block: Callable[[BlockInfo], None] | None,
+    resume: bool,
+    checkpoint_seconds: float,
+) -> RenderSummary:
+    """Render a video into a file; `Session.render` describes arguments and errors."""
+    from packforcing.runtime.video_files import check_output
+
+    config, timeline = session.config, request.timeline
+    began, seconds_before = time.perf_counter(), session.graph_seconds()
+    if not 0 < checkpoint_seconds <= LONGEST:
+        raise ConfigError(
+            f"checkpoint_seconds must be above 0 and at most {LONGEST:.0f}; "
+            f"it is {checkpoint_seconds:g}"
+        )
+    interval = snapshot_interval(config, checkpoint_seconds)
+    fields = _request_fields(session, request, path, interval)
+    frames_resumed, seconds_video = request.frames, 0.0
+    if not (resume and remove_leftovers(path, fields)):
+        check_output(path, request.frames, config.width, config.height)
+        length = request.frames, timeline.blocks
+        with render_folder(path, config, fields, *length, resume) as render:
+            frames_resumed = frames_before(render.record.block, timeline, config)
+            try:
+                seconds_video = _write_segments(session, request, render, on_block)
+            except RenderStopped as error:
+                raise RenderStopped(f"{error}; {render.remedy}") from None
+            seconds_video += _join_segments(render, path, config, timeline.blocks)
+            render.remove()
+    return RenderSummary(
+        frames=request.frames,
+        blocks=timeline.blocks,
+        frames_resumed=frames_resumed,
+        seconds_total=time.perf_counter() - began,
+        seconds_graphs={
+            name: seconds - seconds_before.get(name, 0.0)
+            for name, seconds in session.graph_seconds().items()
+        },
+        seconds_video=seconds_video,
+        archive_bytes=archive_bytes(config, timeline.blocks),
+        prompts=_switch_infos(timeline, config),
+    )
+
+
+def _write_segments(
+    session: Session,
+    request: VideoRequest,
+    render: RenderFolder,
+    on_block: Callable[[BlockInfo], None] | None,
+) -> float:
+    """Write the segments that are missing; return the seconds spent on writing."""
+    from packforcing.runtime.video_files import open_video
+
+    config, seconds = session.config, 0.0
+    stream = session.stream_request(request, on_block, _FolderRecorder(render))
+    for block in range(render.record.block, request.timeline.blocks, render.interval):
+        part = islice(stream, render.interval)
+        first = next(part)  # the snapshot before it is saved before the segment's file is open
+        segment = render.segment(block)
+        size = config.width, config.height, config.fps
+        with open_video(segment, *size, render.remedy) as video:
+            for frames in chain((first,), part):
+                began = time.perf_counter()
+                video.write(frames)
+                seconds += time.perf_counter() - began
+    return seconds
+
+
+def _join_segments(
+    render: RenderFolder, path: str | os.PathLike[str], config: Config, blocks: int
+) -> float:
+    """Join the segments and give the video its name; return the seconds it took."""
+    from packforcing.runtime.video_files import join_segments
+
+    began = time.perf_counter()
+    size = config.width, config.height, config.fps
+    render.place(join_segments(render.segments(blocks), path, render.path, *size, render.remedy))
+    return time.perf_counter() - began
+
+
+def _request_fields(
+    session: Session, request: VideoRequest, path: str | os.PathLike[str], interval: int
+) -> dict[str, str]:
+    """Describe all that decides about the frames and their encoding, by name."""
+    import av
+    import onnxruntime
+
+    from packforcing import __version__
+    from packforcing.runtime.video_files import segment_suffix
+
+    return {
+        "output": segment_suffix(path),
+        "frames": str(request.frames),
+        "seed": str(request.seed),
+        "prompts": _digest_prompts(request.timeline),
+        "start": "none" if request.start is None else _digest(request.start),
+        "interval": str(interval),
+        "bundle": hashlib.sha256(msgspec.json.encode(session.manifest)).hexdigest(),
+        "policy": msgspec.json.encode(session.config.policy).decode(),
+        "runs on": session.backend.identity,
+        "made with": f"packforcing {__version__}, onnxruntime {onnxruntime.__version__}, "
+        f"av {av.__version__}",
+    }
+
+
+def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
+    infos = []
+    for block, switch in timeline.switches.items():
+        seconds = frames_before(block, timeline, config) / config.fps
+        text = getattr(switch.prompt, "prompt", switch.prompt)  # the words of an embedding
+        text = text if isinstance(text, str) else ""
+        infos.append(SwitchInfo(block, seconds, text, switch.history))
+    return infos
+
+
+def _digest_prompts(timeline: Timeline) -> str:
+    lines = [
+        f"{block} {switch.history} {_digest(timeline.embeddings[block])}"
+        for block, switch in timeline.switches.items()
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(array.tobytes()).hexdigest()

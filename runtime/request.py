@@ -1,0 +1,137 @@
+"""Check what a video is asked to be, before any graph is loaded or run."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from packforcing.config import TEMPORAL_FACTOR, Config, Policy
+from packforcing.errors import ConfigError
+from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
+from packforcing.runtime.buffers import IN_MEMORY
+from packforcing.runtime.plan import LONGEST, archive_bytes, memory
+
+
+@dataclass(frozen=True)
+class VideoRequest:
+    """A checked request for one video."""
+
+    timeline: Timeline
+    frames: int
+    seed: int
+    start: np.ndarray | None  # frames that the video begins with, uint8 RGB [T, H, W, 3]
+
+
+def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) -> Timeline:
+    """Check a request and encode its prompts, each once. Needs no graph.
+
+    Args:
+        config: Of the bundle.
+        prompt: Words, where the model's text encoder is "words", an embedding, a schedule of
+            them, or the result of an earlier call for the same video.
+        seconds: Length of the video.
+        seed: Of the noise.
+
+    Returns:
+        When the video follows which prompt. `Session.render` and `Session.stream` take it in
+        place of the prompt.
+
+    Raises:
+        PromptError: A prompt or a switch cannot be followed.
+        ConfigError: The length or the seed is impossible.
+    """
+    check_schedule(config, prompt, seconds, seed)
+    return plan_prompts(prompt, config, config.frames(seconds))
+
+
+def check_schedule(config: Config, prompt: Prompts, seconds: float, seed: int) -> None:
+    """Check what `check_request` does, except the words of prompts. Needs no text encoder."""
+    if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and config.frames(seconds)):
+        raise ConfigError(
+            f"seconds must be above 0, at least one frame and at most {LONGEST:.0f}; "
+            f"it is {seconds:g}"
+        )
+    if not 0 <= operator.index(seed) < 2**64:
+        raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
+    plan_switches(prompt, config, config.frames(seconds))
+
+
+def check_memory(config: Config, policy: Policy, blocks: int) -> None:
+    """Refuse a video that this machine's memory cannot hold, like a long one under full history.
+
+    Args:
+        config: Of the bundle.
+        policy: The policy that the video is made under.
+        blocks: Blocks of the video.
+
+    Raises:
+        ConfigError: The machine has less memory.
+    """
+    config = msgspec.structs.replace(config, policy=policy.fit_to_video(blocks, config.policy))
+    archive = min(archive_bytes(config, blocks), IN_MEMORY)
+    needed_bytes = sum(memory(config).values()) + archive
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed_bytes > machine_bytes:
+            raise ConfigError(
+                f"this video needs {needed_bytes / 1e9:.1f} GB under its policy, the machine has "
+                f"{machine_bytes / 1e9:.1f} GB; make it shorter or choose another policy"
+            )
+
+
+def check_start(config: Config, start: np.ndarray, timeline: Timeline) -> np.ndarray:
+    """Check the frames that a video begins with.
+
+    Args:
+        config: Of the bundle.
+        start: An image, uint8 RGB [H, W, 3], or a clip, [T, H, W, 3].
+        timeline: Of the video.
+
+    Returns:
+        The clip; an image becomes a clip of one frame.
+
+    Raises:
+        ConfigError: Shape or dtype differ, or a cut falls into the blocks that the clip fills.
+    """
+    clip = start[None] if start.ndim == 3 else start
+    size = (config.height, config.width, 3)
+    if clip.ndim != 4 or not len(clip) or clip.shape[1:] != size or clip.dtype != np.uint8:
+        raise ConfigError(
+            f"start frames must be uint8 [T, {size[0]}, {size[1]}, 3]; "
+            f"they are {start.dtype} {list(start.shape)}"
+        )
+    clip_blocks = start_blocks(config, len(clip), timeline.blocks)
+    for block, switch in timeline.switches.items():
+        if switch.history == "cut" and block < clip_blocks:
+            raise ConfigError(
+                f"the cut at {switch.time:g} s falls into the start that the video begins "
+                f"with, {clip_blocks} blocks: set it later"
+            )
+    return clip
+
+
+def start_blocks(config: Config, frames: int, blocks: int) -> int:
+    """Count the blocks that start frames fill in a video of `blocks` blocks.
+
+    As in Wan, the first latent frame stands for one pixel frame, each later one for four.
+    """
+    whole = (1 + (frames - 1) // TEMPORAL_FACTOR) // config.block_frames
+    return min(max(1, whole), blocks)
+
+
+def is_cut(timeline: Timeline, block: int) -> bool:
+    """Tell whether a block begins a scene other than the first."""
+    return block in timeline.switches and timeline.switches[block].history == "cut"
+
+
+def frames_before(block: int, timeline: Timeline, config: Config) -> int:
+    """Count the frames of all blocks before one; the first block of each scene is trimmed."""
+    scenes = sum(
+        first == 0 or is_cut(timeline, first) for first in timeline.switches if first < block
+    )
+    return block * config.block_pixel_frames - scenes * config.trimmed_frames
