@@ -15,14 +15,19 @@ import numpy as np
 from tests.golden.cases import CASES, FOLDER, compute, stored
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Write one file per case, beside this one or into `--folder`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    folder = parser.parse_args(arguments).folder
+    folder = parse_folder()
     for name, case in CASES.items():
         arrays: dict[str, Any] = stored(list(compute(case)))
         np.savez_compressed(folder / f"{name}.npz", **arrays)
+
+
+def parse_folder() -> Path:
+    """Read the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    return parser.parse_args().folder
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from packforcing import Config, Policy
 from packforcing.reference import rollout
@@ -26,7 +25,7 @@ from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
 from packforcing.transformer import patchify, unpatchify
-from tests.golden import numpy_rollout
+from tests.golden import self_forcing
 from tests.golden.cases import CASES, FOLDER, TINY, Case, make_text, make_weights, thumbnails
 from tests.helpers import make_model
 
@@ -141,18 +140,21 @@ def test_golden_selection_follows_neither_age_nor_the_choice_before():
     assert len(choices) > 1
 
 
-@pytest.fixture(scope="module")
-def recomputed(tmp_path_factory) -> Path:
-    """The data written anew, by a process that cannot import what they are to prove."""
-    folder = tmp_path_factory.mktemp("recomputed")
+def run_alone(module: str, folder: Path) -> Path:
+    """Run a module of `tests.golden` where nothing can be imported that its data are to prove."""
     program = (
         "import sys; sys.modules.update(packforcing=None, torch=None, onnxruntime=None); "
-        "from tests.golden.make_golden import main; main()"
+        f"from tests.golden.{module} import main; main()"
     )
     command = [sys.executable, "-c", program, "--folder", str(folder)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     subprocess.run(command, check=True, cwd=CHECKOUT, env=environment)
     return folder
+
+
+@pytest.fixture(scope="module")
+def recomputed(tmp_path_factory) -> Path:
+    return run_alone("make_golden", tmp_path_factory.mktemp("recomputed"))
 
 
 @each_case
@@ -164,72 +166,50 @@ def test_numpy_rollout_yields_the_stored_data(case, recomputed):
     assert_near(computed["frames"].astype(int), expected["frames"].astype(int), 1)
 
 
-# What Self-Forcing's own code computed in float32, with random weights. It is no part of this
-# repository; a folder beside the checkout may have it.
-
-PUBLISHED = CHECKOUT.parent / "shared" / "golden"
-ALL = 100  # more blocks than the clip has
 published_only = pytest.mark.skipif(
-    not PUBLISHED.is_dir(), reason=f"there is no {PUBLISHED} with Self-Forcing's own numbers"
+    not self_forcing.PUBLISHED.is_dir(),
+    reason=f"there is no {self_forcing.PUBLISHED} with Self-Forcing's own numbers",
 )
-each_published_case = pytest.mark.parametrize(
-    ("name", "sink", "recent"), [("full", 0, ALL), ("window9", 0, 2), ("sink3_window12", 1, 2)]
-)
+each_published_policy = pytest.mark.parametrize("name", self_forcing.POLICIES)
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, np.ndarray]:
-    with np.load(PUBLISHED / "self_forcing_tiny.npz") as file:
-        return dict(file)
-
-
-@pytest.fixture(scope="module")
-def published_weights() -> dict[str, np.ndarray]:
-    weights = load_file(PUBLISHED / "self_forcing_tiny_weights.safetensors")
-    return {f"transformer.{name}": values for name, values in weights.items()}
-
-
-def published_noise(published, block: int, draw: int) -> np.ndarray:
-    """The noise of a block [3, C, h, w]."""
-    if draw == 0:
-        return published["noise"][0, 3 * block : 3 * block + 3]
-    return published["renoise"][block, draw - 1, 0]
+    return self_forcing.load_published()
 
 
 @published_only
-@each_published_case
-def test_reference_equals_self_forcing(name, sink, recent, published, published_weights):
+@each_published_policy
+def test_reference_equals_self_forcing(name, published):
     config = Config(
         name="self-forcing-tiny", height=64, width=96, fps=16, dim=256, heads=2, layers=3,
         ffn_dim=512, block_frames=3, text_encoder="umt5-xxl", text_len=16, text_dim=48,
         vae_encoder_width=8, vae_decoder_widths=(8, 8, 8, 8),
-        policy=Policy(sink=sink, mid=0, recent=recent, positions="absolute"),
+        policy=Policy(**self_forcing.POLICIES[name]),
     )  # fmt: skip
 
     def noise(block: int, draw: int) -> np.ndarray:
-        latents = torch.from_numpy(published_noise(published, block, draw))
+        latents = torch.from_numpy(self_forcing.pick_noise(published, block, draw))
         return patchify(latents[None], config.patch)[0].numpy()
 
-    model = make_model(config, published_weights)
-    for block in rollout(model, torch.from_numpy(published["text"]), 7, noise):
+    model = make_model(config, self_forcing.load_weights())
+    text = torch.from_numpy(published["text"])
+    for block in rollout(model, text, self_forcing.BLOCKS, noise):
         frames = slice(3 * block.index, 3 * block.index + 3)
         flow = unpatchify(block.first_flow[None], config.grid, config.patch)
         assert_near(block.latents.numpy(), published[f"{name}_latents"][0, frames])
         assert_near(flow.numpy(), published[f"{name}_flow_first"][block.index])
 
 
+@pytest.fixture(scope="module")
+def numpy_of_published(tmp_path_factory) -> Path:
+    return run_alone("self_forcing", tmp_path_factory.mktemp("published"))
+
+
 @published_only
-@each_published_case
-def test_numpy_rollout_equals_self_forcing(name, sink, recent, published, published_weights):
-    settings = numpy_rollout.Settings(
-        heads=2, block_frames=3, grid=(4, 6), patch=2, text_len=16,
-        sampler="renoise", timesteps=(1000, 750, 500, 250), shift=5.0,
-        sink=sink, mid=0, recent=recent, positions="absolute",
-    )  # fmt: skip
-    weights = {name: values.astype(np.float64) for name, values in published_weights.items()}
-    noise = lambda block, draw: published_noise(published, block, draw).astype(np.float64)  # noqa: E731
-    results = numpy_rollout.rollout(weights, settings, published["text"][0], 7, noise)
-    for index, result in enumerate(results):
-        frames = slice(3 * index, 3 * index + 3)
-        assert_near(result.latents, published[f"{name}_latents"][0, frames])
-        assert_near(result.first_flow, published[f"{name}_flow_first"][index, 0])
+@each_published_policy
+def test_numpy_rollout_equals_self_forcing(name, published, numpy_of_published):
+    with np.load(numpy_of_published / f"{name}.npz") as computed:
+        latents, flows = computed["latents"], computed["first_flow"]
+    assert_near(np.concatenate(latents), published[f"{name}_latents"][0])
+    assert_near(flows, published[f"{name}_flow_first"][:, 0])
