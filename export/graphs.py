@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from packforcing.config import Config
 from packforcing.export.lint import TRACE_SIZES, lint
-from packforcing.model import Model, Weights, skeleton
+from packforcing.model import Model, Weights, build_model
 from packforcing.runtime.bundle import DTYPES, GraphSpec, contract
 from packforcing.transformer import head_rows
 
@@ -119,7 +119,7 @@ def export_graph(config: Config, weights: Weights, name: str) -> ir.Model:
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _default(dtype):
         warnings.simplefilter("ignore")  # the exporter warns of its own insides
         program = torch.onnx.export(
-            WRAPPERS[name](skeleton(config)).eval(),
+            WRAPPERS[name](build_model(config)).eval(),
             example_inputs(spec),
             dynamo=True,
             opset_version=OPSET,

@@ -1,9 +1,9 @@
-"""The tiny video autoencoder, in TAEHV's layout: causal, streaming, one latent frame a call.
+"""The tiny video autoencoder, in TAEHV's layout: causal, streaming, one latent frame per call.
 
-Layer indices and names are those of the public `taew2_1` weights (madebyollin/taehv), so a
-state dict of that family loads as it is. Four pixel frames make one latent frame. All memory
-of the past is explicit: each `MemBlock` reads its own input of one time step earlier, at its
-own rate, and the caller carries these tensors from call to call (zeros before the first).
+Layer indices and names are those of the public `taew2_1` weights (madebyollin/taehv), so that a
+state dict of that family loads as it is. Four pixel frames make one latent frame. All memory of
+the past is explicit: each `MemBlock` reads its own input of one time step earlier, at its own
+frame rate, and the caller carries these tensors from call to call (zeros before the first).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 
 State = list[Tensor]  # one [1, channels, height, width] per MemBlock, in layer order
 
-# Wan's VAE: what a model's latents are multiplied by, and what is added, to be its own
-# (vae.py of Wan2.1, and the defaults of diffusers' AutoencoderKLWan)
+# Standard deviation and mean of the latents of Wan's VAE, per channel (vae.py of Wan2.1, and the
+# defaults of diffusers' AutoencoderKLWan). Models work with normalized latents.
 LATENT_STD = torch.tensor((
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
@@ -31,13 +31,13 @@ LATENT_MEAN = torch.tensor((
 ))[:, None, None]  # fmt: skip
 
 
-def restore(latents: Tensor) -> Tensor:
-    """A model's latents [..., C, h, w] in the scale of Wan's VAE."""
+def denormalize_latents(latents: Tensor) -> Tensor:
+    """Return a model's latents [..., C, h, w] in the scale of Wan's VAE."""
     return latents * LATENT_STD.to(latents) + LATENT_MEAN.to(latents)
 
 
-def normalise(latents: Tensor) -> Tensor:
-    """Latents of Wan's VAE [..., C, h, w] in the scale that models work in."""
+def normalize_latents(latents: Tensor) -> Tensor:
+    """Return latents of Wan's VAE [..., C, h, w] with mean 0 and variance 1."""
     return (latents - LATENT_MEAN.to(latents)) / LATENT_STD.to(latents)
 
 
@@ -46,7 +46,7 @@ def _conv(inputs: int, outputs: int, **kwargs) -> nn.Conv2d:
 
 
 class Clamp(nn.Module):
-    """Soft limit of the latent, 3 tanh(x / 3)."""
+    """Soft limit of the latents, 3 tanh(x / 3)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 3) * 3
@@ -94,7 +94,7 @@ class TinyAutoencoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self._raw = config.vae == "lighttae"  # works in the scale of Wan's VAE
+        self._denormalized = config.vae == "lighttae"  # its latents have the scale of Wan's VAE
         pixels = 3 * config.vae_patch**2
         latent = config.latent_channels
         e = config.vae_encoder_width
@@ -115,21 +115,31 @@ class TinyAutoencoder(nn.Module):
         )  # fmt: skip
 
     def decode_frame(self, latent: Tensor, state: State) -> tuple[Tensor, State]:
-        """One latent frame [1, C, h, w] to four frames [4, 3, H, W] in 0..1, and the new state."""
-        latent = restore(latent) if self._raw else latent
+        """Decode one latent frame [1, C, h, w] to pixel frames [4, 3, H, W] in 0..1.
+
+        Returns:
+            The frames, and the state for the next call.
+        """
+        latent = denormalize_latents(latent) if self._denormalized else latent
         layers = list(self.decoder)
         last = max(i for i, layer in enumerate(layers) if isinstance(layer, MemBlock)) + 1
-        x, state = _run(layers[:last], latent, state)
+        x, state = _run_stream(layers[:last], latent, state)
         x = _in_strips(nn.Sequential(*layers[last:]), x, self.config.vae_strips)
         return F.pixel_shuffle(x, self.config.vae_patch).clamp(0, 1), state
 
     def encode_frame(self, frames: Tensor, state: State) -> tuple[Tensor, State]:
-        """Four frames [4, 3, H, W] in 0..1 to one latent frame [1, C, h, w], and the new state."""
-        x, state = _run(self.encoder, F.pixel_unshuffle(frames, self.config.vae_patch), state)
-        return normalise(x) if self._raw else x, state
+        """Encode pixel frames [4, 3, H, W] in 0..1 to one latent frame [1, C, h, w].
+
+        Returns:
+            The latent frame, and the state for the next call.
+        """
+        x, state = _run_stream(
+            self.encoder, F.pixel_unshuffle(frames, self.config.vae_patch), state
+        )
+        return normalize_latents(x) if self._denormalized else x, state
 
     def decoder_state(self) -> State:
-        """The state before the first latent frame."""
+        """Return the state before the first latent frame."""
         h, w = self.config.latent_size
         return [
             torch.zeros(1, width, h * scale, w * scale)
@@ -138,7 +148,7 @@ class TinyAutoencoder(nn.Module):
         ]
 
     def encoder_state(self, height: int, width: int) -> State:
-        """The state before the first frame of a video of this many pixels."""
+        """Return the state before the first frame of a video of this size in pixels."""
         p, e = self.config.vae_patch, self.config.vae_encoder_width
         return [
             torch.zeros(1, e, height // (p * scale), width // (p * scale))
@@ -147,22 +157,22 @@ class TinyAutoencoder(nn.Module):
         ]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """A whole clip at once, [B, T, C, h, w] to [B, 4T, 3, H, W], from an empty past."""
-        latents = restore(latents) if self._raw else latents
+        """Decode a whole clip [B, T, C, h, w] to [B, 4T, 3, H, W], from an empty past."""
+        latents = denormalize_latents(latents) if self._denormalized else latents
         x = _run_clip(self.decoder, latents.flatten(0, 1), latents.shape[0])
         x = F.pixel_shuffle(x, self.config.vae_patch)
         return x.unflatten(0, (latents.shape[0], -1))
 
     def encode(self, frames: Tensor) -> Tensor:
-        """A whole clip at once, [B, 4T, 3, H, W] to [B, T, C, h, w], from an empty past."""
+        """Encode a whole clip [B, 4T, 3, H, W] to [B, T, C, h, w], from an empty past."""
         assert frames.shape[1] % TEMPORAL_FACTOR == 0
         x = F.pixel_unshuffle(frames.flatten(0, 1), self.config.vae_patch)
         x = _run_clip(self.encoder, x, frames.shape[0]).unflatten(0, (frames.shape[0], -1))
-        return normalise(x) if self._raw else x
+        return normalize_latents(x) if self._denormalized else x
 
 
-def _run(layers: Iterable[nn.Module], x: Tensor, state: State) -> tuple[Tensor, State]:
-    """Frames along the first axis, all of one video."""
+def _run_stream(layers: Iterable[nn.Module], x: Tensor, state: State) -> tuple[Tensor, State]:
+    """Run layers on frames along the first axis, all of one video."""
     pasts = iter(state)
     after: State = []
     for layer in layers:
@@ -176,10 +186,10 @@ def _run(layers: Iterable[nn.Module], x: Tensor, state: State) -> tuple[Tensor, 
 
 
 def _in_strips(stage: nn.Sequential, x: Tensor, strips: int) -> Tensor:
-    """The last stage, [n, c, h, w] to [m, C, 2h, 2w], frame by frame in horizontal strips; exact.
+    """Run the last stage, [n, c, h, w] to [m, C, 2h, 2w], frame by frame in horizontal strips.
 
-    At full resolution this stage holds more than all others together. Its two convolutions reach
-    two rows of its output, one of its input, past the edge of a strip.
+    At full resolution this stage needs more memory than all others together. The result is exact:
+    its two convolutions reach two rows of its output, one of its input, past a strip's edge.
     """
     if strips == 1:
         return stage(x)
@@ -197,7 +207,7 @@ def _in_strips(stage: nn.Sequential, x: Tensor, strips: int) -> Tensor:
 
 
 def _run_clip(layers: nn.Sequential, x: Tensor, batch: int) -> Tensor:
-    """Frames of `batch` videos along the first axis, each from an empty past."""
+    """Run layers on frames of `batch` videos along the first axis, each from an empty past."""
     for layer in layers:
         if isinstance(layer, MemBlock):
             clip = x.unflatten(0, (batch, -1))

@@ -1,9 +1,9 @@
 """The dual-branch compressor: a clean block to a few tokens (paper, section 3.3, Figure 2d).
 
-High branch: strided convolutions over the latent. Low branch: pooled pixels through the
+High branch: strided convolutions over the latents. Low branch: pooled pixels through the
 autoencoder's encoder and the transformer's own patch embedding. Their sum, formed inside the
-transformer, is the compressed block; without weights for the high branch the low branch alone
-serves, training-free.
+transformer, is the compressed block. Without weights for the high branch the low branch is used
+alone, training-free.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.transformer import patchify
 
-# The paper's strides; kernel = stride, which alone gives 182 tokens at 480x832.
+# The paper's strides. Kernel = stride: no other kernel gives its 182 tokens at 480x832.
 STRIDES = ((2, 1, 1), (1, 2, 2), (1, 2, 2), (1, 2, 2))
 
 
 class Compressor(nn.Module):
-    """Latents and pixels of a block to `tokens` and `extra`, the denoiser's inputs."""
+    """Maps latents and pixels of a block to `tokens` and `extra`, inputs of the denoiser."""
 
     def __init__(self, config: Config, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -37,10 +37,16 @@ class Compressor(nn.Module):
         self.high = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor | None, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """latents [B, B_f, C, h, w]; pixels [B, 4 B_f, 3, H, W] in 0..1, the same block decoded.
+        """Compress a block.
 
-        Returns tokens [B, N_c, P] and extra [B, N_c, D]. An odd B_f repeats its last frame.
-        Without a high branch the latents are not read and extra is zero.
+        An odd number of latent frames is padded by repeating the last one.
+
+        Args:
+            latents: [B, B_f, C, h, w]. Not read without a high branch.
+            pixels: The same block decoded, [B, 4 B_f, 3, H, W] in 0..1.
+
+        Returns:
+            tokens [B, N_c, P] and extra [B, N_c, D]; extra is zero without a high branch.
         """
         tokens = self.low_branch(pixels)
         if not self.high:
@@ -49,7 +55,7 @@ class Compressor(nn.Module):
         return tokens, self.high_branch(latents)
 
     def low_branch(self, pixels: Tensor) -> Tensor:
-        """Pixels of a block to tokens [B, N_c, P]."""
+        """Map the pixels of a block to tokens [B, N_c, P]."""
         if self.config.block_frames % 2:
             pixels = _repeat_last(pixels, TEMPORAL_FACTOR)
         _, rows, columns = self.config.compressed_grid
@@ -59,7 +65,7 @@ class Compressor(nn.Module):
         return patchify(latents, patch)
 
     def high_branch(self, latents: Tensor) -> Tensor:
-        """Latents of a block to features [B, N_c, D]."""
+        """Map the latents of a block to features [B, N_c, D]."""
         if self.config.block_frames % 2:
             latents = _repeat_last(latents, 1)
         return self.high(latents.transpose(1, 2)).flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The reference model as a whole, and its weights on disk (safetensors, never a pickle)."""
+"""The reference model as a whole, and its weights in files (safetensors, never a pickle)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -23,9 +22,11 @@ from packforcing.autoencoder import TinyAutoencoder
 from packforcing.compressor import Compressor
 from packforcing.config import Config
 from packforcing.errors import CheckpointError
+from packforcing.extras import optional_imports
+from packforcing.files import new_file
 from packforcing.transformer import Transformer
 
-if TYPE_CHECKING:  # needs diffusers, which the tiny one does not
+if TYPE_CHECKING:  # it needs diffusers, which the tiny autoencoder does not
     from packforcing.wan_autoencoder import WanAutoencoder
 
     Autoencoder = TinyAutoencoder | WanAutoencoder
@@ -36,7 +37,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # likewise
 
 @dataclass
 class Model:
-    """Everything with weights, for one config."""
+    """The parts with weights, for one config."""
 
     config: Config
     transformer: Transformer
@@ -44,7 +45,7 @@ class Model:
     compressor: Compressor
 
     def parts(self) -> dict[str, nn.Module]:
-        """The modules by the prefix their weights carry in a checkpoint."""
+        """Return the modules by the prefix of their weights in a checkpoint."""
         return {
             "transformer": self.transformer,
             "autoencoder": self.autoencoder,
@@ -52,7 +53,7 @@ class Model:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight, in the checkpoint's order of rows."""
+        """Return every weight by checkpoint name, rows in the checkpoint's order."""
         return {
             f"{prefix}.{name}": tensor
             for prefix, part in self.parts().items()
@@ -60,8 +61,9 @@ class Model:
         }
 
 
-def skeleton(config: Config) -> Model:
-    """A model in evaluation mode, on torch's current device and dtype, weights as they come."""
+def build_model(config: Config) -> Model:
+    """Build a model in evaluation mode, on torch's current device and dtype, with torch's initial
+    weights."""
     autoencoder = _autoencoder(config)
     model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder.encode))
     for part in model.parts().values():
@@ -72,25 +74,24 @@ def skeleton(config: Config) -> Model:
 def _autoencoder(config: Config) -> Autoencoder:
     if config.vae != "wan":
         return TinyAutoencoder(config)
-    try:
+    with optional_imports("Wan's autoencoder", "export"):
         from packforcing.wan_autoencoder import WanAutoencoder
-    except ModuleNotFoundError as error:
-        raise CheckpointError(
-            f"Wan's autoencoder needs {error.name}, which is not installed: "
-            "pip install '.[export]' in the checkout"
-        ) from error
     return WanAutoencoder(config)
 
 
 def random_model(config: Config, seed: int = 0) -> Model:
-    """A model with random weights, in evaluation mode."""
+    """Build a model with random weights, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return skeleton(config)
+        return build_model(config)
 
 
 def load_model(config: Config, path: str | os.PathLike[str]) -> Model:
-    """Reads a file of `save_model`, computing in float32; raises `CheckpointError`."""
+    """Load a model from a file of `save_model`, as float32.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds another model.
+    """
     model, weights = random_model(config), open_weights(config, path)
     for prefix, part in model.parts().items():
         part.load_state_dict(
@@ -100,15 +101,23 @@ def load_model(config: Config, path: str | os.PathLike[str]) -> Model:
 
 
 def save_model(model: Model, path: str | os.PathLike[str], dtype: torch.dtype) -> None:
-    """Writes all weights as one safetensors file in `dtype`."""
+    """Write all weights to one safetensors file, which is whole or absent.
+
+    Args:
+        model: The model.
+        path: The file.
+        dtype: Of the weights in the file.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.weights().items()}
-    partial = Path(f"{path}.partial")
-    save_file(tensors, partial, {"model": model.config.name})
-    partial.replace(path)
+    with new_file(path) as partial:
+        save_file(tensors, partial, {"model": model.config.name})
 
 
 class LazyWeights(Mapping[str, Tensor]):
-    """Weights that are read or drawn one at a time, when asked for, and not kept."""
+    """Weights that are read or drawn one at a time, on access, and not stored."""
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self._names, self._read = dict.fromkeys(names), read
@@ -119,7 +128,7 @@ class LazyWeights(Mapping[str, Tensor]):
         return self._read(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names  # the inherited one would read it
+        return name in self._names  # the inherited method would read the weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -129,31 +138,32 @@ class LazyWeights(Mapping[str, Tensor]):
 
 
 def open_weights(config: Config, path: str | os.PathLike[str]) -> Weights:
-    """The tensors of a file of `save_model`, each read from the disk when it is asked for.
+    """Open a file of `save_model`. Each tensor is read from the disk on access.
 
-    Raises `CheckpointError` naming missing, unexpected or misshaped tensors.
+    Raises:
+        CheckpointError: The file cannot be read, or tensors are missing, unexpected or misshaped.
     """
     try:
         file = safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read weights from {path}: {error}") from error
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    wanted = weight_shapes(config)
-    if problems := describe_mismatch(found, wanted):
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected = weight_shapes(config)
+    if problems := describe_mismatch(shapes, expected):
         raise CheckpointError(
             f"{path} does not hold the weights of model '{config.name}' {problems}"
         )
-    return LazyWeights(wanted, file.get_tensor)
+    return LazyWeights(expected, file.get_tensor)
 
 
-def describe_mismatch(found: Shapes, wanted: Shapes) -> str:
-    """What tells two sets of weights apart: how many names, and the first ten; "" if nothing."""
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in wanted]
+def describe_mismatch(shapes: Shapes, expected: Shapes) -> str:
+    """Describe how two sets of weights differ: counts, and the first ten names; "" if equal."""
+    problems = [f"missing {name}" for name in expected if name not in shapes]
+    problems += [f"unexpected {name}" for name in shapes if name not in expected]
     problems += [
-        f"misshaped {name}: {found[name]}, not {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        f"misshaped {name}: {shapes[name]}, not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
     ]
     kinds = Counter(problem.split()[0] for problem in problems)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -162,9 +172,11 @@ def describe_mismatch(found: Shapes, wanted: Shapes) -> str:
 
 
 def random_weights(config: Config, seed: int = 0) -> Weights:
-    """Weights for tests of size and speed, each drawn when it is asked for: all different, as
-    builders of engines merge equal ones, and scaled so that activations neither vanish nor
-    overflow."""
+    """Return weights for tests of size and speed, each drawn on access.
+
+    All are different, since builders of engines merge equal ones. Their scale keeps activations
+    from vanishing and overflowing.
+    """
     shapes = weight_shapes(config)
 
     def draw(name: str) -> Tensor:
@@ -180,7 +192,7 @@ def random_weights(config: Config, seed: int = 0) -> Weights:
 
 @cache
 def weight_shapes(config: Config) -> Shapes:
-    """Shape of every weight by checkpoint name; nothing is allocated."""
+    """Return the shape of every weight by checkpoint name; nothing is allocated."""
     with torch.device("meta"):
-        weights = skeleton(config).weights()
+        weights = build_model(config).weights()
     return MappingProxyType({name: tuple(tensor.shape) for name, tensor in weights.items()})

@@ -1,11 +1,12 @@
 """The reference rollout: PackForcing in plain torch, the oracle of the runtime.
 
-Written for reading, not for speed: the history is a list of blocks, and the context of every
-block is gathered anew from it. One block is `steps` denoising calls that read the history, a
-commit (the call at t = 0 that yields the block's clean keys and values) and, beyond the sink,
-a mid pass (the same context, the block's compressed tokens), after which the blocks to read
-next are selected. Where the policy restarts, the last block of a rollout is committed twice: once
-more as the first of the next.
+Written for reading, not for speed: the history is a list of blocks, and every block's context is
+gathered from it again. One block is a few denoising calls conditioned on the history, a commit
+(the call at t = 0 that yields the block's clean keys and values) and, beyond the sink, a mid pass
+(the same context, the block's compressed tokens). Then the blocks to read next are selected.
+
+Where the policy restarts, the last block of a rollout is committed twice: once more as the first
+of the next.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.model import Model
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.sampler import advance, schedule
+from packforcing.sampler import advance, denoising_steps
 from packforcing.selection import affinity, likeness, select
 from packforcing.transformer import KV, Rope, patchify, unpatchify
 
@@ -32,25 +33,25 @@ Call = Callable[..., tuple[Tensor, list[KV], Tensor, Tensor]]  # `forward` on a 
 
 
 @dataclass
-class Past:
-    """A finished block: its keys and values at full resolution and compressed."""
+class PastBlock:
+    """A committed block: its keys and values at full resolution and compressed."""
 
     index: int  # in its scene
     full: list[KV]
     compressed: list[KV]
     pooled_key: np.ndarray | None = None  # [L, H, d], of the compressed tokens
-    clean: Tensor | None = None  # [1, N, P]; a prompt switch may recompute `full` from it
+    clean: Tensor | None = None  # [1, N, P], from which a prompt switch may recompute `full`
 
 
 @dataclass
-class Rolled:
-    """What one block of a rollout gave."""
+class GeneratedBlock:
+    """The results of one block of a rollout."""
 
     index: int
-    latents: Tensor  # [B_f, C, h, w], as they were made
-    frames: Tensor  # [4 B_f, 3, H, W] in 0..1; a scene's first block still has the trimmed ones
-    read: list[int]  # the archived blocks in context
-    first_flow: Tensor | None  # [N, P], of the first step
+    latents: Tensor  # [B_f, C, h, w]
+    frames: Tensor  # [4 B_f, 3, H, W] in 0..1; a scene's first block includes the trimmed ones
+    read: list[int]  # indices of the archived blocks in context
+    first_flow: Tensor | None  # [N, P], of the first step; None for a block of the clip
     query: np.ndarray  # [L, H, d], mean clean query
 
 
@@ -65,19 +66,29 @@ def rollout(
     clip: Tensor | None = None,
     replay: list[list[int]] | None = None,
     switches: Mapping[int, tuple[Tensor, History]] | None = None,
-) -> Iterator[Rolled]:
-    """Yields `blocks` blocks for the prompt embedding `text` [1, rows, text_dim].
+) -> Iterator[GeneratedBlock]:
+    """Generate blocks for a prompt.
 
-    clip: clean latents [blocks B_f, C, h, w] that begin the video and are committed, not
-    generated. replay: the archived blocks each block reads, instead of selecting them. switches:
-    by the first block that follows it, another embedding, and what becomes of the history, as
-    `packforcing.prompts` defines it.
+    Args:
+        model: The model, in evaluation mode.
+        text: The prompt's embedding, [1, rows, text_dim].
+        blocks: Number of blocks.
+        noise: Called with (block, step), returns float32 [N, P].
+        seed: For the selection rule "random".
+        clip: Clean latents [blocks B_f, C, h, w] that begin the video; they are committed, not
+            generated.
+        replay: Per block, the archived blocks that it reads, instead of selecting them.
+        switches: By the first block that follows it, another embedding and what happens to the
+            history, as `packforcing.prompts` defines it.
+
+    Yields:
+        One block after the other.
     """
     config, policy = model.config, model.config.policy
     switches = {0: (text, "keep"), **(switches or {})}
     state = model.autoencoder.decoder_state()
-    history: list[Past] = []  # of the scene that began with block `scene`
-    chosen: list[int] = []
+    history: list[PastBlock] = []  # of the scene that began with block `scene`
+    selected: list[int] = []
     scene = 0
 
     for index in range(blocks):
@@ -86,61 +97,74 @@ def rollout(
             text, effect = switches[index]
             cross = model.transformer.cross_kv(text)
         if effect == "cut":
-            state, history, chosen, scene = model.autoencoder.decoder_state(), [], [], index
+            state, history, selected, scene = model.autoencoder.decoder_state(), [], [], index
         if replay is not None:
-            chosen = [block - scene for block in replay[index]]
+            selected = [block - scene for block in replay[index]]
         if effect == "recompute":
-            recompute(model, cross, history, chosen)
-        call, start = reading(model, cross, history, chosen)
+            recompute_recent(model, cross, history, selected)
+        call, start = denoiser_call(model, cross, history, selected)
 
         first_flow = None
         if clip is not None and (index + 1) * config.block_frames <= len(clip):
-            given = clip[index * config.block_frames : (index + 1) * config.block_frames]
-            x = patchify(given[None], config.patch)
+            latents = clip[index * config.block_frames : (index + 1) * config.block_frames]
+            x = patchify(latents[None], config.patch)
         else:
             x = torch.from_numpy(noise(index, 0))[None]
-            for step, (told, now, then) in enumerate(schedule(config, index - scene)):
-                flow, _, asked, _ = call(x, told, block_positions(config, start))
+            for step, (timestep, now, then) in enumerate(denoising_steps(config, index - scene)):
+                flow, _, step_query, _ = call(x, timestep, block_positions(config, start))
                 first_flow = flow[0] if step == 0 else first_flow
                 if step == 0 and policy.selection == "first-step" and replay is None:
-                    chosen = choose(config, history, asked[0].numpy(), seed, index)
-                    call, start = reading(model, cross, history, chosen)
+                    selected = select_mid_blocks(
+                        config, history, step_query[0].numpy(), seed, index
+                    )
+                    call, start = denoiser_call(model, cross, history, selected)
                 fresh = None
                 if config.sampler == "renoise" and then > 0:
                     fresh = torch.from_numpy(noise(index, step + 1))[None]
                 x = advance(config, x, flow, fresh, now, then)
 
-        latents, read = unpatchify(x, config.grid, config.patch), [scene + mid for mid in chosen]
-        block, frames, query, state = commit(model, call, start, len(history), latents, state)
+        latents, read = unpatchify(x, config.grid, config.patch), [scene + mid for mid in selected]
+        block, frames, query, state = commit_block(model, call, start, len(history), latents, state)
         goes_on = index + 1 < blocks and switches.get(index + 1, (text, "keep"))[1] != "cut"
         if goes_on and len(history) + 1 == policy.restart:
-            state, history, chosen, scene = model.autoencoder.decoder_state(), [], [], index
-            call, start = reading(model, cross, history, chosen)
+            state, history, selected, scene = model.autoencoder.decoder_state(), [], [], index
+            call, start = denoiser_call(model, cross, history, selected)
             again = encode_first(model, latents, frames)
-            block, later, query, state = commit(model, call, start, 0, again, state)
+            block, later, query, state = commit_block(model, call, start, 0, again, state)
             trimmed = config.trimmed_frames
             frames = torch.cat((frames[:trimmed], later[trimmed:]))
-        yield Rolled(index, latents[0], frames, read, first_flow, query)
+        yield GeneratedBlock(index, latents[0], frames, read, first_flow, query)
 
         history.append(block)
-        chosen = choose(config, history, query, seed, index)
-        forget(config, history)
+        selected = select_mid_blocks(config, history, query, seed, index)
+        drop_unread(config, history)
 
 
-def reading(
-    model: Model, cross: list[KV], history: list[Past], chosen: list[int]
+def denoiser_call(
+    model: Model, cross: list[KV], history: list[PastBlock], selected: list[int]
 ) -> tuple[Call, float]:
-    """What calls the transformer on the next block behind this history, and where it starts."""
-    context, context_rope, start = gather(model.config, history, chosen)
-    return partial(forward, model, cross, context, context_rope), start
+    """Return a function that calls the transformer on the next block, and the block's position."""
+    context, context_rope, start = gather_context(model.config, history, selected)
+    return partial(call_transformer, model, cross, context, context_rope), start
 
 
-def commit(
+def commit_block(
     model: Model, call: Call, start: float, index: int, latents: Tensor, state: State
-) -> tuple[Past, Tensor, np.ndarray, State]:
-    """Block `index` of a scene, clean [1, B_f, C, h, w], by the calls that `reading` gives: what is
-    to be kept of it, its frames [4 B_f, 3, H, W], its mean query [L, H, d], and the decoder's state
-    after it."""
+) -> tuple[PastBlock, Tensor, np.ndarray, State]:
+    """Commit a block of a scene.
+
+    Args:
+        model: The model.
+        call: Of `denoiser_call`.
+        start: Temporal position of the block.
+        index: Of the block in its scene.
+        latents: Clean, [1, B_f, C, h, w].
+        state: Of the decoder, before the block.
+
+    Returns:
+        The committed block, its frames [4 B_f, 3, H, W], its mean query [L, H, d], and the
+        decoder's state after it.
+    """
     config, policy = model.config, model.config.policy
     x = patchify(latents, config.patch)
     _, full, query, _ = call(x, 0.0, block_positions(config, start))
@@ -148,13 +172,13 @@ def commit(
     for latent in latents[0]:
         decoded, state = model.autoencoder.decode_frame(latent[None], state)
         frames.append(decoded)
-    block = Past(index, full, [], clean=x)
+    block = PastBlock(index, full, [], clean=x)
     if policy.mid and block.index >= policy.sink:
         tokens, extra = model.compressor(latents, torch.cat(frames)[None])
         if policy.branches != "both":  # the other one adds nothing
             (tokens if policy.branches == "high" else extra).zero_()
-        centres = compressed_positions(config, start, config.block_frames)
-        _, block.compressed, _, key = call(tokens, 0.0, centres, extra)
+        centers = compressed_positions(config, start, config.block_frames)
+        _, block.compressed, _, key = call(tokens, 0.0, centers, extra)
         block.pooled_key = key[0].numpy()
     return block, torch.cat(frames), query[0].numpy(), state
 
@@ -169,7 +193,7 @@ def encode_first(model: Model, latents: Tensor, frames: Tensor) -> Tensor:
     return torch.cat((first[None], latents[:, 1:]), 1)
 
 
-def forward(
+def call_transformer(
     model: Model,
     cross: list[KV],
     context: list[KV],
@@ -179,58 +203,73 @@ def forward(
     positions: np.ndarray,
     extra: Tensor | None = None,
 ) -> tuple[Tensor, list[KV], Tensor, Tensor]:
-    """One call of the transformer on tokens [1, n, P] at positions [n, 3]."""
+    """Call the transformer on tokens [1, n, P] at positions [n, 3]."""
     if extra is None:
         extra = tokens.new_zeros(1, tokens.shape[1], model.config.dim)
     time = torch.tensor([timestep], dtype=torch.float32)
     return model.transformer(
-        tokens, extra, time, cross, rope(model.config, positions), context, context_rope
+        tokens, extra, time, cross, rope_tensors(model.config, positions), context, context_rope
     )
 
 
-def recompute(model: Model, cross: list[KV], history: list[Past], chosen: list[int]) -> None:
-    """The recent blocks' keys and values under another prompt, each from what stands before it
-    in the context of the next block."""
-    sink, outside = model.config.policy.sink, past_recent(model.config, history)
-    before = [*history[:sink], *(history[index] for index in chosen)]
-    for block in history[sink + len(outside) :]:
-        context, context_rope, start = lay_out(model.config, before, chosen, block.index)
+def recompute_recent(
+    model: Model, cross: list[KV], history: list[PastBlock], selected: list[int]
+) -> None:
+    """Compute the recent blocks' keys and values again under another prompt.
+
+    Each block reads the blocks before it in the context of the next block.
+    """
+    sink, archived = model.config.policy.sink, blocks_outside_window(model.config, history)
+    before = [*history[:sink], *(history[index] for index in selected)]
+    for block in history[sink + len(archived) :]:
+        context, context_rope, start = context_of(model.config, before, selected, block.index)
         assert block.clean is not None
         at = block_positions(model.config, start)
-        block.full = forward(model, cross, context, context_rope, block.clean, 0.0, at)[1]
+        block.full = call_transformer(model, cross, context, context_rope, block.clean, 0.0, at)[1]
         before.append(block)
 
 
-def choose(
-    config: Config, history: list[Past], query: np.ndarray, seed: int, index: int
+def select_mid_blocks(
+    config: Config, history: list[PastBlock], query: np.ndarray, seed: int, index: int
 ) -> list[int]:
-    """The archived blocks to read after the video's block `index`, oldest first."""
-    outside = past_recent(config, history)
-    if not config.policy.mid or not outside:
+    """Select the archived blocks to read after the video's block `index`, oldest first."""
+    archived = blocks_outside_window(config, history)
+    if not config.policy.mid or not archived:
         return []
-    keys = np.stack([block.pooled_key for block in outside if block.pooled_key is not None])
-    indices = np.array([block.index for block in outside])
-    own = history[-1].pooled_key
-    if config.policy.selection == "likeness" and own is not None:
-        scores = likeness(own, keys)
+    keys = np.stack([block.pooled_key for block in archived if block.pooled_key is not None])
+    indices = np.array([block.index for block in archived])
+    newest_key = history[-1].pooled_key
+    if config.policy.selection == "likeness" and newest_key is not None:
+        scores = likeness(newest_key, keys)
     else:
         scores = affinity(query, keys)
     return select(config.policy, indices, scores, seed, index).tolist()
 
 
-def gather(config: Config, history: list[Past], chosen: list[int]) -> tuple[list[KV], Rope, float]:
-    """The context of the next block: sink, the chosen mids, recent blocks."""
-    sink = history[: config.policy.sink]
-    recent = history[config.policy.sink + len(past_recent(config, history)) :]
-    blocks = [*sink, *(history[index] for index in chosen), *recent]
-    return lay_out(config, blocks, chosen, len(history))
-
-
-def lay_out(
-    config: Config, blocks: list[Past], chosen: list[int], index: int
+def gather_context(
+    config: Config, history: list[PastBlock], selected: list[int]
 ) -> tuple[list[KV], Rope, float]:
-    """The context that block `index` of a scene reads, of blocks in time order, the chosen ones
-    compressed: keys and values, their tables, and where the block itself starts."""
+    """Gather the context of the next block: sink, selected mid blocks, recent blocks."""
+    sink = history[: config.policy.sink]
+    recent = history[config.policy.sink + len(blocks_outside_window(config, history)) :]
+    blocks = [*sink, *(history[index] for index in selected), *recent]
+    return context_of(config, blocks, selected, len(history))
+
+
+def context_of(
+    config: Config, blocks: list[PastBlock], selected: list[int], index: int
+) -> tuple[list[KV], Rope, float]:
+    """Assemble the context that block `index` of a scene reads.
+
+    Args:
+        config: The model.
+        blocks: The blocks in context, in time order.
+        selected: Indices of those that are read in compressed form.
+        index: Of the block that reads them.
+
+    Returns:
+        Keys and values per layer, their RoPE tables, and the temporal position of the block.
+    """
     frames, span = config.block_frames, config.mid_span
     packed = config.policy.positions == "packed"
     parts: list[list[KV]] = []
@@ -238,12 +277,14 @@ def lay_out(
     start = 0.0
     for block in blocks:
         start = start if packed else float(block.index * frames)
-        whole = block.index not in chosen
-        parts.append(block.full if whole else block.compressed)
+        full_resolution = block.index not in selected
+        parts.append(block.full if full_resolution else block.compressed)
         positions.append(
-            block_positions(config, start) if whole else compressed_positions(config, start, span)
+            block_positions(config, start)
+            if full_resolution
+            else compressed_positions(config, start, span)
         )
-        start += frames if whole else span
+        start += frames if full_resolution else span
     start = start if packed else float(index * frames)
     empty = torch.zeros(1, config.heads, 0, config.head_dim)
     context = [
@@ -253,21 +294,21 @@ def lay_out(
         )
         for layer in range(config.layers)
     ]
-    return context, rope(config, np.concatenate(positions)), start
+    return context, rope_tensors(config, np.concatenate(positions)), start
 
 
-def forget(config: Config, history: list[Past]) -> None:
-    """Drops full-resolution keys and values that no later block reads, and what they are of."""
-    for block in past_recent(config, history):
+def drop_unread(config: Config, history: list[PastBlock]) -> None:
+    """Drop full-resolution keys, values and latents that no later block reads."""
+    for block in blocks_outside_window(config, history):
         block.full, block.clean = [], None
 
 
-def past_recent(config: Config, history: list[Past]) -> list[Past]:
-    """The blocks that are neither sink nor recent: readable in compressed form alone."""
+def blocks_outside_window(config: Config, history: list[PastBlock]) -> list[PastBlock]:
+    """Return the blocks that are neither sink nor recent, readable in compressed form alone."""
     sink, recent = config.policy.sink, config.policy.recent
     return history[sink : max(sink, len(history) - recent)]
 
 
-def rope(config: Config, positions: np.ndarray) -> Rope:
+def rope_tensors(config: Config, positions: np.ndarray) -> Rope:
     cos, sin = rope_table(positions, config.head_dim)
     return torch.from_numpy(cos), torch.from_numpy(sin)

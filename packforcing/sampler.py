@@ -1,7 +1,7 @@
-"""The few-step sampler and its noise. Plain arithmetic on numpy arrays or torch tensors.
+"""The few-step sampler and its noise. Plain arithmetic on NumPy arrays or torch tensors.
 
 Flow matching: x_s = (1 - s) x0 + s noise, and the model predicts flow = noise - x0. Few-step
-models are distilled without classifier-free guidance, so a step is one forward.
+models are distilled without classifier-free guidance, so a step is one forward pass.
 """
 
 from __future__ import annotations
@@ -15,34 +15,50 @@ from packforcing.config import Config
 Array = Any  # numpy or torch
 
 
-def schedule(config: Config, block: int) -> list[tuple[float, float, float]]:
-    """The steps of a block: the timestep the model is told, the noise level, the level after it.
+def denoising_steps(config: Config, block: int) -> list[tuple[float, float, float]]:
+    """Return the denoising steps of a block.
 
-    Levels are shifted, shift s / (1 + (shift - 1) s) at s = timestep / 1000, and the model is
-    told 1000 times the level. Where the config's timesteps are not warped, it is told those, at
-    the nearest level that a shifted whole timestep has (CausVid).
+    Noise levels are shifted: shift s / (1 + (shift - 1) s) at s = timestep / 1000. The model's
+    timestep is 1000 times the level. Where the config's timesteps are not warped (CausVid), they
+    are the model's, and the level is the nearest one that a shifted whole timestep has.
+
+    Args:
+        config: The model.
+        block: Index of the block in its scene.
+
+    Returns:
+        Per step the model's timestep, the noise level, and the level after the step.
     """
 
     def shifted(t: float) -> float:
         s = t / 1000
         return config.shift * s / (1 + (config.shift - 1) * s)
 
-    given = config.first_timesteps if block == 0 and config.first_timesteps else config.timesteps
+    first = block == 0 and config.first_timesteps
+    timesteps = config.first_timesteps if first else config.timesteps
     if config.warp:
-        levels = [shifted(t) for t in given]
-        told = [1000 * level for level in levels]
+        levels = [shifted(t) for t in timesteps]
+        inputs = [1000 * level for level in levels]
     else:
         table = [shifted(t) for t in range(1, 1001)]
-        levels = [min(table, key=lambda level: abs(1000 * level - t)) for t in given]
-        told = list(given)
-    return list(zip(told, levels, [*levels[1:], 0.0]))
+        levels = [min(table, key=lambda level: abs(1000 * level - t)) for t in timesteps]
+        inputs = list(timesteps)
+    return list(zip(inputs, levels, [*levels[1:], 0.0]))
 
 
 def advance(config: Config, x: Array, flow: Array, noise: Array, now: float, then: float) -> Array:
-    """The sample at noise level `then` from the one at `now` and the flow predicted there.
+    """Advance a sample from one noise level to the next.
 
-    "renoise" (distilled models: Self-Forcing's few-step loop) goes to the predicted x0 and adds
-    fresh `noise`; "euler" follows the flow and needs none.
+    "renoise" (distilled models: Self-Forcing's few-step loop) takes the predicted x0 and adds
+    fresh noise. "euler" follows the flow and needs no noise.
+
+    Args:
+        config: The model, which names the sampler.
+        x: The sample at level `now`.
+        flow: The flow predicted there, of the same shape.
+        noise: Gaussian noise of the same shape; not read by "euler" or at the last step.
+        now: Noise level of `x`, from 0 to 1.
+        then: Noise level of the result.
     """
     if config.sampler == "euler":
         return x + (then - now) * flow
@@ -51,10 +67,13 @@ def advance(config: Config, x: Array, flow: Array, noise: Array, now: float, the
 
 
 def draw_noise(config: Config, seed: int, block: int, step: int) -> np.ndarray:
-    """Gaussian noise of one step of one block, float32 [N, P].
+    """Draw the Gaussian noise of one step of one block.
 
-    Counter-based: it depends on (seed, block, step) alone, so a resumed or reordered rollout
-    draws the same.
+    The generator is counter-based: the noise depends on (seed, block, step) alone, so that a
+    resumed or reordered rollout draws the same.
+
+    Returns:
+        float32 [N, P].
     """
     bits = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=[0, 0, step, block])
     size = (config.block_tokens, config.token_dim)

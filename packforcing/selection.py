@@ -1,14 +1,14 @@
-"""Which archived blocks are read next (paper, section 3.4 and appendix G). Numpy only.
+"""Select the archived blocks to read next (paper, section 3.4 and appendix G). NumPy only.
 
 The paper scores a block by the sum over sampled queries i and its keys j of q_i . k_j / sqrt(d),
-raw, without softmax. That sum is linear in both, so up to the two counts it equals the mean
-query times the mean key: one pooled key per block and head ranks blocks exactly as the full
-keys do, and the archive never has to be on the card.
+without softmax. The sum is linear in both, so up to the two counts it equals the mean query times
+the mean key: one pooled key per block and head ranks blocks exactly as the full keys do, and the
+archive never has to be on the GPU.
 
-What all queries have in common dominates that score: it adds the same to a block whatever is
-asked, so a few blocks win always (the reports of `packforcing compare` show it as rows that never
-end). Likeness, which is ours, asks with the newest block's own key and takes out what all keys
-have in common.
+The component that all queries share dominates that score. It adds the same amount to a block for
+every query, so that a few blocks are always selected (the reports of `packforcing compare` show
+them as rows that never end). Likeness, which is not from the paper, uses the newest block's own
+key as the query and subtracts the mean of all keys.
 """
 
 from __future__ import annotations
@@ -19,36 +19,54 @@ from packforcing.config import Policy
 
 
 def affinity(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Mean over layers and heads of mean query . mean key / sqrt(d).
+    """Score blocks by the mean over layers and heads of mean query . mean key / sqrt(d).
 
-    queries [L, H, d]; keys [blocks, L, H, d]. Returns one score per block.
+    Args:
+        queries: Mean query of the block just committed, [L, H, d].
+        keys: Mean keys of the candidates, [blocks, L, H, d].
+
+    Returns:
+        One score per candidate.
     """
     layers, heads, d = queries.shape
-    # einsum, not @: for a long archive that is threaded BLAS, whose idle threads spin on the
-    # cores that the graphs need (time per block doubled from 350 archived blocks on)
+    # einsum, not @: for a long archive @ is threaded BLAS, whose idle threads spin on the cores
+    # that the graphs need (time per block doubled from 350 archived blocks on)
     scores = np.einsum("bi,i->b", keys.reshape(len(keys), -1), queries.ravel())
     return scores / (layers * heads * d**0.5)
 
 
 def likeness(key: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Cosine of a block's mean key with others', all less the mean of those others.
+    """Score blocks by the cosine of their mean key with another block's, both centered.
 
-    key [L, H, d]; keys [blocks, L, H, d]. Returns one score per block.
+    Args:
+        key: Mean key of the newest block, [L, H, d].
+        keys: Mean keys of the candidates, [blocks, L, H, d]; their mean is the center.
+
+    Returns:
+        One score per candidate.
     """
     rows = keys.reshape(len(keys), -1)
     mean = rows.mean(0)
-    rows, asked = rows - mean, key.ravel() - mean
-    lengths = np.sqrt(np.einsum("bi,bi->b", rows, rows) * np.einsum("i,i->", asked, asked))
-    return np.einsum("bi,i->b", rows, asked) / np.maximum(lengths, np.finfo(np.float32).tiny)
+    rows, query = rows - mean, key.ravel() - mean
+    lengths = np.sqrt(np.einsum("bi,bi->b", rows, rows) * np.einsum("i,i->", query, query))
+    return np.einsum("bi,i->b", rows, query) / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
 def select(
     policy: Policy, candidates: np.ndarray, scores: np.ndarray | None, seed: int, block: int
 ) -> np.ndarray:
-    """The block indices to read after `block` was committed, oldest first.
+    """Select the blocks to read after `block` was committed.
 
-    candidates: indices of selectable blocks, ascending; scores: one per candidate, needed by
-    all but "recency" and "random" (ties go to the newer block).
+    Args:
+        policy: How many blocks, and by which rule.
+        candidates: Indices of the selectable blocks, ascending.
+        scores: One per candidate; not read by "recency" and "random". Of equal scores, the newer
+            block's wins.
+        seed: Of the video, for "random".
+        block: Index of the block just committed, for "random".
+
+    Returns:
+        Block indices, ascending.
     """
     count = min(policy.mid, len(candidates))
     if count == len(candidates) or policy.selection == "recency":

@@ -1,12 +1,13 @@
-"""The causal Wan video transformer (Wan2.1 / Self-Forcing: causal_model.py), one block a call.
+"""The causal Wan video transformer (Wan2.1 / Self-Forcing: causal_model.py), one block per call.
 
-Parameters and names are those of the public checkpoints. What differs is what a call takes:
-keys come in and go out *before* RoPE, cross-attention keys and values are computed once per
-prompt (`cross_kv`), and position tables are inputs, so one function serves a step, a commit
-and a mid pass alike, and exports as one graph.
+Parameters and names are those of the public checkpoints. The inputs of a call differ: keys come in
+and go out *before* RoPE, cross-attention keys and values are computed once per prompt (`cross_kv`),
+and position tables are inputs. So one function serves a step, a commit and a mid pass, and exports
+as one graph.
 
-Tokens are in input-patch order (channel, row, column) on both sides. The checkpoints' head has
-channel fastest; its rows are reordered when a state dict is loaded, and back when it is taken.
+Tokens are in input-patch order (channel, row, column) on both sides. In checkpoints the channel is
+the fastest axis of the head's rows: they are reordered when a state dict is loaded, and back when
+one is returned.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (before RoPE) to 
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
-    """Latents [B, F, C, h, w] to tokens [B, F h/p w/p, C p p]."""
+    """Cut latents [B, F, C, h, w] into tokens [B, F h/p w/p, C p p]."""
     b, f, c, h, w = latents.shape
     x = latents.reshape(b, f, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(b, -1, c * patch * patch)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Tokens [B, F h w, C p p] on an h x w grid to latents [B, F, C, h p, w p]."""
+    """Assemble tokens [B, F h w, C p p] on an h x w grid to latents [B, F, C, h p, w p]."""
     h, w = grid
     x = tokens.reshape(tokens.shape[0], -1, h, w, tokens.shape[-1] // patch**2, patch, patch)
     return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotates adjacent channel pairs of [B, H, n, d] by the tables' angles."""
+    """Rotate adjacent channel pairs of [B, H, n, d] by the tables' angles."""
     cos, sin = rope
     if torch.compiler.is_exporting():  # one ONNX op instead of a dozen
         return torch.onnx.ops.rotary_embedding(x, cos[None], sin[None], interleaved=True)
@@ -48,10 +49,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> Tensor:
-    """Softmax attention over the first `kv_len` keys (all where None), [B, H, n, d]."""
+    """Compute softmax attention over the first `kv_len` keys (None: all), [B, H, n, d]."""
     if torch.compiler.is_exporting():
-        # ONNX keeps the shapes constant and carries the length. Casts around the op are how
-        # TensorRT is asked to accumulate in fp32, as torch's kernels do.
+        # ONNX keeps the shapes constant and carries the length. The casts around the op make
+        # TensorRT accumulate in fp32, as torch's kernels do.
         length = () if kv_len is None else (None, None, None, kv_len)
         return torch.onnx.ops.symbolic(
             "Attention",
@@ -66,7 +67,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, kv_len: Tensor | None = None) -> 
 
 
 class Attention(nn.Module):
-    """Projections of self- or cross-attention; queries and keys are normalised over all heads."""
+    """Projections of self- or cross-attention; queries and keys are normalized over all heads."""
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Layer(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor, cross: KV, attend: Attend) -> Tensor:
-        """x [B, n, D]; time [B, n or 1, 6 D]; cross, the prompt's keys and values."""
+        """Map x [B, n, D]; time is [B, n or 1, 6 D], cross the prompt's keys and values."""
         modulation = self.modulation.flatten(1) + time
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = modulation.chunk(6, -1)
         h = modulate(x, shift_a, scale_a, self.eps)
@@ -114,7 +115,7 @@ class Layer(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm without weights, then the timestep's scale and shift."""
+    """Apply layer norm without weights, then the timestep's scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
@@ -131,13 +132,13 @@ class Head(nn.Module):
         self.register_state_dict_post_hook(_reorder_rows(rows.argsort()))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x [B, n, D]; time [B, n or 1, D]."""
+        """Map x [B, n, D] to the flow [B, n, P]; time is [B, n or 1, D]."""
         shift, scale = (self.modulation + time[:, :, None]).unbind(2)
         return self.head(modulate(x, shift, scale, self.eps))
 
 
 def head_rows(config: Config) -> Tensor:
-    """Where the head's rows, in token order, lie in a checkpoint, int64 [P]."""
+    """Return the checkpoint's row of each head row in token order, int64 [P]."""
     with torch.device("cpu"):
         return torch.arange(config.token_dim).reshape(config.patch**2, -1).T.flatten()
 
@@ -152,7 +153,7 @@ def _reorder_rows(rows: Tensor) -> Callable[..., None]:
 
 
 class Transformer(nn.Module):
-    """Predicts the flow of one block, given the keys and values of its history."""
+    """Predicts the flow of one block, conditioned on the keys and values of its history."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -173,9 +174,14 @@ class Transformer(nn.Module):
         self.head = Head(config)
 
     def cross_kv(self, text: Tensor) -> list[KV]:
-        """Text rows [B, T, text_dim] to each layer's cross keys and values, [B, H, T, d].
+        """Compute each layer's cross-attention keys and values of a prompt.
 
-        Fewer than T rows are zero-padded; padding is not masked, as in Wan.
+        Args:
+            text: Rows of the embedding, [B, T or fewer, text_dim]. They are zero-padded to T;
+                padding is not masked, as in Wan.
+
+        Returns:
+            Per layer, keys and values [B, H, T, d].
         """
         text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
         embedded = self.text_embedding(text)
@@ -192,12 +198,21 @@ class Transformer(nn.Module):
         context_rope: Rope,
         kv_len: Tensor | None = None,
     ) -> tuple[Tensor, list[KV], Tensor, Tensor]:
-        """One call over n new tokens and C context tokens.
+        """Call the network on n new tokens and C context tokens.
 
-        tokens [B, n, P]; extra [B, n, D], added after the patch embedding; timestep [B], 0 to
-        1000; context, per layer [B, H, C, d], keys before RoPE; kv_len [1], n + valid context
-        tokens (None: all). Returns flow [B, n, P], the new keys (before RoPE) and values per
-        layer, and the means over the n tokens of queries and keys before RoPE, [B, L, H, d].
+        Args:
+            tokens: [B, n, P].
+            extra: [B, n, D], added after the patch embedding.
+            timestep: [B], from 0 to 1000.
+            cross: Of `cross_kv`.
+            rope: Tables of the new tokens.
+            context: Per layer, keys before RoPE and values [B, H, C, d].
+            context_rope: Tables of the context.
+            kv_len: int64 [1], n + valid context tokens. None: all are valid.
+
+        Returns:
+            The flow [B, n, P], the new keys (before RoPE) and values per layer, and the means over
+            the n tokens of queries and of keys before RoPE, [B, L, H, d].
         """
         new: list[KV] = []
         pooled: list[KV] = []
@@ -207,7 +222,7 @@ class Transformer(nn.Module):
             old_k, old_v = next(past)
             new.append((k, v))
             pooled.append((q.mean(2).float(), k.mean(2).float()))
-            # rotated apart: joined tables would stay in a graph's scratch throughout
+            # rotated separately: joined tables would occupy a graph's scratch throughout
             keys = torch.cat((rotate(k, rope), rotate(old_k, context_rope)), 2)
             return attention(rotate(q, rope), keys, torch.cat((v, old_v), 2), kv_len)
 
@@ -216,15 +231,15 @@ class Transformer(nn.Module):
         return flow, new, q_pool, k_pool
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The patch embedding, on tokens instead of a grid: [B, n, P] to [B, n, D]."""
+        """Apply the patch embedding to tokens instead of a grid: [B, n, P] to [B, n, D]."""
         weight = self.patch_embedding.weight.flatten(1)
         return F.linear(tokens.to(weight.dtype), weight, self.patch_embedding.bias)
 
     def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Timesteps [B, G] to the head's embedding [B, G, D] and the layers' [B, G, 6 D]."""
+        """Embed timesteps [B, G] for the head [B, G, D] and for the layers [B, G, 6 D]."""
         half = self.config.freq_dim // 2
         frequencies = 10000 ** (-torch.arange(half, dtype=torch.float64) / half)
-        angles = timestep[..., None] * frequencies.to(timestep)  # to 1000: too coarse in fp16
+        angles = timestep[..., None] * frequencies.to(timestep)  # up to 1000: too coarse in fp16
         waves = torch.cat((angles.cos(), angles.sin()), -1)
         time = self.time_embedding(waves.to(self.patch_embedding.weight.dtype))
         return time, self.time_projection(time)
@@ -238,12 +253,20 @@ class Transformer(nn.Module):
         cross: list[KV],
         attend: Attend,
     ) -> Tensor:
-        """The network around its self-attention, which the caller supplies: a cache, or in
-        training a mask over many blocks at once.
+        """Run the network around a self-attention that the caller supplies.
 
-        tokens [B, n, P]; extra [B, n, D] or None; head_time and layer_time from `embed_time`,
-        [B, n or 1, D] and [B, n or 1, 6 D]; attend is called once per layer, in order. Returns
-        the flow, [B, n, P].
+        That is attention to a cache or, in training, under a mask over many blocks at once.
+
+        Args:
+            tokens: [B, n, P].
+            extra: [B, n, D], or None for zeros.
+            head_time: Of `embed_time`, [B, n or 1, D].
+            layer_time: Of `embed_time`, [B, n or 1, 6 D].
+            cross: Of `cross_kv`.
+            attend: Called once per layer, in order, with q, k and v before RoPE.
+
+        Returns:
+            The flow, [B, n, P].
         """
         x = self.embed(tokens)
         x = x if extra is None else x + extra

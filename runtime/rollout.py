@@ -20,7 +20,7 @@ from packforcing.runtime.backends import Backend
 from packforcing.runtime.buffers import Archive, Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array
-from packforcing.sampler import advance, draw_noise, schedule
+from packforcing.sampler import advance, denoising_steps, draw_noise
 from packforcing.selection import affinity, likeness, select
 
 
@@ -184,7 +184,7 @@ class Rollout:
         config, block = self.config, self.cache.committed
         x, flow = self.buffers.denoiser["tokens"].host, self.buffers.denoiser["flow"]
         x[0] = draw_noise(config, self.seed, self.scene + block, 0)
-        steps = schedule(config, block)
+        steps = denoising_steps(config, block)
         for step, (timestep, now, then) in enumerate(steps):
             self.call_denoiser(timestep)
             self.device.download(flow)

@@ -25,7 +25,7 @@ from packforcing.config import Config
 from packforcing.evaluation import demo_judge
 from packforcing.model import Model, load_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
-from packforcing.sampler import advance, draw_noise, schedule
+from packforcing.sampler import advance, denoising_steps, draw_noise
 from packforcing.selection import affinity, select
 from packforcing.transformer import KV, unpatchify
 from packforcing.words import encode_words, make_prompt, random_attributes, random_tour
@@ -104,8 +104,8 @@ def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Ten
 
         places_now = block_positions(config, start)
         x = noise(0)
-        for step, (told, now, then) in enumerate(schedule(config, index)):
-            flow = call(x, told, places_now)[0]
+        for step, (timestep, now, then) in enumerate(denoising_steps(config, index)):
+            flow = call(x, timestep, places_now)[0]
             x = advance(config, x, flow, noise(step + 1) if then else None, now, then)
         _, new, query, _ = call(x, 0.0, places_now)
         latents = unpatchify(x, config.grid, config.patch)

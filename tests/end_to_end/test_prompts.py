@@ -21,7 +21,7 @@ from packforcing.app.cli import main
 from packforcing.errors import ConfigError, PromptError
 from packforcing.model import Model
 from packforcing.prompts import Switch, plan_prompts, plan_switches, read_schedule
-from packforcing.reference import Past, recompute, rollout, rope
+from packforcing.reference import PastBlock, recompute_recent, rollout, rope_tensors
 from packforcing.rope import block_positions, compressed_positions
 from packforcing.runtime import Session
 from packforcing.runtime.cache import Cache
@@ -192,7 +192,7 @@ def test_recompute_is_one_pass_with_a_causal_mask(tiny_model, positions):
 
     n = config.block_tokens
     history = [
-        Past(block, random_kv(n), random_kv(config.compressed_tokens),
+        PastBlock(block, random_kv(n), random_kv(config.compressed_tokens),
              clean=torch.randn(1, n, config.token_dim))
         for block in range(7)
     ]  # fmt: skip
@@ -200,11 +200,13 @@ def test_recompute_is_one_pass_with_a_causal_mask(tiny_model, positions):
     before = [*history[0].full], [history[block].compressed for block in (1, 2, 4)]
     starts = {"packed": (0, 3, 5.5, 8, 10.5, 13.5), "absolute": (0, 3, 6, 12, 15, 18)}[positions]
     span = 2.5 if positions == "packed" else 3
-    context_rope = rope(config, np.concatenate([
+    context_rope = rope_tensors(config, np.concatenate([
         block_positions(config, starts[0]),
         *(compressed_positions(config, start, span) for start in starts[1:4]),
     ]))  # fmt: skip
-    new_rope = rope(config, np.concatenate([block_positions(config, at) for at in starts[4:]]))
+    new_rope = rope_tensors(
+        config, np.concatenate([block_positions(config, at) for at in starts[4:]])
+    )
     owner = torch.arange(2 * n) // n
     causal = torch.cat((
         torch.ones(2 * n, n + 3 * config.compressed_tokens, dtype=torch.bool),
@@ -229,7 +231,7 @@ def test_recompute_is_one_pass_with_a_causal_mask(tiny_model, positions):
         return found
 
     masked, unmasked = one_pass(causal), one_pass(None)
-    recompute(model, cross, history, [1, 2, 4])
+    recompute_recent(model, cross, history, [1, 2, 4])
     for layer in range(config.layers):
         for i in range(2):
             found = torch.cat([history[block].full[layer][i] for block in (5, 6)], 2)

@@ -11,7 +11,7 @@ from packforcing import MODELS, Policy, model_config, transformer
 from packforcing.errors import ConfigError, PromptError
 from packforcing.presets import policies
 from packforcing.rope import axis_pairs, block_positions, compressed_positions, rope_table
-from packforcing.sampler import advance, draw_noise, schedule
+from packforcing.sampler import advance, denoising_steps, draw_noise
 from packforcing.selection import affinity, select
 from packforcing.words import VOCABULARY, encode_words
 
@@ -89,23 +89,23 @@ def test_odd_block_centres_stop_at_its_last_frame():
     assert sorted(set(compressed_positions(three, 0.0, 3.0)[:, 0])) == [0.5, 2.0]
 
 
-def test_schedule_is_self_forcings():
-    told, now, then = zip(*schedule(WAN, 0))
-    assert np.allclose(told, [1000, 937.5, 1000 * 5 / 6, 625])
+def test_denoising_steps_are_self_forcings():
+    timesteps, now, then = zip(*denoising_steps(WAN, 0))
+    assert np.allclose(timesteps, [1000, 937.5, 1000 * 5 / 6, 625])
     assert np.allclose(now, [1, 0.9375, 5 / 6, 0.625]) and np.allclose(then[:-1], now[1:])
     assert then[-1] == 0
 
 
-def test_causvid_is_told_its_timesteps_as_they_are():
-    told, now, then = zip(*schedule(model_config("causvid"), 0))
-    assert told == (1000, 757, 522)
+def test_causvids_timesteps_are_not_shifted():
+    timesteps, now, then = zip(*denoising_steps(model_config("causvid"), 0))
+    assert timesteps == (1000, 757, 522)
     assert np.allclose(now, [1, 0.756757, 0.521739], atol=1e-6) and then == (*now[1:], 0)
 
 
 def test_two_step_models_take_four_steps_for_the_first_block():
     config = model_config("causal-forcing-frame-2step")
-    assert schedule(config, 0) == schedule(WAN, 0)
-    assert np.allclose(schedule(config, 1), [(1000, 1, 5 / 6), (1000 * 5 / 6, 5 / 6, 0)])
+    assert denoising_steps(config, 0) == denoising_steps(WAN, 0)
+    assert np.allclose(denoising_steps(config, 1), [(1000, 1, 5 / 6), (1000 * 5 / 6, 5 / 6, 0)])
 
 
 @given(st.floats(0.01, 1.0), st.floats(0, 0.99), st.integers(0, 2**32))

@@ -13,7 +13,13 @@ from packforcing.autoencoder import TinyAutoencoder
 from packforcing.compressor import Compressor
 from packforcing.errors import CheckpointError
 from packforcing.model import Model, load_model, random_model, save_model
-from packforcing.reference import Past, forget, forward, gather, rope
+from packforcing.reference import (
+    PastBlock,
+    call_transformer,
+    drop_unread,
+    gather_context,
+    rope_tensors,
+)
 from packforcing.rope import block_positions, compressed_positions
 from packforcing.runtime.bundle import contract
 from packforcing.transformer import Transformer, patchify, rotate, unpatchify
@@ -182,7 +188,7 @@ def test_cached_rollout_equals_one_masked_pass(tiny_config, tiny_model):
     whole = (block[column] == 0) | (block[column] == block[row] - 1)
     reads = past & np.where(whole, kind[column] == 0, kind[column] == 1)
     mask = torch.from_numpy(reads | (owner[row] == owner[column]))
-    tables = rope(config, np.concatenate(full_at + small_at + full_at))
+    tables = rope_tensors(config, np.concatenate(full_at + small_at + full_at))
     zeros = torch.zeros(blocks * n, config.dim)
     head_time, layer_time = transformer.embed_time(torch.tensor([[0.0, 700.0]]))
     segments = torch.from_numpy((kind == 2).astype(np.int64))
@@ -200,16 +206,18 @@ def test_cached_rollout_equals_one_masked_pass(tiny_config, tiny_model):
     )[0, -blocks * n :].unflatten(0, (blocks, n))
 
     # block by block, through the reference rollout's own history
-    history: list[Past] = []
+    history: list[PastBlock] = []
     for b in range(blocks):
-        context, context_rope, start = gather(config, history, list(range(1, b - 1)))
+        context, context_rope, start = gather_context(config, history, list(range(1, b - 1)))
         assert start == starts[b]
-        call = partial(forward, model, cross, context, context_rope)
+        call = partial(call_transformer, model, cross, context, context_rope)
         found = call(noisy[b][None], 700.0, full_at[b])[0]
         torch.testing.assert_close(found[0], flow[b], atol=1e-5, rtol=0)
         full = call(clean[b][None], 0.0, full_at[b])[1]
-        history.append(Past(b, full, call(small[b][None], 0.0, small_at[b], extra[b][None])[1]))
-        forget(config, history)
+        history.append(
+            PastBlock(b, full, call(small[b][None], 0.0, small_at[b], extra[b][None])[1])
+        )
+        drop_unread(config, history)
 
 
 @torch.inference_mode()
@@ -230,12 +238,12 @@ def test_kv_len_hides_garbage(tiny_config, tiny_model):
     at = np.random.default_rng(0).uniform(0, 20, (room, 3))
     tokens, extra = torch.randn(1, n, config.token_dim), torch.randn(1, n, config.dim)
     cross = tiny_model.transformer.cross_kv(torch.randn(1, config.text_len, config.text_dim))
-    new = rope(config, block_positions(config, 20))
+    new = rope_tensors(config, block_positions(config, 20))
 
     def call(size, kv_len):
         return tiny_model.transformer(
             tokens, extra, torch.tensor([500.0]), cross, new,
-            context(size), rope(config, at[:size]), kv_len,
+            context(size), rope_tensors(config, at[:size]), kv_len,
         )[0]  # fmt: skip
 
     torch.testing.assert_close(call(room, torch.tensor([n + valid])), call(valid, None))
