@@ -646,7 +646,9 @@ def test_a_tokenizer_of_another_model_is_refused(umt5):
     save_file(tensors, umt5 / "model.safetensors", {"format": "pt"})
     config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": words}))
     assert len(encode("a dog", umt5).text) == 7  # ▁ a ▁ d o g </s>
-    with pytest.raises(CheckpointError, match=f"tokenizer.json gives token {words}, .* {words} tokens:"):
+    with pytest.raises(
+        CheckpointError, match=f"tokenizer.json gives token {words}, .* {words} tokens:"
+    ):
         encode("a fox", umt5)
     change_tokenizer(umt5, post_processor=None, normalizer={"type": "Replace", "pattern": {
         "String": "a fox"}, "content": ""})  # fmt: skip
