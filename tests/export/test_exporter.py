@@ -21,7 +21,6 @@ from packforcing.export import export_bundle
 from packforcing.export.exporter import save_graph
 from packforcing.export.graphs import WRAPPERS, example_inputs, export_graph
 from packforcing.export.lint import TRACE_SIZES, lint
-from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
 from packforcing.model import LazyWeights, Model, open_weights, save_model
 from packforcing.runtime import Session
 from packforcing.runtime.backends import Graph
@@ -138,15 +137,6 @@ def test_a_full_disk_is_refused_before_the_export(tiny_model, tmp_path, monkeypa
     with pytest.raises(OutputError, match=r"the bundle needs .* kB and the disk of"):
         export_bundle(tiny_model.config, tiny_model.weights(), tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
-
-
-def test_the_contract_has_the_shapes_of_the_autoencoder_s_state(tiny_config, tiny_model):
-    autoencoder = tiny_model.autoencoder
-    assert [tuple(s.shape) for s in autoencoder.decoder_state()] == decoder_state_shapes(
-        tiny_config
-    )
-    states = autoencoder.encoder_state(tiny_config.height, tiny_config.width)
-    assert [tuple(s.shape) for s in states] == encoder_state_shapes(tiny_config)
 
 
 def test_the_manifest_has_config_graphs_and_files(tiny_bundle, tiny_config):

@@ -6,7 +6,7 @@ import pytest
 from packforcing import Policy
 from packforcing.config import WORD_COUNT
 from packforcing.errors import ConfigError
-from packforcing.presets import model_config
+from packforcing.presets import MODELS, model_config, policies
 from packforcing.words import VOCABULARY
 
 WAN = model_config("wan-1.3b")
@@ -33,3 +33,42 @@ def test_full_resolution_blocks_are_the_first_and_the_latest():
         earlier = list(range(block))
         assert list(sink) == earlier[:2]
         assert list(recent) == earlier[2:][-3:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_policies_compare_at_equal_memory(name):
+    """A window holds as many full blocks as the model's own sink, mid and recent take up."""
+    config = model_config(name)
+    presets = policies(config)
+    room = config.context_tokens
+    for window in ("sliding-window", "sink-window"):
+        used = msgspec.structs.replace(config, policy=presets[window]).context_tokens
+        assert room - config.block_tokens < used <= room
+    assert presets["sink-window"].sink == (config.policy.sink or 1)
+    if config.policy.mid:
+        assert presets["packforcing"] == config.policy
+
+
+def test_packforcing_keeps_the_papers_frames_whatever_the_block():
+    """8 sink and 4 recent frames, rounded up to whole blocks, and 16 compressed blocks."""
+    sizes = {
+        name: (policy.sink, policy.mid, policy.recent)
+        for name in ("longlive", "causal-forcing-frame")
+        for policy in [policies(model_config(name))["packforcing"]]
+    }
+    assert sizes == {"longlive": (3, 16, 2), "causal-forcing-frame": (8, 16, 4)}
+
+
+def test_the_high_branch_alone_needs_a_compressor():
+    policy = Policy(sink=1, mid=4, recent=1, branches="high")
+    with pytest.raises(ConfigError, match="no compressor"):
+        msgspec.structs.replace(model_config("longlive"), policy=policy).__post_init__()
+
+
+@pytest.mark.parametrize("change", [
+    {"heads": 5}, {"height": 100}, {"block_frames": 0}, {"timesteps": ()},
+    {"timesteps": (500, 750)}, {"compressor_widths": (1, 2)}, {"height": 32, "width": 32},
+])  # fmt: skip
+def test_impossible_configs_are_refused(change):
+    with pytest.raises(ConfigError):
+        msgspec.structs.replace(WAN, **change).__post_init__()
