@@ -32,7 +32,7 @@ from packforcing.evaluation.prompt_sets import draw_prompts
 from packforcing.files import write_file
 from packforcing.prompts import encode_prompt
 from packforcing.runtime import demo_bundle
-from packforcing.runtime.backends import Bindable, open_backend
+from packforcing.runtime.backends import LoadedGraph, open_backend
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.device import view
@@ -130,7 +130,7 @@ class ChangedDenoiser:
     """A denoiser whose new keys and values go through `change(kind, layer, tokens, arrays)` at
     t = 0: tokens are [H, n, d] in fp32, and so is what it returns."""
 
-    def __init__(self, graph: Bindable, layers: int) -> None:
+    def __init__(self, graph: LoadedGraph, layers: int) -> None:
         self.graph, self.layers, self.seconds = graph, layers, 0.0
         self.change: Callable[[str, int, np.ndarray, Arrays], np.ndarray] = lambda k, n, x, a: x
 

@@ -39,7 +39,8 @@ from packforcing.evaluation.prompt_sets import Prompt, draw_prompts
 from packforcing.files import write_file
 from packforcing.prompts import encode_prompt
 from packforcing.runtime import demo_bundle
-from packforcing.runtime.backends import Graph, open_backend
+from packforcing.runtime.backends import open_backend
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import (
     GraphSpec,
@@ -116,7 +117,7 @@ class RecordingDenoiser:
         spec = contract(config)["denoiser"]
         self.seconds, self.outputs = 0.0, outputs
         self.inputs: dict[str, list[np.ndarray]] = {name: [] for name in self.rows.values()}
-        self.graph = Graph(
+        self.graph = OnnxGraph(
             path,
             GraphSpec(spec.inputs, (*spec.outputs, *outputs)),
             None,

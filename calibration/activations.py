@@ -27,7 +27,8 @@ from packforcing.calibration.matmuls import NAMES, SHARED, initializer, known, m
 from packforcing.config import Config
 from packforcing.errors import BundleError, CalibrationError, OutputError
 from packforcing.geometry import layer_matrices
-from packforcing.runtime.backends import Graph, open_backend
+from packforcing.runtime.backends import open_backend
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import (
     GraphSpec,
@@ -307,7 +308,7 @@ class _Watched:
         model, self.extra = observed(path, config)
         spec = contract(config)["denoiser"]
         spec = GraphSpec(spec.inputs, (*spec.outputs, *self.extra))
-        self.graph = Graph(path, spec, None, model=model)
+        self.graph = OnnxGraph(path, spec, None, model=model)
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         host, tokens = HostDevice(), arrays["tokens"].shape[1]

@@ -173,7 +173,7 @@ def resolve_targets(
             backend builds for no other.
     """
     if backend == "tensorrt":
-        device = CudaDevice()  # the device that the builder takes as well
+        device = CudaDevice(backend)  # the device that the builder takes as well
         device.close()
         own_target = device.target
         if targets and {*targets} != {own_target}:

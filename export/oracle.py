@@ -25,7 +25,8 @@ import onnx_ir as ir
 
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError
-from packforcing.runtime.backends import FP8, Backend
+from packforcing.runtime.backends import Backend
+from packforcing.runtime.backends.onnxruntime import FP8
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import DTYPES, GraphSpec, Shape
 from packforcing.runtime.device import HostDevice, view

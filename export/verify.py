@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config, Precision
-from packforcing.errors import BackendError
+from packforcing.errors import BackendError, MissingDependency
 from packforcing.export.oracle import (
     SEED,
     Call,
@@ -35,7 +35,8 @@ from packforcing.export.oracle import (
     with_garbage,
     without_rest,
 )
-from packforcing.runtime.backends import ENGINES, Bindable, Graph
+from packforcing.runtime.backends import ENGINE_BACKENDS, LoadedGraph
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.backends.tensorrt import Engines
 from packforcing.runtime.bundle import (
     DTYPES,
@@ -150,7 +151,7 @@ def verify(
     for backend in runnable:
         try:
             opened = Engines(backend, directory, config)
-        except BackendError as error:  # of another card, too little memory
+        except (BackendError, MissingDependency) as error:  # of another GPU, too little memory
             about_engines += f"; not run on {backend}: {error}"
             continue
         with closing(opened) as engines:
@@ -243,7 +244,7 @@ def built_engines(directory: Path) -> tuple[str, list[str]]:
     """
     built = {
         backend: read_records(directory, backend)
-        for backend in ENGINES
+        for backend in ENGINE_BACKENDS
         if all(record_file(directory, backend, graph).exists() for graph in GPU_GRAPHS)
     }
     if not built:
@@ -253,7 +254,7 @@ def built_engines(directory: Path) -> tuple[str, list[str]]:
     said = ", ".join(f"{backend} for {' '.join(targets[backend])}" for backend in built)
     try:
         gpus()
-    except BackendError as error:
+    except (BackendError, MissingDependency) as error:
         return f"{said}: built from these graphs and intact, not run here ({error})", []
     return f"{said}: run here, on their own shapes", list(built)
 
@@ -281,14 +282,14 @@ def ways(path: Path, spec: GraphSpec, plain: GraphSpec) -> dict[str, Callable[[]
     fp16, or cannot bear its rounding, shows there.
     """
     ways: dict[str, Callable[[], Run]] = {
-        "onnxruntime": lambda: partial(run, Graph(path, spec, None), spec, HostDevice())
+        "onnxruntime": lambda: partial(run, OnnxGraph(path, spec, None), spec, HostDevice())
     }
     if halved(spec):
         ways["rounded"] = lambda: Oracle(path, plain, rounded=True).run
     return ways
 
 
-def run(graph: Bindable, spec: GraphSpec, device: HostDevice, inputs: Tensors) -> Tensors:
+def run(graph: LoadedGraph, spec: GraphSpec, device: HostDevice, inputs: Tensors) -> Tensors:
     """Outputs of a loaded graph by name, through arrays as the runtime binds them."""
     open_axes = {
         size: inputs[tensor.name].shape[axis]

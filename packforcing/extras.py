@@ -16,10 +16,12 @@ def install_command(*extras: str) -> str:
     """Name the command that installs extras, right for a wheel and for a checkout.
 
     Args:
-        extras: Names under `[project.optional-dependencies]` in pyproject.toml.
+        extras: Names under `[project.optional-dependencies]` in pyproject.toml; without any,
+            the command installs what the package itself requires.
     """
     source = _ROOT if (_ROOT / "pyproject.toml").is_file() else "packforcing"
-    return f'pip install "{source}[{",".join(extras)}]"'
+    names = f"[{','.join(extras)}]" if extras else ""
+    return f'pip install "{source}{names}"'
 
 
 @contextmanager

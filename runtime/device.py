@@ -1,9 +1,8 @@
-"""Memory that graphs are bound to: the host's own, or a GPU's with a view of it on the host.
+"""Memory that graphs are bound to: the host's, or a GPU's with a view of it on the host.
 
 Every array is allocated once and never moves. Host code reads and writes `Array.host` and nothing
-else; `upload` and `download` say where data crosses to the device and back. On the host both
-memories are one, so they do nothing. All work of a device runs in one order: graphs, copies and
-fills follow each other as they were called.
+else; `upload` and `download` copy between that view and the device. On the host both are the same
+memory, so they do nothing. Graphs, copies and fills of a device run in the order of the calls.
 """
 
 from __future__ import annotations
@@ -18,99 +17,129 @@ from typing import Any
 import numpy as np
 
 from packforcing.errors import BackendError
+from packforcing.extras import optional_imports
 from packforcing.runtime.nvml import driver, gpus
 from packforcing.units import format_gib
 
 
 @dataclass(frozen=True, eq=False)
 class Array:
-    """Fixed device memory of one C-contiguous array, or of a part of one.
+    """A C-contiguous array, or a part of one, at a fixed address of a device's memory.
 
     The memory lives as long as an array that refers to it.
+
+    Attributes:
+        address: Where it begins in the device's memory.
+        shape: Its shape.
+        dtype: Its dtype.
+        host_view: The host's view of it; None where host code never reads or writes it.
+        owner: Keeps the allocation alive.
     """
 
     address: int
     shape: tuple[int, ...]
     dtype: np.dtype
-    seen: np.ndarray | None  # the host's view, if it has one
+    host_view: np.ndarray | None
     owner: object = field(repr=False)
 
     @property
     def host(self) -> np.ndarray:
-        """What host code reads and writes, of arrays that were allocated for that."""
-        assert self.seen is not None, "this array stays on the device"
-        return self.seen
+        """The host's view, of an array that was allocated with one."""
+        assert self.host_view is not None, "this array stays on the device"
+        return self.host_view
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def reshape(self, *shape: int) -> Array:
-        """The same memory under another shape of the same size."""
+        """Return the same memory under another shape of the same size."""
         assert math.prod(shape) == math.prod(self.shape), (shape, self.shape)
-        seen = None if self.seen is None else self.seen.reshape(shape)
-        return replace(self, shape=shape, seen=seen)
+        host_view = None if self.host_view is None else self.host_view.reshape(shape)
+        return replace(self, shape=shape, host_view=host_view)
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Array:
-        """The part at leading indices: of [L, 2, ...], `array[layer, 1]` is [...]."""
+        """Return the part at leading indices: of [L, 2, ...], `array[layer, 1]` is [...]."""
         index = index if isinstance(index, tuple) else (index,)
         shape = self.shape[len(index) :]
-        step = math.prod(shape) * self.dtype.itemsize
+        part_bytes = math.prod(shape) * self.dtype.itemsize
         position = int(np.ravel_multi_index(index, self.shape[: len(index)]))
-        seen = None if self.seen is None else self.seen[index]
-        return replace(self, address=self.address + position * step, shape=shape, seen=seen)
+        host_view = None if self.host_view is None else self.host_view[index]
+        address = self.address + position * part_bytes
+        return replace(self, address=address, shape=shape, host_view=host_view)
 
     def on_host(self) -> Array:
-        """The host's view as an array of its own: what graphs that run on the host are bound to."""
+        """Return the host's view as an array, for graphs that run on the host."""
         return replace(self, address=self.host.ctypes.data)
 
 
 class HostDevice:
-    """The host's memory. `allocated` counts live bytes by purpose."""
+    """The host's memory.
+
+    Attributes:
+        allocated: Bytes in use, by purpose.
+    """
 
     def __init__(self) -> None:
         self.allocated: Counter[str] = Counter()
 
     @property
     def host(self) -> HostDevice:
-        """Where memory that no device needs is allocated."""
+        """The device for memory that only the host needs."""
         return self
 
     def allocate(
         self, purpose: str, shape: tuple[int, ...], dtype: Any, *, host: bool = False
     ) -> Array:
-        """Memory with whatever is in it; `host`: host code reads or writes it too."""
+        """Allocate an array; its content is undefined.
+
+        Args:
+            purpose: What `allocated` counts it under.
+            shape: Its shape.
+            dtype: Its dtype, as NumPy knows it.
+            host: Whether host code reads or writes it, so that it needs a view there.
+
+        Raises:
+            BackendError: The GPU has too little free memory.
+        """
         memory = np.empty(shape, dtype)
         self._count(purpose, memory.nbytes, memory)
         return Array(memory.ctypes.data, shape, memory.dtype, memory if host else None, memory)
 
     def upload(self, *arrays: Array) -> None:
-        """Brings the host's view of arrays to the device; the view may be written right after."""
+        """Copy the host's view of arrays to the device; it may be overwritten right after."""
 
     def download(self, *arrays: Array) -> None:
-        """Brings arrays from the device to the host's view."""
+        """Copy arrays from the device to the host's view of them."""
 
     def zero(self, array: Array) -> None:
-        """Fills an array with zeros on the device."""
+        """Fill an array with zeros on the device."""
         view(array)[...] = 0
 
     def read(self, array: Array) -> np.ndarray:
-        """A copy on the host of an array that need not have a view there."""
+        """Return a copy of an array, which need not have a host view."""
         return view(array).copy()
 
     def write(self, array: Array, values: np.ndarray) -> None:
-        """Overwrites an array that need not have a view on the host."""
+        """Overwrite an array, which need not have a host view."""
         view(array)[...] = values
 
     def copy_tokens(self, source: Array, target: Array, first: int) -> None:
-        """target[..., first : first + n, :] = source, on the device; source is [..., n, d]."""
+        """Copy tokens on the device: target[..., first : first + n, :] = source.
+
+        Args:
+            source: [..., n, d].
+            target: [..., tokens, d].
+            first: The first token of the target that is overwritten.
+        """
         view(target)[..., first : first + source.shape[-2], :] = view(source)
 
     def synchronize(self) -> None:
-        """Waits until everything that was begun is done."""
+        """Wait until all work of the device is done."""
 
     def close(self) -> None:
-        """Gives back what is not memory; memory goes with the last array that refers to it."""
+        """Release what is not memory; memory is freed with the last array that refers to it."""
 
     def _count(self, purpose: str, size: int, owner: object) -> None:
         self.allocated[purpose] += size
@@ -118,14 +147,24 @@ class HostDevice:
 
 
 class CudaDevice(HostDevice):
-    """The first visible NVIDIA GPU, one stream; host views are page-locked.
+    """The first visible NVIDIA GPU, with one stream; host views are pinned memory.
 
-    Raises `BackendError` where there is no GPU, no driver or one too old for this CUDA.
+    Args:
+        extra: The extra that installs CUDA's bindings for the backend in use.
+
+    Attributes:
+        name: The GPU's name.
+        target: Its compute capability, as engines name it: sm89 is 8.9.
+        stream: The stream's handle.
+
+    Raises:
+        BackendError: There is no GPU, no driver, or a driver too old for this CUDA.
+        MissingDependency: CUDA's bindings are not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, extra: str = "tensorrt-rtx") -> None:
         super().__init__()
-        self._cuda = cuda = _cuda_runtime()
+        self._cuda = cuda = _cuda_runtime(extra)
         self._host = HostDevice()
         major, minor = (
             self._call("cudaDeviceGetAttribute", getattr(cuda.cudaDeviceAttr, name), 0)
@@ -143,19 +182,26 @@ class CudaDevice(HostDevice):
         return self._host
 
     def free_memory(self) -> tuple[int, int]:
-        """Bytes of device memory that are free now, and in all."""
-        free, total = self._call("cudaMemGetInfo")
-        return free, total
+        """Return the bytes of device memory that are free now, and all."""
+        free_bytes, total_bytes = self._call("cudaMemGetInfo")
+        return free_bytes, total_bytes
 
-    def require(self, size: int, what: str) -> None:
-        """Raises `BackendError` unless so many bytes are free."""
-        free, total = self.free_memory()
-        if size > free:
+    def require(self, needed_bytes: int, what: str) -> None:
+        """Check that so much device memory is free.
+
+        Args:
+            needed_bytes: Bytes that will be allocated.
+            what: The subject of the message, like "the demo model".
+
+        Raises:
+            BackendError: Less is free.
+        """
+        free_bytes, total_bytes = self.free_memory()
+        if needed_bytes > free_bytes:
             raise BackendError(
-                f"{what} needs {format_gib(size)} GiB of GPU memory; {self.name} has "
-                f"{format_gib(free)} of {format_gib(total)} GiB free: close other "
-                "programs that use it, or look with 'packforcing plan --budget' for a bundle that "
-                "fits"
+                f"{what} needs {format_gib(needed_bytes)} GiB of GPU memory; {self.name} has "
+                f"{format_gib(free_bytes)} of {format_gib(total_bytes)} GiB free: close other "
+                "programs that use it, or find a bundle that fits with 'packforcing plan --budget'"
             )
 
     def allocate(
@@ -165,14 +211,14 @@ class CudaDevice(HostDevice):
         size = math.prod(shape) * dtype.itemsize
         self.require(size, f"allocating '{purpose}'")
         address = int(self._call("cudaMalloc", size))
-        owner = _Memory()
+        owner = _Allocation()
         weakref.finalize(owner, self._cuda.cudaFree, address).atexit = False
         self._count(purpose, size, owner)
-        seen = self._locked(purpose, shape, dtype) if host else None
-        return Array(address, shape, dtype, seen, owner)
+        host_view = self._pinned(purpose, shape, dtype) if host else None
+        return Array(address, shape, dtype, host_view, owner)
 
-    def _locked(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Page-locked host memory: copies to and from it run at full speed."""
+    def _pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Allocate pinned host memory: copies to and from it run at full speed."""
         size = math.prod(shape) * dtype.itemsize
         address = int(self._call("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
         memory = (ctypes.c_byte * size).from_address(address)
@@ -195,18 +241,18 @@ class CudaDevice(HostDevice):
         self.synchronize()
 
     def read(self, array: Array) -> np.ndarray:
-        passing = self._passing(array)
-        self.download(passing)
-        return passing.host.copy()
+        staged = self._with_host_view(array)
+        self.download(staged)
+        return staged.host.copy()
 
     def write(self, array: Array, values: np.ndarray) -> None:
-        passing = self._passing(array)
-        passing.host[...] = values
-        self.upload(passing)
+        staged = self._with_host_view(array)
+        staged.host[...] = values
+        self.upload(staged)
 
-    def _passing(self, array: Array) -> Array:
-        """The array with a view on the host, for as long as it takes to copy it."""
-        return replace(array, seen=self._locked("passing", array.shape, array.dtype))
+    def _with_host_view(self, array: Array) -> Array:
+        """Return the array with a host view that lives as long as this copy of it."""
+        return replace(array, host_view=self._pinned("copies", array.shape, array.dtype))
 
     def zero(self, array: Array) -> None:
         self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
@@ -227,7 +273,7 @@ class CudaDevice(HostDevice):
         self._end()
 
     def _call(self, name: str, *args: Any) -> Any:
-        """A CUDA call's result, or `BackendError` with its name and what CUDA says."""
+        """Return a CUDA call's result; its failure is a `BackendError` with the call's name."""
         status, *result = getattr(self._cuda, name)(*args)
         if status != self._cuda.cudaError_t.cudaSuccess:
             text = self._cuda.cudaGetErrorString(status)[1].decode()
@@ -238,34 +284,32 @@ class CudaDevice(HostDevice):
         return result[0] if len(result) == 1 else tuple(result)
 
 
-class _Memory:
-    """Stands for an allocation on the GPU, which ends with it."""
+class _Allocation:
+    """Stands for an allocation on the GPU, which is freed with it."""
 
 
 def view(array: Array) -> np.ndarray:
-    """Device memory that lies on the host, as numpy sees it; it lives as long as the view."""
+    """Return device memory that lies on the host as a NumPy array, which keeps it alive."""
     memory = (ctypes.c_byte * array.nbytes).from_address(array.address)
     memory.owner = array.owner  # type: ignore[attr-defined]
     return np.ndarray(array.shape, array.dtype, memoryview(memory))
 
 
-def _cuda_runtime() -> Any:
-    """CUDA's runtime library, once driver and GPU are known to be there."""
-    try:
+def _cuda_runtime(extra: str) -> Any:
+    """Import CUDA's runtime library and check that there is a driver and a GPU."""
+    with optional_imports("using a GPU", extra):
         from cuda.bindings import runtime as cuda
-    except ImportError as error:
-        raise BackendError(f"cannot use a GPU: {error}; pip install cuda-bindings") from error
     status, count = cuda.cudaGetDeviceCount()
     if status == cuda.cudaError_t.cudaSuccess and count:
         return cuda
-    installed = driver()  # says so if there is none
+    installed = driver()  # raises where there is none
     needed = cuda.cudaRuntimeGetVersion()[1]
     if status == cuda.cudaError_t.cudaErrorInsufficientDriver:
         raise BackendError(
             f"NVIDIA driver {installed.version} runs CUDA {'.'.join(map(str, installed.cuda))}, "
             f"this needs {needed // 1000}.0 or newer: update the driver"
         )
-    gpus()  # says so if there is none
+    gpus()  # raises where there is none
     raise BackendError(
         f"CUDA finds no usable GPU ({cuda.cudaGetErrorString(status)[1].decode()}): check that "
         "CUDA_VISIBLE_DEVICES does not hide it"

@@ -1,7 +1,7 @@
-"""What this machine can export, build and run, and why not: each "no" says what to do.
+"""Tell what this machine can export, build and run, and for everything else what to do.
 
-Quick, and safe on broken installs. Whether a library loads is seen by loading it, but for those
-of the exporter, which take seconds: they go by what pip knows of them.
+It is quick, and safe on broken installations. Whether a library works is found out by loading it,
+except for the exporter's, which take seconds: for those the installed versions have to do.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ from types import ModuleType
 import msgspec
 
 from packforcing import __version__
-from packforcing.errors import BackendError
+from packforcing.errors import BackendError, MissingDependency, PackForcingError
+from packforcing.extras import install_command, installed_version
+from packforcing.runtime.backends.onnxruntime import CUDA_PROVIDER
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
 
-MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name is another
+MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name differs
+ONNXRUNTIMES = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}  # extras and distributions
 
 
 class Capability(msgspec.Struct, frozen=True):
-    """Something a machine can do or not; the detail says with what, or why not and what to do."""
+    """Something a machine can do or not.
+
+    Attributes:
+        name: What, like "run with tensorrt-rtx".
+        able: Whether it can.
+        detail: With which packages on which GPU; or why not, and the remedy.
+    """
 
     name: str
     able: bool
@@ -35,7 +44,7 @@ class Capability(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """A machine and what it can do. Memory and disk in bytes, free ones as they are now."""
+    """A machine and what it can do. Memory and disk space are in bytes, as they are now."""
 
     packforcing: str
     system: str
@@ -46,21 +55,21 @@ class Diagnosis(msgspec.Struct, frozen=True):
     disk_free: int
     driver: Driver | None
     gpus: list[Gpu]
-    no_gpu: str  # why there is none, and what to do; empty where there is one
+    no_gpu: str  # why there is none, and the remedy; empty where there is one
     capabilities: list[Capability]
 
 
 def diagnose(folder: Path) -> Diagnosis:
-    """Looks at this machine, and at the disk that `folder` is on. Changes nothing."""
+    """Look at this machine and at the disk of a folder, without changing anything."""
     import psutil
 
     memory = psutil.virtual_memory()
-    found, cards, missing = None, [], ""
+    installed_driver, devices, no_gpu = None, [], ""
     try:
-        found = driver()
-        cards = gpus()
-    except BackendError as error:
-        missing = _line(error)
+        installed_driver = driver()
+        devices = gpus()
+    except PackForcingError as error:
+        no_gpu = _one_line(error)
     return Diagnosis(
         packforcing=__version__,
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
@@ -69,9 +78,9 @@ def diagnose(folder: Path) -> Diagnosis:
         memory_total=memory.total,
         memory_free=memory.available,
         disk_free=shutil.disk_usage(folder).free,
-        driver=found,
-        gpus=cards,
-        no_gpu=missing,
+        driver=installed_driver,
+        gpus=devices,
+        no_gpu=no_gpu,
         capabilities=[_capability(name, check) for name, check in CHECKS.items()],
     )
 
@@ -79,51 +88,55 @@ def diagnose(folder: Path) -> Diagnosis:
 def _capability(name: str, check: Callable[[], str]) -> Capability:
     try:
         return Capability(name, True, check())
-    except BackendError as error:
-        return Capability(name, False, _line(error))
+    except PackForcingError as error:
+        return Capability(name, False, _one_line(error))
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def packages(extra: str) -> str:
-    """Names and versions of what an extra of this package asks for.
+def require_packages(extra: str) -> str:
+    """Check that everything is installed that an extra of this package requires.
 
-    Raises `BackendError` naming all that are missing or too old.
+    Returns:
+        Names and versions.
+
+    Raises:
+        MissingDependency: Names all packages that are missing or too old.
     """
     from packaging.requirements import Requirement
 
-    found, wrong = [], []
+    installed, problems = [], []
     for text in importlib.metadata.requires("packforcing") or ():
-        wanted = Requirement(text)
-        if wanted.marker is None or not wanted.marker.evaluate({"extra": extra}):
+        requirement = Requirement(text)
+        name, marker = requirement.name, requirement.marker
+        if marker is None or not marker.evaluate({"extra": extra}):
             continue
-        try:
-            version = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            wrong.append(f"{wanted.name} is not installed")
+        version = installed_version(name)
+        if version is None:
+            problems.append(f"{name} is not installed")
             continue
-        found.append(f"{wanted.name} {version}")
-        if not wanted.specifier.contains(version, prereleases=True):
-            wrong.append(f"{wanted.name} {version} is not {wanted.specifier}")
-        elif importlib.util.find_spec(_module(wanted.name)) is None:
-            wrong.append(f"{wanted.name} {version} is installed but its files are gone")
-    if not (found or wrong):
-        wrong.append(f"this installation has no extra '{extra}' yet")
-    if wrong:
-        raise BackendError(f"{', '.join(wrong)}: {_install(extra)}")
-    return ", ".join(found)
+        installed.append(f"{name} {version}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{name} {version} is not {requirement.specifier}")
+        elif importlib.util.find_spec(_module(name)) is None:
+            problems.append(f"{name} {version} is installed but its files are gone")
+    if not (installed or problems):
+        problems.append(f"this installation has no extra '{extra}' yet")
+    if problems:
+        raise MissingDependency(f"{', '.join(problems)}: {install_command(extra)}")
+    return ", ".join(installed)
 
 
 def _load(name: str, extra: str) -> ModuleType:
-    """An installed library, imported; raises `BackendError` for whatever goes wrong in it."""
+    """Import an installed library."""
     try:
         return importlib.import_module(_module(name))
-    except Exception as error:  # a broken install raises anything
+    except Exception as error:  # a broken installation raises anything
         raise BackendError(
             f"{name} is installed but does not load ({type(error).__name__}: {error}): "
-            f"pip uninstall {name}, then {_install(extra)}"
+            f"pip uninstall {name}, then {install_command(extra)}"
         ) from error
 
 
@@ -131,94 +144,91 @@ def _module(name: str) -> str:
     return MODULES.get(name, name.replace("-", "_"))
 
 
-def _install(extra: str) -> str:
-    return f"pip install '.[{extra}]' in the checkout"
-
-
 def _verify() -> str:
-    return f"{packages('verify')}, {_onnxruntime()[0]}"
+    return f"{require_packages('verify')}, {_onnxruntime()[0]}"
 
 
 def _onnxruntime() -> tuple[str, list[str]]:
-    """The one ONNX Runtime that is installed, and its providers."""
-    found = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}
-    for extra, name in list(found.items()):
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            del found[extra]
-    if len(found) > 1:
+    """Return the installed ONNX Runtime, and its providers."""
+    installed = [extra for extra, name in ONNXRUNTIMES.items() if installed_version(name)]
+    if len(installed) > 1:
         raise BackendError(
-            "onnxruntime and onnxruntime-gpu are both installed, one over the other: "
-            f"pip uninstall onnxruntime onnxruntime-gpu, then {_install('cpu')}, or gpu"
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            f"pip uninstall onnxruntime onnxruntime-gpu, then {install_command('cpu')}, or for "
+            f"the backend onnxruntime-cuda {install_command('gpu')}"
         )
-    extra = next(iter(found), "cpu")
-    library = packages(extra)
-    return library, _load(found[extra], extra).get_available_providers()
+    extra = next(iter(installed), "cpu")
+    packages = require_packages(extra)
+    return packages, _load(ONNXRUNTIMES[extra], extra).get_available_providers()
 
 
-def _on_cpu() -> str:
-    library, providers = _onnxruntime()
+def _run_onnxruntime() -> str:
+    packages, providers = _onnxruntime()
     names = [name.removesuffix("ExecutionProvider") for name in providers]
-    return f"{library}, with {', '.join(names)}"
+    return f"{packages}, with {', '.join(names)}"
 
 
-def _onnxruntime_cuda() -> str:
-    card = _card()
-    library, providers = _onnxruntime()
-    if "CUDAExecutionProvider" not in providers:
+def _run_onnxruntime_cuda() -> str:
+    gpu = _first_gpu()
+    packages, providers = _onnxruntime()
+    if CUDA_PROVIDER not in providers:
         raise BackendError(
-            f"{library} is without CUDAExecutionProvider: pip uninstall onnxruntime, then "
-            f"{_install('gpu')}"
+            f"{packages} is without {CUDA_PROVIDER}: pip uninstall onnxruntime, then "
+            f"{install_command('gpu')}"
         )
-    return f"{library}, on {card.name}"
+    return f"{packages}, on {gpu.name}"
 
 
 def rtx_targets() -> list[str]:
-    """The targets that the installed TensorRT-RTX builds for; raises `BackendError`."""
-    packages("tensorrt-rtx")
+    """Return the targets that the installed TensorRT-RTX builds for, like "sm89".
+
+    Raises:
+        BackendError: It does not load.
+        MissingDependency: It is not installed.
+    """
+    require_packages("tensorrt-rtx")
     library = _load("tensorrt-rtx", "tensorrt-rtx")
     names = [name for name in library.ComputeCapability.__members__ if name.startswith("SM")]
     return sorted(map(str.lower, names), key=lambda name: int(name[2:]))
 
 
-def _card(targets: list[str] | None = None) -> CudaDevice:
-    """The card that a backend would take, if its target is one of these."""
-    cards = gpus()  # without a driver or a card, nothing else is worth saying
-    device = CudaDevice()
-    device.close()
-    if targets is None or device.target in targets:
-        return device
-    advice = "use another backend"
-    if any(card.target in targets for card in cards):
-        advice = "make another card the first with CUDA_VISIBLE_DEVICES, or use another backend"
+def _first_gpu(targets: list[str] | None = None) -> CudaDevice:
+    """Return the GPU that a backend would use, if its target is one of these."""
+    devices = gpus()  # without a driver or a GPU, nothing else is worth reporting
+    first = CudaDevice()
+    first.close()
+    if targets is None or first.target in targets:
+        return first
+    remedy = "use another backend"
+    if any(device.target in targets for device in devices):
+        remedy = "make another GPU the first with CUDA_VISIBLE_DEVICES, or use another backend"
     raise BackendError(
-        f"{device.name} is {device.target}; it takes one of {', '.join(targets)}: {advice}"
+        f"{first.name} is {first.target}, which is not one of {', '.join(targets)}: {remedy}"
     )
 
 
-def _build_rtx() -> str:
-    return f"{packages('tensorrt-rtx')}, for {', '.join(rtx_targets())}"
+def _build_tensorrt_rtx() -> str:
+    return f"{require_packages('tensorrt-rtx')}, for {', '.join(rtx_targets())}"
 
 
-def _run_rtx() -> str:
-    return f"{packages('tensorrt-rtx')}, on {_card(rtx_targets()).name}"
+def _run_tensorrt_rtx() -> str:
+    return f"{require_packages('tensorrt-rtx')}, on {_first_gpu(rtx_targets()).name}"
 
 
 def _tensorrt() -> str:
-    found = packages("tensorrt")
+    packages = require_packages("tensorrt")
     _load("tensorrt", "tensorrt")
-    card = _card()
-    return f"{found}, on {card.name} ({card.target})"
+    gpu = _first_gpu()
+    return f"{packages}, on {gpu.name} ({gpu.target})"
 
 
 CHECKS: dict[str, Callable[[], str]] = {
-    "export": lambda: packages("export"),
+    "export": lambda: require_packages("export"),
     "verify": _verify,
-    "build with tensorrt-rtx": _build_rtx,
-    "build with tensorrt": _tensorrt,  # it builds on the card that is to run the engine
-    "run with onnxruntime": _on_cpu,
-    "run with onnxruntime-cuda": _onnxruntime_cuda,
-    "run with tensorrt-rtx": _run_rtx,
+    "build with tensorrt-rtx": _build_tensorrt_rtx,
+    "build with tensorrt": _tensorrt,  # it builds on the GPU that is to run the engine
+    "run with onnxruntime": _run_onnxruntime,
+    "run with onnxruntime-cuda": _run_onnxruntime_cuda,
+    "run with tensorrt-rtx": _run_tensorrt_rtx,
     "run with tensorrt": _tensorrt,
 }

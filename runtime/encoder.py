@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR, Config
-from packforcing.runtime.backends import Bindable
+from packforcing.runtime.backends import LoadedGraph
 from packforcing.runtime.buffers import Arrays, encoder_arrays
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.request import start_blocks
@@ -15,7 +15,7 @@ from packforcing.runtime.request import start_blocks
 Encode = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
-def bind_encoder(graph: Bindable, arrays: Arrays) -> Encode:
+def bind_encoder(graph: LoadedGraph, arrays: Arrays) -> Encode:
     """Bind the graph `vae_encoder`.
 
     Args:
@@ -48,7 +48,7 @@ def bind_encoder(graph: Bindable, arrays: Arrays) -> Encode:
     return encode
 
 
-def encode_start(config: Config, graph: Bindable, clip: np.ndarray, blocks: int) -> np.ndarray:
+def encode_start(config: Config, graph: LoadedGraph, clip: np.ndarray, blocks: int) -> np.ndarray:
     """Encode the frames that a video begins with.
 
     Args:

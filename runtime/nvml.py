@@ -1,7 +1,7 @@
-"""The NVIDIA driver and its GPUs, asked through NVML.
+"""Ask the NVIDIA driver for its version and GPUs, through NVML.
 
-Unlike CUDA, NVML needs no context for that: nothing is allocated on the card. GPUs are numbered
-along the PCI bus, which is CUDA's order under CUDA_DEVICE_ORDER=PCI_BUS_ID.
+Unlike CUDA, NVML needs no context: nothing is allocated on the GPU. GPUs are numbered along the
+PCI bus, which is CUDA's order under CUDA_DEVICE_ORDER=PCI_BUS_ID.
 """
 
 from __future__ import annotations
@@ -13,65 +13,72 @@ from typing import Any
 import msgspec
 
 from packforcing.errors import BackendError
+from packforcing.extras import optional_imports
 
 
 class Driver(msgspec.Struct, frozen=True):
     """The installed driver."""
 
     version: str
-    cuda: tuple[int, int]  # the newest CUDA that it runs
+    cuda: tuple[int, int]  # the newest CUDA version that it supports
 
 
 class Gpu(msgspec.Struct, frozen=True):
-    """A card, with its memory in bytes as it is now."""
+    """A GPU, with its memory in bytes as it is now."""
 
     index: int
     name: str
-    target: str  # its compute capability, as engines for it are built for: sm89 is 8.9
+    target: str  # compute capability, as engines name it: sm89 is 8.9
     memory_total: int
     memory_free: int
 
 
 def driver() -> Driver:
-    """The driver's version; raises `BackendError` where there is none."""
+    """Return the driver's version.
+
+    Raises:
+        BackendError: There is no driver, or it does not answer.
+    """
     with _nvml() as nvml:
         cuda = nvml.nvmlSystemGetCudaDriverVersion()
         return Driver(nvml.nvmlSystemGetDriverVersion(), (cuda // 1000, cuda % 1000 // 10))
 
 
 def gpus() -> list[Gpu]:
-    """Every card of this machine, at least one; raises `BackendError` without driver or card."""
+    """List the GPUs of this machine, at least one.
+
+    Raises:
+        BackendError: There is no driver or no GPU.
+    """
     with _nvml() as nvml:
-        found = [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
-    if not found:
+        devices = [_gpu(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+    if not devices:
         raise BackendError(
-            "the NVIDIA driver reports no GPU: check that the card is seated and powered, and "
+            "the NVIDIA driver reports no GPU: check that the GPU is seated and powered, and "
             "passed through to this container or virtual machine"
         )
-    return found
+    return devices
 
 
 def _gpu(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     try:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        total, free = memory.total, memory.free
-    except nvml.NVMLError_NotSupported:  # it has none of its own: the host's is shared
+        total_bytes, free_bytes = memory.total, memory.free
+    except nvml.NVMLError_NotSupported:  # an integrated GPU shares the host's memory
         import psutil
 
         host = psutil.virtual_memory()
-        total, free = host.total, host.available
+        total_bytes, free_bytes = host.total, host.available
     target = "sm{}{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle))
-    return Gpu(index, nvml.nvmlDeviceGetName(handle), target, total, free)
+    return Gpu(index, nvml.nvmlDeviceGetName(handle), target, total_bytes, free_bytes)
 
 
 @contextmanager
 def _nvml() -> Iterator[Any]:
-    """NVML, initialised; its own errors leave as `BackendError`."""
-    try:
+    """Initialize NVML; turn its errors into `BackendError`."""
+    with optional_imports("listing GPUs"):
         import pynvml
-    except ImportError as error:
-        raise BackendError(f"cannot ask for GPUs: {error}; pip install nvidia-ml-py") from error
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:

@@ -17,7 +17,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from packforcing.files import file_record
-from packforcing.runtime.backends import Backend, Graph
+from packforcing.runtime.backends import Backend
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import GPU_GRAPHS, contract, graph_file, read_manifest
 from packforcing.runtime.device import Array, CudaDevice, view
 from packforcing.runtime.engine_records import (
@@ -176,7 +177,7 @@ class OnDevice:
 
 def cuda_device(cuda: Cuda) -> CudaDevice:
     """The runtime's own device, on this CUDA."""
-    with mock.patch("packforcing.runtime.device._cuda_runtime", lambda: cuda):
+    with mock.patch("packforcing.runtime.device._cuda_runtime", lambda extra: cuda):
         return CudaDevice()
 
 
@@ -192,7 +193,8 @@ def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
         name: OnDevice(cuda, name, graph) if name in GPU_GRAPHS else graph
         for name, graph in backend.graphs.items()
     }
-    return Backend(device, graphs, device.close, device.name)
+    identity = backend.identity.replace("the CPU", device.name)
+    return Backend(device, graphs, device.close, identity)
 
 
 SCRATCH = 4096  # bytes that every emulated engine wants
@@ -285,7 +287,7 @@ class ICudaEngine:
         self.trt = trt
         self.config = read_manifest(path.parent).config
         self.spec = contract(self.config)[path.stem]
-        self.graph = Graph(path, self.spec, threads=1)
+        self.graph = OnnxGraph(path, self.spec, threads=1)
         self.tensors = {t.name: t for t in (*self.spec.inputs, *self.spec.outputs)}
         self.profiles = list(shapes(self.config, path.stem).values())
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(self.profiles)

@@ -11,10 +11,10 @@ import msgspec
 
 from packforcing.app.reports.tables import make_table
 from packforcing.config import Config
-from packforcing.errors import BackendError, OutputError, PlanError
+from packforcing.errors import BackendError, MissingDependency, OutputError, PlanError
 from packforcing.files import partial_path
 from packforcing.presets import with_autoencoder
-from packforcing.runtime.backends import ENGINES
+from packforcing.runtime.backends import ENGINE_BACKENDS
 from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
 from packforcing.runtime.engine_records import graph_files, read_record
 from packforcing.runtime.estimate import GPUS, seconds_per_block
@@ -72,7 +72,7 @@ class Measured(NamedTuple):
 def measured(directory: Path) -> Measured:
     """Looks for engines of a bundle, and loads them where there is a GPU for them."""
     manifest = read_manifest(directory)
-    for backend in ENGINES:
+    for backend in ENGINE_BACKENDS:
         records = [read_record(directory, backend, graph) for graph in GPU_GRAPHS]
         current = [
             record
@@ -85,7 +85,7 @@ def measured(directory: Path) -> Measured:
             try:
                 loaded = load_figures(backend, directory, manifest.config)
                 return Measured(built, loaded, "", targets)
-            except BackendError as error:
+            except (BackendError, MissingDependency) as error:
                 return Measured(built, {}, f"not loaded here: {error}", targets)
     return Measured({}, {}, "no engines are built: run 'packforcing build'")
 

@@ -1,12 +1,12 @@
-"""Engines on a GPU: TensorRT-RTX and TensorRT are one interface under two names.
+"""Run engines on a GPU: TensorRT-RTX and TensorRT are one interface under two names.
 
 What can be known without loading an engine is checked first, so that a mistake costs no time:
 library, driver, GPU, what the engines were built from and for, and whether they fit. Then they
-are loaded one by one. They take turns, so they share one scratch memory, and every binding is
-an execution context of its own, with shapes and addresses set once.
+are loaded one by one. They take turns, so they share one scratch memory. Every binding is an
+execution context of its own, with shapes and addresses set once.
 
-TensorRT-RTX compiles kernels when a context is made. What it compiled is kept beside the
-engines, and read on the next start by the same GPU, driver and library.
+TensorRT-RTX compiles kernels when a context is made. The compiled kernels are stored beside the
+engines, and the next start reads them with the same GPU, driver and library.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from packforcing.config import Config
-from packforcing.errors import BackendError
+from packforcing.errors import BackendError, MissingDependency, OutputError
+from packforcing.extras import install_command, optional_imports
+from packforcing.files import write_file
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GraphSpec
 from packforcing.runtime.device import Array, CudaDevice
@@ -38,8 +40,8 @@ from packforcing.units import format_gib
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 RUNTIME_CACHE = "runtime.cache"
 STREAMING = "WEIGHT_STREAMING"  # the builder's flag that lets weights stay on the host
-ALIGNMENT = 256  # bytes, of every address an engine is given
-# how the libraries call the number formats of the contract
+ALIGNMENT = 256  # bytes, of every address of an input or output
+# the libraries' names of the contract's dtypes
 TYPES = {
     "float32": "FLOAT",
     "float16": "HALF",
@@ -47,7 +49,7 @@ TYPES = {
     "float8_e4m3fn": "FP8",
     "int64": "INT64",
 }
-REASONS = {  # why TensorRT-RTX refuses an engine, and what helps
+REASONS = {  # why TensorRT-RTX refuses an engine, and the remedy
     "VERSION_MISMATCH": "another version built it: run 'packforcing build' again",
     "UNSUPPORTED_CC": "it was built for other GPUs: run 'packforcing build' for this one",
     "OLD_CUDA_DRIVER": "the NVIDIA driver is too old: update it",
@@ -61,13 +63,25 @@ REASONS = {  # why TensorRT-RTX refuses an engine, and what helps
 class Engines:
     """The engines of a bundle on one GPU, and the scratch memory they share.
 
-    Making one checks everything that needs no engine loaded. Raises `BackendError`.
+    The constructor checks everything that needs no engine loaded.
+
+    Args:
+        name: "tensorrt-rtx" or "tensorrt".
+        directory: The bundle.
+        config: The bundle's config, with the policy to run.
+
+    Attributes:
+        device: The GPU.
+
+    Raises:
+        BackendError: The library, the GPU or an engine cannot be used.
+        MissingDependency: The library is not installed.
     """
 
     def __init__(self, name: str, directory: Path, config: Config) -> None:
         self.name, self._directory = name, directory
         self._trt = trt = _library(name)
-        self.device = CudaDevice()
+        self.device = CudaDevice(name)
         self._log = _logger(trt)
         self._runtime = trt.Runtime(self._log)
         self._records = current_records(directory, name)
@@ -80,24 +94,34 @@ class Engines:
             check_engine(directory, name, graph, record)
         self._scratch: Array | None = None
         self._cache: Any = None
-        self._cached = b""
+        self._stored_kernels = b""
 
     @property
     def identity(self) -> str:
-        """The card, the library's version and the engines' SHA-256, cut short."""
+        """The GPU, the library's version and the engines' SHA-256, cut short."""
         files = ", ".join(
             f"{graph} {record.file.sha256[:16]}" for graph, record in self._records.items()
         )
         return f"{self.device.name} with {self.name} {self._trt.__version__} ({files})"
 
     def load(self, specs: dict[str, GraphSpec]) -> dict[str, Engine]:
-        """Loads weights and allocates the scratch; raises `BackendError`."""
+        """Load the engines and allocate their scratch memory.
+
+        Args:
+            specs: The contract's graphs.
+
+        Returns:
+            The engines, by graph.
+
+        Raises:
+            BackendError: An engine does not load, or needs more scratch than was planned.
+        """
         loaded = {}
         for graph in self._records:
             loaded[graph] = engine = self._load(engine_file(self._directory, self.name, graph))
             if graph == "denoiser" and self._plan.streamed:  # before the next one needs the room
-                kept = engine.streamable_weights_size - self._plan.streamed
-                engine.weight_streaming_budget_v2 = kept
+                resident_bytes = engine.streamable_weights_size - self._plan.streamed
+                engine.weight_streaming_budget_v2 = resident_bytes
         scratch = max(engine.device_memory_size_v2 for engine in loaded.values())
         planned = self._plan.device["scratch"]
         if scratch > planned + RESERVE:
@@ -110,7 +134,7 @@ class Engines:
         return {graph: Engine(self, engine, specs[graph]) for graph, engine in loaded.items()}
 
     def context(self, engine: Any) -> Any:
-        """An execution context on the shared scratch."""
+        """Make an execution context on the shared scratch memory."""
         trt, scratch = self._trt, self._scratch
         assert scratch is not None
         config = engine.create_runtime_config()
@@ -119,8 +143,8 @@ class Engines:
         )
         if self.name == "tensorrt-rtx":
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            # shapes are fixed: the final kernels from the first call on, not in the background,
-            # where they would change results and take memory later
+            # Shapes are fixed, so the final kernels are compiled now. Compiled in the background,
+            # they would change results and take memory later.
             config.dynamic_shapes_kernel_specialization_strategy = (
                 trt.DynamicShapesKernelSpecializationStrategy.EAGER
             )
@@ -132,45 +156,46 @@ class Engines:
         return context
 
     def error(self, what: str) -> BackendError:
-        """An error with the library's own words."""
-        return BackendError(
-            f"{self.name} {what}: {next(iter(self._log.errors), 'no reason given')}"
-        )
+        """Return an error that ends with the library's own message."""
+        message = next(iter(self._log.errors), "no reason given")
+        return BackendError(f"{self.name} {what}: {message}")
 
     def close(self) -> None:
-        """Keeps what was compiled for the next start, and gives the GPU back."""
-        self._keep_cache()
+        """Store the compiled kernels for the next start, and release the GPU."""
+        self._store_kernels()
         self._scratch = None  # but not the cache, which contexts refer to as long as they live
         self.device.close()
 
     def _fitting(self, config: Config) -> Plan:
-        """The plan that these engines follow, streaming weights if it must; all of it fits."""
+        """Make the plan that these engines follow, with as little streaming as fits."""
         figures = {name: size for r in self._records.values() for name, size in r.figures.items()}
-        free, _ = self.device.free_memory()
-        plan = stream(make_plan(config, self.device.target, built=figures), free)
+        free_bytes, _ = self.device.free_memory()
+        plan = stream(make_plan(config, self.device.target, built=figures), free_bytes)
         self.device.require(plan.total, config.name)
         if plan.streamed and STREAMING not in self._records["denoiser"].key.flags:
             raise BackendError(
-                "the GPU has too little free memory for all weights of the denoiser, and its "
-                "engine was built to hold them: run 'packforcing build --stream-weights'"
+                "the GPU has too little free memory for all weights of the denoiser, whose "
+                "engine was built without streaming: run 'packforcing build --stream-weights'"
             )
         return plan
 
     def _check_validity(self, path: Path) -> None:
-        """Asks TensorRT-RTX whether it could run an engine here, by the engine's header."""
+        """Ask TensorRT-RTX, by the engine's header, whether it could run the engine here."""
         if self.name != "tensorrt-rtx":
-            return  # TensorRT only finds out by loading
+            return  # TensorRT has to load the engine for that
         with path.open("rb") as file:
             header = file.read(self._runtime.engine_header_size)
-        validity, found = self._runtime.get_engine_validity(header)
+        validity, diagnostics = self._runtime.get_engine_validity(header)
         if validity == self._trt.EngineValidity.INVALID:
             reasons = self._trt.EngineInvalidityDiagnostics.__members__
-            named = [
-                REASONS.get(name, name) for name, bit in reasons.items() if int(bit) & int(found)
+            messages = [
+                REASONS.get(name, name)
+                for name, bit in reasons.items()
+                if int(bit) & int(diagnostics)
             ]
-            if not named:
+            if not messages:
                 raise self.error(f"cannot run {path}")
-            raise BackendError(f"{self.name} cannot run {path}: {'; '.join(named)}")
+            raise BackendError(f"{self.name} cannot run {path}: {'; '.join(messages)}")
 
     def _load(self, path: Path) -> Any:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -184,55 +209,52 @@ class Engines:
         return engine_file(self._directory, self.name, "denoiser").parent / RUNTIME_CACHE
 
     def _runtime_cache(self, config: Any) -> Any:
-        """One cache of compiled kernels for all contexts, with what the last start left."""
+        """Return the cache of compiled kernels for all contexts, filled by the last start."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             with suppress(OSError):  # none yet
-                self._cached = self._cache_path.read_bytes()
-                self._cache.deserialize(self._cached)  # of another GPU or driver: stays empty
+                self._stored_kernels = self._cache_path.read_bytes()
+                self._cache.deserialize(self._stored_kernels)  # another GPU's: stays empty
         return self._cache
 
-    def _keep_cache(self) -> None:
+    def _store_kernels(self) -> None:
         if self._cache is None:
             return
-        compiled = bytes(self._cache.serialize())
-        if compiled == self._cached:
+        kernels = bytes(self._cache.serialize())
+        if kernels == self._stored_kernels:
             return
-        beside = self._cache_path.with_suffix(".partial")
         try:
-            beside.write_bytes(compiled)
-            beside.replace(self._cache_path)
-        except OSError as error:
+            write_file(self._cache_path, kernels)
+        except OutputError as error:
             logging.getLogger(__name__).warning(
-                "cannot keep compiled kernels in %s (%s): the next start compiles them again",
-                self._cache_path, error.strerror,
-            )  # fmt: skip
+                "%s: the next start compiles the GPU's kernels again", error
+            )
 
 
 class Engine:
-    """A loaded engine; `seconds` adds up the time spent inside it."""
+    """A loaded engine; `seconds` adds up the time spent in its calls."""
 
     def __init__(self, engines: Engines, engine: Any, spec: GraphSpec) -> None:
         self._engines, self._engine = engines, engine
         self.spec, self.seconds = spec, 0.0
         tensors = (*spec.inputs, *spec.outputs)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        want = {tensor.name: TYPES[tensor.dtype] for tensor in tensors}
-        have = {name: engine.get_tensor_dtype(name).name for name in names}
-        if have != want:
-            wrong = sorted(name for name in have.keys() | want if have.get(name) != want.get(name))
+        expected = {tensor.name: TYPES[tensor.dtype] for tensor in tensors}
+        dtypes = {name: engine.get_tensor_dtype(name).name for name in names}
+        if dtypes != expected:
+            wrong = [n for n in dtypes.keys() | expected if dtypes.get(n) != expected.get(n)]
             raise BackendError(
-                f"the engine of {engines.name} differs from its graph in {', '.join(wrong)}: run "
-                "'packforcing build' again"
+                f"the engine of {engines.name} differs from its graph in "
+                f"{', '.join(sorted(wrong))}: run 'packforcing build' again"
             )
 
     def scratch(self) -> list[int]:
-        """Bytes of scratch memory on this GPU, per optimization profile."""
+        """Return the bytes of scratch memory on this GPU, per optimization profile."""
         count = self._engine.num_optimization_profiles
         return [self._engine.get_device_memory_size_for_profile_v2(i) for i in range(count)]
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
-        """Fixes inputs and outputs to these arrays for good; returns the call that runs it."""
+        """Fix inputs and outputs to arrays for good; return the call that runs the engine."""
         device, context = self._engines.device, self._engines.context(self._engine)
         if not context.set_optimization_profile_async(self._profile(arrays), device.stream):
             raise self._engines.error("refuses an optimization profile")
@@ -243,24 +265,24 @@ class Engine:
             address = arrays[tensor.name].address
             if address % ALIGNMENT or not context.set_tensor_address(tensor.name, address):
                 raise BackendError(
-                    f"{self._engines.name} takes {tensor.name} at multiples of {ALIGNMENT} bytes "
-                    "alone: with this size of video, use an onnxruntime backend"
+                    f"{self._engines.name} takes {tensor.name} only at addresses that are "
+                    f"multiples of {ALIGNMENT}: for this video size use an onnxruntime backend"
                 )
         device.synchronize()
 
         def call(keep_alive: Arrays = arrays) -> None:
-            began = time.perf_counter()
+            start = time.perf_counter()
             if not context.execute_async_v3(device.stream):
                 raise self._engines.error("failed to run")
             device.synchronize()
-            self.seconds += time.perf_counter() - began
+            self.seconds += time.perf_counter() - start
 
         return call
 
     def _profile(self, arrays: Arrays) -> int:
-        """The optimization profile for these shapes; profiles are for one shape each.
+        """Return the optimization profile for the shapes of these arrays.
 
-        Only inputs whose graph leaves an axis open differ between profiles.
+        Each profile is for one shape of the inputs whose graph leaves an axis open.
         """
         shapes = {
             tensor.name: tuple(arrays[tensor.name].shape)
@@ -280,10 +302,20 @@ class Engine:
 
 
 def check_key(
-    path: Path, key: Key, wanted: dict[str, dict[str, int]], version: str, device: CudaDevice
+    path: Path, key: Key, shapes: dict[str, dict[str, int]], version: str, device: CudaDevice
 ) -> None:
-    """Raises `BackendError` unless an engine was built by this version of the library, for this
-    device and for these shapes (per call, the sizes of N and C)."""
+    """Check that an engine was built by this version of the library, for this device and shapes.
+
+    Args:
+        path: The engine, for the message.
+        key: The key in its record.
+        shapes: Per call, the sizes of the axes N and C.
+        version: The installed library's version.
+        device: The GPU.
+
+    Raises:
+        BackendError: It was not.
+    """
     build = f"packforcing build {path.parents[2]}"
     if key.tool.split()[-1] != version:
         raise BackendError(f"{path} was built by {key.tool}, installed is {version}: run '{build}'")
@@ -292,8 +324,8 @@ def check_key(
             f"{path} was built for {', '.join(key.targets)}; {device.name} is {device.target}: "
             f"run '{build} --targets {device.target}'"
         )
-    if key.shapes != wanted:
-        context = [f"{call['C']:,}" for call in (*key.shapes.values(), *wanted.values())]
+    if key.shapes != shapes:
+        context = [f"{call['C']:,}" for call in (*key.shapes.values(), *shapes.values())]
         raise BackendError(
             f"{path} was built to read {context[0]} tokens of context, this policy reads "
             f"{context[-1]}: use the policy that the bundle was exported with"
@@ -301,22 +333,21 @@ def check_key(
 
 
 def _library(name: str) -> Any:
-    """The library of a backend, imported."""
+    """Import the library of a backend."""
     try:
-        return importlib.import_module(MODULES[name])
-    except ModuleNotFoundError as error:
+        with optional_imports(f"the backend {name}", name):
+            return importlib.import_module(MODULES[name])
+    except MissingDependency:
+        raise
+    except Exception as error:  # a broken installation raises anything
         raise BackendError(
-            f"{name} is not installed: pip install '.[{name}]' in the checkout"
-        ) from error
-    except Exception as error:  # a broken install raises anything
-        raise BackendError(
-            f"{name} is installed but does not load ({error}): pip uninstall {name}, then pip "
-            f"install '.[{name}]' in the checkout"
+            f"{name} is installed but does not load ({error}): pip uninstall {name}, then "
+            f"{install_command(name)}"
         ) from error
 
 
 def _logger(trt: Any) -> Any:
-    """Keeps the library's errors, for messages; it prints nothing."""
+    """Make a logger that collects the library's errors for messages and prints nothing."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:

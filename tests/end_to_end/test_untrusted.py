@@ -23,7 +23,7 @@ from packforcing.embeddings import load_embedding
 from packforcing.errors import BackendError, BundleError, OutputError, PackForcingError, PromptError
 from packforcing.prompts import read_schedule
 from packforcing.runtime import bundle
-from packforcing.runtime.backends import Graph
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
 from packforcing.runtime.engine_records import read_records
 from packforcing.runtime.plan import memory
@@ -131,7 +131,7 @@ def test_a_graph_reads_weights_from_its_own_folder_alone(damaged, tmp_path, plac
         weights.external_data.add(key=key, value=value)
     onnx.save(model, damaged / name)
     with pytest.raises(BackendError, match=r"cannot load .*xternal data"):
-        Graph(damaged / name, contract(TINY)["prompt"], threads=1)
+        OnnxGraph(damaged / name, contract(TINY)["prompt"], threads=1)
     if place == "link":
         with pytest.raises(BundleError, match="not part of the bundle"):
             check_files(damaged, read_manifest(damaged))

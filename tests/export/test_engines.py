@@ -190,7 +190,7 @@ def test_a_target_without_a_dtype_of_the_model_is_refused(target, precision, mes
 
 
 def test_tensorrt_builds_for_the_first_cuda_device(monkeypatch):
-    monkeypatch.setattr("packforcing.runtime.device._cuda_runtime", Cuda)
+    monkeypatch.setattr("packforcing.runtime.device._cuda_runtime", lambda extra: Cuda())
     config = model_config("wan-1.3b")
     assert engines.resolve_targets(config, "tensorrt") == ("sm89",)
     with pytest.raises(ConfigError, match="GPU of this machine, sm89, and no other"):

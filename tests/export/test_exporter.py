@@ -23,7 +23,7 @@ from packforcing.export.graphs import WRAPPERS, example_inputs, export_graph
 from packforcing.export.lint import TRACE_SIZES, lint
 from packforcing.model import LazyWeights, Model, open_weights, save_model
 from packforcing.runtime import Session
-from packforcing.runtime.backends import Graph
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import (
     SCHEMA_VERSION,
     GraphSpec,
@@ -188,7 +188,7 @@ def test_a_graph_of_another_dtype_is_refused(copy):
     spec = contract(read_manifest(copy).config)["prompt"]
     integers = tuple(TensorSpec(t.name, t.shape, "int64") for t in spec.outputs)
     with pytest.raises(BundleError, match="does not have the tensors"):
-        Graph(copy / "prompt.onnx", GraphSpec(spec.inputs, integers), threads=1)
+        OnnxGraph(copy / "prompt.onnx", GraphSpec(spec.inputs, integers), threads=1)
 
 
 def test_damaged_files_are_refused(copy):

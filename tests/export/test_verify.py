@@ -28,7 +28,7 @@ from packforcing.export.oracle import (
 )
 from packforcing.export.verify import Verification, run, verify
 from packforcing.files import file_record
-from packforcing.runtime.backends import Graph
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import contract, graph_file, read_manifest, write_manifest
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import engine_file
@@ -282,7 +282,7 @@ def test_engines_are_run_and_compared_where_there_is_a_gpu(built, tiny_bundle, m
             ir.save(graph, other)
             paths = {name: tiny_bundle / graph_file(name) for name in verifying.GPU_GRAPHS}
             paths["compressor"] = other
-            return {name: Graph(path, specs[name], None) for name, path in paths.items()}
+            return {name: OnnxGraph(path, specs[name], None) for name, path in paths.items()}
 
         def close(self):
             pass
@@ -307,7 +307,7 @@ def test_calls_recorded_on_a_small_grid_are_repeated_to_the_shapes_of_engines(ti
     new, half, context = config.block_tokens, config.compressed_tokens, config.context_tokens
     sizes = [(call.inputs["tokens"].shape[1], int(call.inputs["kv_len"][0])) for call in calls]
     assert sizes == [(n, n + valid) for valid in (3 * new, context) for n in (new, half)]
-    graph = Graph(tiny_bundle / graph_file("denoiser"), specs["denoiser"], None)
+    graph = OnnxGraph(tiny_bundle / graph_file("denoiser"), specs["denoiser"], None)
     for call in calls:
         outputs = run(graph, specs["denoiser"], HostDevice(), call.inputs)
         assert call.inputs["k_ctx.0"].shape[2] == context

@@ -12,12 +12,12 @@ import pytest
 
 from packforcing import model_config
 from packforcing.config import Precision
-from packforcing.errors import BackendError
+from packforcing.errors import BackendError, MissingDependency
 from packforcing.export import export_bundle
 from packforcing.export.engines import build_engines
 from packforcing.model import open_weights
 from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.backends import BACKENDS, ENGINES
+from packforcing.runtime.backends import BACKENDS, ENGINE_BACKENDS
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.doctor import CHECKS
 from packforcing.runtime.plan import host_only, memory
@@ -48,9 +48,9 @@ def ready(request):
     def prepare(backend):
         try:
             CHECKS[f"run with {backend}"]()
-        except BackendError as error:
+        except (BackendError, MissingDependency) as error:
             pytest.skip(str(error))
-        if backend in ENGINES:
+        if backend in ENGINE_BACKENDS:
             device = CudaDevice()
             build_engines(request.getfixturevalue("bundle"), [device.target], backend=backend)
             device.close()

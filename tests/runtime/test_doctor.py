@@ -1,5 +1,5 @@
-"""What `packforcing doctor` says of machines that this one is not: libraries that are broken, old
-or installed twice, and NVIDIA's cards, laid in the way of the interpreter that it runs in."""
+"""`packforcing doctor` on machines unlike this one: broken, old or doubly installed libraries, and
+NVIDIA GPUs, put before the installed modules of the interpreter that it runs in."""
 
 import json
 import os
@@ -15,18 +15,18 @@ DRIVER = """
 class NVMLError(Exception): pass
 class NVMLError_NotSupported(NVMLError): pass
 class Memory: total, free = 12 << 30, 11 << 30
-CARDS = [("Card A", (9, 0)), ("Card B", (8, 9))]
+DEVICES = [("GPU A", (9, 0)), ("GPU B", (8, 9))]
 def nvmlInit(): pass
 def nvmlShutdown(): pass
 def nvmlSystemGetDriverVersion(): return "590.44"
 def nvmlSystemGetCudaDriverVersion(): return 13010
-def nvmlDeviceGetCount(): return len(CARDS)
-def nvmlDeviceGetHandleByIndex(index): return CARDS[index]
-def nvmlDeviceGetName(card): return card[0]
-def nvmlDeviceGetCudaComputeCapability(card): return card[1]
-def nvmlDeviceGetMemoryInfo(card): return Memory
+def nvmlDeviceGetCount(): return len(DEVICES)
+def nvmlDeviceGetHandleByIndex(index): return DEVICES[index]
+def nvmlDeviceGetName(device): return device[0]
+def nvmlDeviceGetCudaComputeCapability(device): return device[1]
+def nvmlDeviceGetMemoryInfo(device): return Memory
 """
-# the one that CUDA shows first
+# GPU B is the first that CUDA lists
 CUDA = """
 from enum import Enum
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ cudaDeviceAttr = Enum(
     "Attr", ["cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor"]
 )
 cudaStreamNonBlocking = 1
-CAPABILITY, NAME = (8, 9), b"Card B"
+CAPABILITY, NAME = (8, 9), b"GPU B"
 def done(*result): return (cudaError_t.cudaSuccess, *result)
 def cudaGetDeviceCount(): return done(1)
 def cudaDeviceGetAttribute(which, device): return done(CAPABILITY[which.value - 1])
@@ -52,7 +52,7 @@ ComputeCapability = enum.Enum("ComputeCapability", "NONE CURRENT SM75 SM89 SM120
 
 @pytest.fixture
 def doctor(tmp_path):
-    """Runs it with modules, and with what pip knows of packages, put before the installed ones."""
+    """Run it with modules, and with pip's records of packages, before the installed ones."""
 
     def run(packages=None, **modules):
         for name, code in modules.items():
@@ -66,27 +66,28 @@ def doctor(tmp_path):
             (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
         code = "from packforcing.app.cli import main; main(['doctor', '--json'])"
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
+        finished = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True
         )
-        assert (done.returncode, done.stderr) == (0, "")
-        found = json.loads(done.stdout)
-        return found, {capability.pop("name"): capability for capability in found["capabilities"]}
+        assert (finished.returncode, finished.stderr) == (0, "")
+        diagnosis = json.loads(finished.stdout)
+        capabilities = {entry.pop("name"): entry for entry in diagnosis["capabilities"]}
+        return diagnosis, capabilities
 
     return run
 
 
-def test_it_says_what_this_machine_can_do_and_what_to_do_about_the_rest(doctor):
-    found, able = doctor()
-    assert found["memory_total"] > found["memory_free"] > 0 < found["disk_free"]
+def test_what_this_machine_cannot_do_has_a_remedy(doctor):
+    diagnosis, able = doctor()
+    assert diagnosis["memory_total"] > diagnosis["memory_free"] > 0 < diagnosis["disk_free"]
     assert able["export"]["able"] and "torch 2" in able["export"]["detail"]
     assert able["run with onnxruntime"]["able"] and "CPU" in able["run with onnxruntime"]["detail"]
     for name, capability in able.items():
-        advice = "pip install", "nvidia.com/drivers", "use another backend"
-        assert capability["able"] or any(a in capability["detail"] for a in advice), name
+        remedies = "pip install", "nvidia.com/drivers", "use another backend"
+        assert capability["able"] or any(r in capability["detail"] for r in remedies), name
 
 
-def test_people_get_one_line_for_each(doctor):
+def test_text_output_has_one_line_for_each_capability(doctor):
     names = doctor()[1].keys()
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == 0
@@ -95,18 +96,18 @@ def test_people_get_one_line_for_each(doctor):
         assert len([line for line in lines if line[5:].startswith(f"{name}  ")]) == 1
 
 
-def test_it_is_quick_because_it_loads_neither_exporter_nor_session():
+def test_neither_the_exporter_nor_pyav_is_imported():
     code = """if True:
         import sys
         from pathlib import Path
         from packforcing.runtime.doctor import diagnose
         diagnose(Path("."))
         print({"torch", "onnx", "onnxscript", "av", "cv2"} & set(sys.modules))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert finished.stdout == "set()\n", finished.stderr
 
 
-def test_a_library_that_does_not_load_is_a_no_with_its_reason(doctor):
+def test_a_library_that_does_not_load_is_reported_with_its_reason(doctor):
     _, able = doctor(onnxruntime="raise OSError('libstdc++.so.6 is too old')")
     broken = able["run with onnxruntime"]
     assert not broken["able"]
@@ -114,7 +115,7 @@ def test_a_library_that_does_not_load_is_a_no_with_its_reason(doctor):
     assert able["export"]["able"]
 
 
-def test_both_onnxruntimes_at_once_are_named(doctor):
+def test_two_onnxruntimes_at_once_are_reported(doctor):
     _, able = doctor({"onnxruntime-gpu": "1.31.1"})
     twice = able["run with onnxruntime"]
     assert not twice["able"]
@@ -122,42 +123,43 @@ def test_both_onnxruntimes_at_once_are_named(doctor):
     assert "pip uninstall onnxruntime onnxruntime-gpu" in twice["detail"]
 
 
-def test_a_release_older_than_the_package_asks_for_is_a_no(doctor):
+def test_a_release_older_than_the_requirement_is_reported(doctor):
     _, able = doctor({"onnx": "1.2"})
     assert not able["export"]["able"]
     assert "onnx 1.2 is not >=" in able["export"]["detail"]
 
 
-def test_no_answer_from_the_driver_is_a_no_for_every_card(doctor):
+def test_without_a_driver_no_gpu_backend_can_run(doctor):
     _, able = doctor(pynvml=DRIVER + "def nvmlInit(): raise NVMLError('Driver Not Loaded')")
     for name in ("onnxruntime-cuda", "tensorrt-rtx"):
         assert not able[f"run with {name}"]["able"]
 
 
-def test_a_card_is_asked_whether_engines_for_it_can_be_built(doctor):
-    found, able = doctor(
+def test_a_gpu_that_engines_can_be_built_for_is_able(doctor):
+    diagnosis, able = doctor(
         {"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5.0"},
         pynvml=DRIVER, tensorrt_rtx=TENSORRT_RTX, cuda__bindings__runtime=CUDA,
     )  # fmt: skip
-    assert found["driver"] == {"version": "590.44", "cuda": [13, 1]} and found["no_gpu"] == ""
-    assert found["gpus"][1] == {
-        "index": 1, "name": "Card B", "target": "sm89",
+    assert diagnosis["driver"] == {"version": "590.44", "cuda": [13, 1]}
+    assert diagnosis["no_gpu"] == ""
+    assert diagnosis["gpus"][1] == {
+        "index": 1, "name": "GPU B", "target": "sm89",
         "memory_total": 12 << 30, "memory_free": 11 << 30,
     }  # fmt: skip
     assert able["build with tensorrt-rtx"]["detail"].endswith("for sm75, sm89, sm120")
     assert able["run with tensorrt-rtx"]["able"]
-    assert able["run with tensorrt-rtx"]["detail"].endswith("on Card B")
+    assert able["run with tensorrt-rtx"]["detail"].endswith("on GPU B")
 
 
-def test_a_card_that_no_engine_fits_is_a_no_that_names_it(doctor):
+def test_a_gpu_that_no_engine_can_be_built_for_is_reported(doctor):
     _, able = doctor(
         {"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5.0"},
-        pynvml=DRIVER + "CARDS.pop()",
+        pynvml=DRIVER + "DEVICES.pop()",
         tensorrt_rtx=TENSORRT_RTX,
-        cuda__bindings__runtime=CUDA + "CAPABILITY, NAME = (9, 0), b'Card A'",
+        cuda__bindings__runtime=CUDA + "CAPABILITY, NAME = (9, 0), b'GPU A'",
     )
     unfit = able["run with tensorrt-rtx"]
     assert not unfit["able"]
     assert unfit["detail"] == (
-        "Card A is sm90; it takes one of sm75, sm89, sm120: use another backend"
+        "GPU A is sm90, which is not one of sm75, sm89, sm120: use another backend"
     )

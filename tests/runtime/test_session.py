@@ -25,7 +25,7 @@ from packforcing.presets import model_config, policies
 from packforcing.prompts import Switch
 from packforcing.reference import rollout
 from packforcing.runtime import Session
-from packforcing.runtime.backends import Graph
+from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import contract, graph_file
 from packforcing.runtime.cache import Cache
@@ -459,7 +459,7 @@ def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
     from packforcing.export.graphs import Denoiser
 
     spec = contract(TINY)["denoiser"]
-    graph = Graph(tiny_bundle / graph_file("denoiser"), spec, threads=1)
+    graph = OnnxGraph(tiny_bundle / graph_file("denoiser"), spec, threads=1)
     rng = np.random.default_rng(0)
     axes = {"N": n, "C": 7}
     memory = HostDevice()
