@@ -11,7 +11,7 @@ import pytest
 
 from packforcing import model_config
 from packforcing.app.reports.plan import load_figures
-from packforcing.errors import BackendError, CheckpointError, MissingDependency, RenderStopped
+from packforcing.errors import BackendError, MissingDependency, RenderStopped, ResumeError
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.backends.onnxruntime import cuda_options
 from packforcing.runtime.device import CudaDevice
@@ -65,11 +65,11 @@ def test_a_render_goes_on_with_its_own_engines_and_card_only(
         render(bundle)
     rebuilt = shutil.copytree(bundle, tmp_path / "rebuilt")
     build_engines(rebuilt)
-    with pytest.raises(CheckpointError, match=r"runs on was .*denoiser [0-9a-f]{16}"):
+    with pytest.raises(ResumeError, match=r"runs on was .*denoiser [0-9a-f]{16}"):
         render(rebuilt, resume=True)
     other = emulated.Status.cudaSuccess, SimpleNamespace(name=b"NVIDIA Other")
     monkeypatch.setattr(library.cuda, "cudaGetDeviceProperties", lambda number: other)
-    with pytest.raises(CheckpointError, match=r"NVIDIA Nothing .* now .* NVIDIA Other"):
+    with pytest.raises(ResumeError, match=r"NVIDIA Nothing .* now .* NVIDIA Other"):
         render(bundle, resume=True)
 
 
