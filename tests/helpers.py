@@ -46,6 +46,13 @@ POLICIES = {
 }
 
 
+def is_prompt_weight(name: str) -> bool:
+    """Tell whether a transformer's weight is in the prompt's graph, not the denoiser's."""
+    return "text_embedding" in name or any(
+        part in name for part in ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k")
+    )
+
+
 def make_model(config: Config, weights: Mapping[str, np.ndarray]):
     """Make a model of weights by checkpoint name; a part without any keeps random ones."""
     import torch

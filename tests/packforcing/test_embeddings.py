@@ -55,7 +55,7 @@ def words(config: Config) -> np.ndarray:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_file_of_every_format_is_read_as_torch_reads_it(tmp_path, dtype):
+def test_every_dtype_is_read_as_torch_reads_it(tmp_path, dtype):
     rows = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     save_file({"text": rows}, tmp_path / "a.safetensors", {"prompt": "ein Füchslein"})
     read = load_embedding(tmp_path / "a.safetensors")
@@ -64,7 +64,7 @@ def test_a_file_of_every_format_is_read_as_torch_reads_it(tmp_path, dtype):
     assert (read.prompt, read.encoder) == ("ein Füchslein", "")
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_an_embedding_survives_a_file(tmp_path):
     saved = Embedding(np.eye(3, 5, dtype=np.float32), "a fox 🦊", "umt5", "ab" * 32)
     save_embedding(tmp_path / "a.safetensors", saved)
     read = load_embedding(tmp_path / "a.safetensors")
@@ -73,7 +73,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_a_file_that_holds_no_embedding_is_refused(tmp_path):
+def test_files_without_an_embedding_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(PromptError, match=r"cannot read an embedding from .*a\.safetensors"):
         load_embedding(path)
@@ -105,7 +105,7 @@ def test_an_interrupt_leaves_no_embedding(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.bin", "missing/a.safetensors", "taken.safetensors"])
-def test_an_embedding_goes_only_where_a_file_can_stand(tmp_path, name):
+def test_an_embedding_needs_a_file_name_that_can_be_written(tmp_path, name):
     (tmp_path / "taken.safetensors").mkdir()
     with pytest.raises(OutputError):
         save_embedding(tmp_path / name, Embedding(np.ones((1, 2), np.float32), "", "", ""))
@@ -140,7 +140,7 @@ def test_rows_that_a_model_cannot_read_are_refused(tiny_config, rows, message):
         check_request(tiny_config, rows, 1.0, 0)
 
 
-def test_a_model_of_umt5_asks_for_the_prompt_to_be_encoded():
+def test_words_for_a_umt5_model_are_refused():
     with pytest.raises(PromptError, match=r"umt5-xxl.*'packforcing encode-prompt'.*--embedding"):
         check_request(model_config("wan-1.3b"), PROMPT, 1.0, 0)
 
@@ -148,12 +148,12 @@ def test_a_model_of_umt5_asks_for_the_prompt_to_be_encoded():
 def test_an_embedding_renders_the_video_of_its_prompt():
     with Session.open(demo_bundle()) as session:
         rows = words(session.config)
-        asked = [
+        videos = [
             np.concatenate(list(islice(session.stream(prompt, 4.0, 3), 2)))
             for prompt in (PROMPT, rows, rows[:1])
         ]
-    np.testing.assert_array_equal(asked[0], asked[1])
-    assert (asked[0] != asked[2]).any()
+    np.testing.assert_array_equal(videos[0], videos[1])
+    assert (videos[0] != videos[2]).any()
 
 
 def umt5_bundle(folder: Path) -> Path:
@@ -181,7 +181,7 @@ def test_a_bundle_of_a_umt5_model_renders_from_a_file(tmp_path):
     assert json.loads(result.stdout)["frames"] == config.fps and (tmp_path / "a.mkv").is_file()
 
 
-def test_reading_an_embedding_takes_no_torch(tmp_path):
+def test_reading_an_embedding_does_not_import_torch(tmp_path):
     save_file({"text": torch.ones(2, 3).bfloat16()}, tmp_path / "a.safetensors")
     program = f"""
 import sys
@@ -254,22 +254,22 @@ def wan_rows(folder: Path, prompt: str) -> np.ndarray:
 
 def test_the_encoder_gives_wans_rows(umt5):
     made = encode("  the fox\n runs &amp;amp; a fox\u2019s ", umt5, "fp32")
-    wanted = wan_rows(umt5, "the fox runs & a fox's")
+    expected = wan_rows(umt5, "the fox runs & a fox's")
     assert made.prompt == "the fox runs & a fox's"
     tokens = len(made.text)
-    assert 10 < tokens < 40 and wanted[tokens - 1].any() and not wanted[tokens:].any()
-    np.testing.assert_allclose(made.text, wanted[:tokens], rtol=0, atol=1e-4)
+    assert 10 < tokens < 40 and expected[tokens - 1].any() and not expected[tokens:].any()
+    np.testing.assert_allclose(made.text, expected[:tokens], rtol=0, atol=1e-4)
 
 
 def test_encode_prompt_writes_what_the_encoder_says_in_bfloat16(umt5, tmp_path):
     out = tmp_path / "fox.safetensors"
     result = run("encode-prompt", "a fox", "--encoder", umt5, "--out", out, "--json")
     assert result.exit_code == 0, result.output
-    said, read = json.loads(result.stdout), load_embedding(out)
-    assert said["tokens"] == len(read.text) == 4  # ▁ a ▁fox </s>
-    assert said["width"] == model_config("demo").text_dim
+    output, read = json.loads(result.stdout), load_embedding(out)
+    assert output["tokens"] == len(read.text) == 4  # ▁ a ▁fox </s>
+    assert output["width"] == model_config("demo").text_dim
     assert (read.prompt, read.encoder) == ("a fox", "umt5")
-    assert len(read.encoder_sha256) == 64 and said["encoder_sha256"] == read.encoder_sha256
+    assert len(read.encoder_sha256) == 64 and output["encoder_sha256"] == read.encoder_sha256
     exact = torch.from_numpy(read.text)
     assert torch.equal(exact.bfloat16().float(), exact)
     np.testing.assert_allclose(read.text, wan_rows(umt5, "a fox")[:4], rtol=0, atol=0.05)
@@ -301,16 +301,16 @@ def test_a_sharded_encoder_gives_the_same_and_needs_every_shard(umt5):
         encode("a fox", umt5)
 
 
-def test_the_memory_that_help_names_is_that_of_umt5_xxl():
+def test_the_help_names_the_memory_of_umt5_xxl():
     model = umt5_xxl()
     count = sum(tensor.numel() for tensor in model.parameters())
     linear = sum(
         part.weight.numel() for part in model.modules() if isinstance(part, torch.nn.Linear)
     )
-    said = run("encode-prompt", "--help").output
+    output = run("encode-prompt", "--help").output
     assert count == 5_680_910_336  # Wan's
     assert f"{2 * count / 1e9:.1f} GB of memory, {(2 * count - linear) / 1e9:.1f} GB with" in (
-        " ".join(said.split())
+        " ".join(output.split())
     )
 
 
@@ -383,9 +383,9 @@ def test_wans_names_at_full_size_are_those_of_transformers():
     from packforcing.checkpoints.umt5 import TIED, transformers_name
 
     named = {transformers_name(name): shape for name, shape in wan_shapes().items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in umt5_xxl().state_dict().items()}
-    del wanted[TIED]
-    assert named == wanted and len(named) == 242
+    expected = {name: tuple(tensor.shape) for name, tensor in umt5_xxl().state_dict().items()}
+    del expected[TIED]
+    assert named == expected and len(named) == 242
 
 
 def test_wans_own_file_is_read_without_running_it(wan):
@@ -439,8 +439,8 @@ def test_an_int8_encoder_is_as_exact_as_its_layers_say(umt5, record_property):
             step = weight.abs().amax(1) / 127
             bound += float(step.square().mean().sqrt() / 12**0.5 / weight.square().mean().sqrt())
     assert off["bf16"] < off["int8"] < off["bf16"] + bound < 0.2
-    said = encode("the fox runs", umt5, "int8")
-    assert said.encoder == "umt5-int8"
+    output = encode("the fox runs", umt5, "int8")
+    assert output.encoder == "umt5-int8"
 
 
 # What was encoded before
@@ -490,15 +490,15 @@ def test_a_prompt_is_encoded_once_by_each_encoder(umt5, tmp_path, monkeypatch):
     ],
     ids=repr,
 )
-def test_a_kept_embedding_that_cannot_be_this_prompts_is_made_again(umt5, tmp_path, damage):
+def test_a_cached_embedding_that_does_not_fit_is_computed_again(umt5, tmp_path, damage):
     made = encode("a fox", umt5, cache=tmp_path / "cache")
     [file] = (tmp_path / "cache").iterdir()
     save_embedding(file, replace(made, **damage))
     again = encode("a fox", umt5, cache=tmp_path / "cache")
     np.testing.assert_array_equal(again.text, made.text)
-    kept = load_embedding(file)
-    np.testing.assert_array_equal(kept.text, made.text)
-    assert (kept.encoder, kept.encoder_sha256) == (made.encoder, made.encoder_sha256)
+    cached = load_embedding(file)
+    np.testing.assert_array_equal(cached.text, made.text)
+    assert (cached.encoder, cached.encoder_sha256) == (made.encoder, made.encoder_sha256)
 
 
 def test_hashing_the_encoder_shows_its_progress(umt5):
@@ -513,7 +513,7 @@ def test_hashing_the_encoder_shows_its_progress(umt5):
     assert bars[0].n == bars[0].total >= sum((umt5 / name).stat().st_size for name in names)
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(umt5, tmp_path):
+def test_a_cache_that_cannot_be_written_is_ignored(umt5, tmp_path):
     (tmp_path / "file").touch()
     assert len(encode("a fox", umt5, cache=tmp_path / "file").text) == 4
 
@@ -536,8 +536,8 @@ def test_render_encodes_the_prompt_itself(umt5, tmp_path):
     result = run("render", "--schedule", tmp_path / "scenes.toml", "--encoder", umt5,
                  *options, f"{tmp_path / 'both'}/", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)["prompts"]
-    assert [switch["prompt"] for switch in told] == ["a fox", "a dog"]
+    prompts = json.loads(result.stdout)["prompts"]
+    assert [switch["prompt"] for switch in prompts] == ["a fox", "a dog"]
     both = [file.read_bytes() for file in sorted((tmp_path / "both").iterdir())]
     assert both[0] == one[0].read_bytes() and both[-1] != one[-1].read_bytes()
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
@@ -610,7 +610,7 @@ def test_damaged_encoders_are_refused(umt5, tmp_path):
         ("relative_attention_num_buckets", 0),
     ],
 )
-def test_a_setting_that_no_encoder_has_is_refused(umt5, setting, value):
+def test_impossible_settings_of_an_encoder_are_refused(umt5, setting, value):
     config = umt5 / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {setting: value}))
     with pytest.raises(CheckpointError, match="cannot read the encoder in"):
@@ -622,7 +622,7 @@ def change_tokenizer(folder: Path, **parts) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | parts))
 
 
-def test_the_tokenizer_is_the_file(umt5):
+def test_the_tokenizer_is_loaded_from_its_file(umt5):
     """What is built by its class's name, without the file's normalizer, is another one."""
     named = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>"}
     (umt5 / "text_encoder").mkdir()  # diffusers' layout

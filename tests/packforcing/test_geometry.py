@@ -20,7 +20,7 @@ from packforcing.geometry import (
 from packforcing.model import weight_shapes
 from packforcing.presets import model_config
 from packforcing.transformer import Transformer
-from tests.helpers import TINY
+from tests.helpers import TINY, is_prompt_weight
 
 WAN = model_config("wan-1.3b")
 CONFIGS = {
@@ -41,12 +41,6 @@ def count(tensors):
     return sum(tensor.numel() for tensor in tensors)
 
 
-def in_prompt(name):
-    return "text_embedding" in name or any(
-        part in name for part in ("cross_attn.k.", "cross_attn.v.", "cross_attn.norm_k")
-    )
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_parameters_are_those_of_the_modules(config):
     """Graph by graph, exactly; the transformer's halves are a Wan checkpoint."""
@@ -54,8 +48,8 @@ def test_parameters_are_those_of_the_modules(config):
     named = dict(transformer.named_parameters())
     encoder = count(autoencoder.encoder.parameters())
     assert parameters(config) == {
-        "prompt": count(tensor for name, tensor in named.items() if in_prompt(name)),
-        "denoiser": count(tensor for name, tensor in named.items() if not in_prompt(name)),
+        "prompt": count(tensor for name, tensor in named.items() if is_prompt_weight(name)),
+        "denoiser": count(tensor for name, tensor in named.items() if not is_prompt_weight(name)),
         "compressor": encoder + count(compressor.parameters()),
         "vae_decoder": count(autoencoder.decoder.parameters()),
         "vae_encoder": encoder,
@@ -128,7 +122,9 @@ def test_layers_are_the_convolutions_of_the_modules(config):
     matrices = {
         name: shape[::-1]
         for name, shape in weight_shapes(config).items()
-        if name.startswith("transformer.blocks.0.") and len(shape) == 2 and not in_prompt(name)
+        if name.startswith("transformer.blocks.0.")
+        and len(shape) == 2
+        and not is_prompt_weight(name)
     }
     assert sorted(matrices.values()) == sorted(layer_matrices(config))
 

@@ -96,12 +96,12 @@ def test_any_size_of_whole_tokens_works(tiny_config, tiny_model, size, block_fra
     model = random_model(config)
     graphs = contract(config)
     latents, pixels = (torch.rand(spec.shape) for spec in graphs["compressor"].inputs)
-    for found, spec in zip(model.compressor(latents, pixels), graphs["compressor"].outputs):
-        assert found.shape == spec.shape
+    for result, spec in zip(model.compressor(latents, pixels), graphs["compressor"].outputs):
+        assert result.shape == spec.shape
     latent, *state = (torch.rand(spec.shape) for spec in graphs["vae_decoder"].inputs)
     frames, after = model.autoencoder.decode_frame(latent, state)
-    for found, spec in zip((frames, *after), graphs["vae_decoder"].outputs):
-        assert found.shape == spec.shape
+    for result, spec in zip((frames, *after), graphs["vae_decoder"].outputs):
+        assert result.shape == spec.shape
 
 
 @pytest.mark.parametrize("strips", (2, 3, 8, 100))
@@ -141,8 +141,8 @@ def test_odd_block_repeats_its_last_frame(tiny_config, tiny_model):
         torch.cat((latents, latents[:, -1:]), 1),
         torch.cat((pixels, *[pixels[:, -1:]] * 4), 1),
     )
-    found = tiny_model.compressor(latents, pixels)
-    for a, b in zip(found, expected):
+    result = tiny_model.compressor(latents, pixels)
+    for a, b in zip(result, expected):
         torch.testing.assert_close(a, b)
 
 
@@ -211,8 +211,8 @@ def test_cached_rollout_equals_one_masked_pass(tiny_config, tiny_model):
         context, context_rope, start = gather_context(config, history, list(range(1, b - 1)))
         assert start == starts[b]
         call = partial(call_transformer, model, cross, context, context_rope)
-        found = call(noisy[b][None], 700.0, full_at[b])[0]
-        torch.testing.assert_close(found[0], flow[b], atol=1e-5, rtol=0)
+        result = call(noisy[b][None], 700.0, full_at[b])[0]
+        torch.testing.assert_close(result[0], flow[b], atol=1e-5, rtol=0)
         full = call(clean[b][None], 0.0, full_at[b])[1]
         history.append(
             PastBlock(b, full, call(small[b][None], 0.0, small_at[b], extra[b][None])[1])

@@ -108,13 +108,13 @@ def test_encoding_four_frames_at_a_time_is_encoding_the_whole_clip(model, theirs
     """Of the first four only the last is seen, be the others noise; in one go, as the compressor
     does it, no less."""
     frames = pixels(20)
-    state, found = model.autoencoder.encoder_state(CONFIG.height, CONFIG.width), []
+    state, result = model.autoencoder.encoder_state(CONFIG.height, CONFIG.width), []
     for four in frames.split(4):
         latent, state = model.autoencoder.encode_frame(four, state)
-        found.append(latent)
+        result.append(latent)
     whole = encoded(theirs, frames[3:])
     assert whole.std() > 0.05
-    torch.testing.assert_close(torch.cat(found), whole, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(result), whole, atol=1e-4, rtol=0)
     torch.testing.assert_close(model.autoencoder.encode(frames[None])[0], whole, atol=1e-4, rtol=0)
 
 
@@ -137,8 +137,8 @@ def test_contract_knows_what_is_remembered(size):
     config = msgspec.structs.replace(CONFIG, height=height, width=width)
     autoencoder = random_model(config).autoencoder
     states = autoencoder.decoder_state(), autoencoder.encoder_state(height, width)
-    wanted = decoder_state_shapes(config), encoder_state_shapes(config)
-    assert [[tuple(past.shape) for past in state] for state in states] == list(wanted)
+    expected = decoder_state_shapes(config), encoder_state_shapes(config)
+    assert [[tuple(past.shape) for past in state] for state in states] == list(expected)
 
 
 def test_parameters_and_operations_are_those_of_the_modules():
@@ -152,9 +152,9 @@ def test_parameters_and_operations_are_those_of_the_modules():
 
     model = random_model(CONFIG)
     names = {name: tensor.numel() for name, tensor in model.autoencoder.state_dict().items()}
-    found = parameters(CONFIG)
-    assert found["vae_encoder"] + found["vae_decoder"] == sum(names.values())
-    assert found["vae_decoder"] == sum(
+    result = parameters(CONFIG)
+    assert result["vae_encoder"] + result["vae_decoder"] == sum(names.values())
+    assert result["vae_decoder"] == sum(
         count for name, count in names.items() if name.startswith(("decoder.", "post_quant_conv."))
     )
     assert weight_bytes(WAN)["vae_decoder"] == 2 * 73_295_603
@@ -173,17 +173,17 @@ def test_graphs_give_what_the_modules_give(bundle, model, name):
     spec, session = contract(CONFIG)[name], onnxruntime.InferenceSession(bundle / f"{name}.onnx")
     autoencoder = model.autoencoder
     if name == "vae_decoder":
-        step, expected, calls = autoencoder.decode_frame, autoencoder.decoder_state(), latents(4)
+        step, after, calls = autoencoder.decode_frame, autoencoder.decoder_state(), latents(4)
     else:
         step, calls = autoencoder.encode_frame, pixels(16)
-        expected = autoencoder.encoder_state(CONFIG.height, CONFIG.width)
-    state = [past.numpy() for past in expected]
+        after = autoencoder.encoder_state(CONFIG.height, CONFIG.width)
+    state = [past.numpy() for past in after]
     for call in calls.split(spec.inputs[0].shape[0]):
-        wanted, expected = step(call, expected)
+        expected, after = step(call, after)
         feed = zip((tensor.name for tensor in spec.inputs), (call.numpy(), *state))
-        found, *state = session.run(None, dict(feed))
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
-        for past, other in zip(state, expected):
+        result, *state = session.run(None, dict(feed))
+        np.testing.assert_allclose(result, expected, atol=1e-4)
+        for past, other in zip(state, after):
             np.testing.assert_allclose(past, other, atol=1e-4 * max(1, other.abs().max()))
 
 
@@ -197,12 +197,12 @@ def test_a_bundle_renders_what_the_reference_does(bundle, model, theirs):
     text = torch.from_numpy(encode_words(PROMPT, CONFIG))
     blocks = list(rollout(model, text, 6, noise, seed=SEED, clip=clip))
     assert any(block.read for block in blocks)
-    wanted = decoded(theirs, torch.cat([block.latents for block in blocks]))
+    expected = decoded(theirs, torch.cat([block.latents for block in blocks]))
     with Session.open(bundle) as session:
-        seconds = len(wanted) / CONFIG.fps
-        found = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
-    assert found.shape == (len(wanted), CONFIG.height, CONFIG.width, 3)
-    assert np.abs(found / 255 - wanted.permute(0, 2, 3, 1).numpy()).max() < 0.01
+        seconds = len(expected) / CONFIG.fps
+        result = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
+    assert result.shape == (len(expected), CONFIG.height, CONFIG.width, 3)
+    assert np.abs(result / 255 - expected.permute(0, 2, 3, 1).numpy()).max() < 0.01
 
 
 def test_lighttae_works_in_the_scale_of_wans_latents():
@@ -217,13 +217,13 @@ def test_lighttae_works_in_the_scale_of_wans_latents():
     assert raw[0, 7, 0, 0].item() == pytest.approx(2.58795)
     assert raw[0, 0, 0, 0].item() == pytest.approx(0.5 * 2.8184 - 0.7571)
     state = plain.decoder_state()
-    for found, wanted in zip(light.decode_frame(z, state), plain.decode_frame(raw, state)):
-        torch.testing.assert_close(found, wanted)
+    for result, expected in zip(light.decode_frame(z, state), plain.decode_frame(raw, state)):
+        torch.testing.assert_close(result, expected)
     torch.testing.assert_close(light.decode(z[None]), plain.decode(raw[None]))
     frames, state = pixels(4), plain.encoder_state(config.height, config.width)
-    wanted = (plain.encode_frame(frames, state)[0] - LATENT_MEAN) / LATENT_STD
-    torch.testing.assert_close(light.encode_frame(frames, state)[0], wanted)
-    torch.testing.assert_close(light.encode(frames[None])[0], wanted)
+    expected = (plain.encode_frame(frames, state)[0] - LATENT_MEAN) / LATENT_STD
+    torch.testing.assert_close(light.encode_frame(frames, state)[0], expected)
+    torch.testing.assert_close(light.encode(frames[None])[0], expected)
 
 
 @torch.inference_mode()
@@ -241,8 +241,8 @@ def test_a_graph_of_lighttae_has_the_scale_in_it(tmp_path):
     z, state = latents(1), autoencoder.decoder_state()
     names = [tensor.name for tensor in contract(config)["vae_decoder"].inputs]
     session = onnxruntime.InferenceSession(tmp_path / "decoder.onnx")
-    found = session.run(None, dict(zip(names, (z.numpy(), *(past.numpy() for past in state)))))[0]
-    np.testing.assert_allclose(found, autoencoder.decode_frame(z, state)[0], atol=1e-5)
+    result = session.run(None, dict(zip(names, (z.numpy(), *(past.numpy() for past in state)))))[0]
+    np.testing.assert_allclose(result, autoencoder.decode_frame(z, state)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -309,8 +309,8 @@ def test_estimates_are_close_to_what_the_builder_says(size, tmp_path):
     )
     expected = estimates(config)
     for graph in ("vae_decoder", "compressor"):
-        (found,) = builder_figures(config, tmp_path, graph)
+        (result,) = builder_figures(config, tmp_path, graph)
         assert all(
             is_close_estimate(f"wan.{width}.{name}", expected[name], size, 128 << 20)
-            for name, size in found.items()
+            for name, size in result.items()
         )

@@ -122,7 +122,7 @@ def test_every_layout_exports_and_renders(kind, tiny_autoencoder, tmp_path, monk
 
 
 @pytest.mark.full
-def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, monkeypatch):
+def test_the_commands_for_an_8_gb_gpu_lead_to_a_video(tiny_autoencoder, tmp_path, monkeypatch):
     """Those of docs/checkpoints.md, in order, with two layers in fp16. What the hub and UMT5 would
     give is here already, ONNX Runtime stands for the card, and engines are not built: the builder
     takes no matrices as narrow as these, and the real ones are `test_engines`'s."""
@@ -156,7 +156,7 @@ def test_the_lines_for_an_8_gb_card_lead_to_a_video(tiny_autoencoder, tmp_path, 
     assert len(frames_of(Path("cat.mp4"))) == 4 * config.fps
 
 
-def test_the_command_says_what_it_found(weights, tmp_path):
+def test_the_command_reports_each_file(weights, tmp_path):
     files = longlive(tmp_path, weights)
     output = run_command("import-checkpoint", *files, "--out", tmp_path / "model")
     for part in (
@@ -181,7 +181,7 @@ def test_the_command_says_what_it_found(weights, tmp_path):
     assert all(kind in run_command("models") for kind in PUBLISHED)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(weights, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused(weights, tmp_path):
     [path] = self_forcing(tmp_path, weights)
     (tmp_path / "model").mkdir()
     import_checkpoint([path], tmp_path / "model")
@@ -193,7 +193,7 @@ def test_a_folder_with_something_in_it_is_left_alone(weights, tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"self_forcing_dmd.pt", "model"}
 
 
-def test_number_formats_stay_as_they_are_mixed_as_well(weights, tiny_autoencoder, tmp_path):
+def test_mixed_dtypes_are_kept_and_aligned(weights, tiny_autoencoder, tmp_path):
     """The autoencoder's three 2-byte biases do not put 4-byte values off their alignment."""
     mixed = {name: t.bfloat16() if t.ndim == 1 else t for name, t in weights.items()}
     shutil.copy(tiny_autoencoder, tmp_path / "a-taew2_1.pth")

@@ -73,7 +73,7 @@ def one_lora(path, down, up, **more) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_a_lora_in_a_format_that_cannot_be_merged_is_refused(dtype, weights, tmp_path):
+def test_a_lora_of_another_dtype_is_refused(dtype, weights, tmp_path):
     adapter = torch.ones(1, 24).to(dtype), torch.ones(24, 1).to(dtype)
     files = [*self_forcing(tmp_path, weights), one_lora(tmp_path / "lora.safetensors", *adapter)]
     assert_refused(files, tmp_path, "lora.safetensors holds .*; only F32, F16, BF16 can be read")
@@ -90,7 +90,7 @@ def test_an_alpha_that_is_not_finite_is_refused(alpha, weights, tmp_path):
     assert_refused(files, tmp_path, f"alpha of blocks.7.self_attn.q in .* is {alpha}")
 
 
-def test_a_lora_that_overflows_the_weights_format_is_refused(weights, tmp_path):
+def test_a_lora_that_overflows_the_weights_is_refused(weights, tmp_path):
     """float16 ends at 65504."""
     halves = {name: tensor.half() for name, tensor in weights.items()}
     adapter = one_lora(tmp_path / "lora.safetensors", torch.ones(1, 24), torch.ones(24, 1))

@@ -36,7 +36,7 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-def test_missing_extra_and_misshaped_tensors_are_named_ten_of_them(weights, tmp_path):
+def test_the_first_ten_mismatched_tensors_are_named(weights, tmp_path):
     damaged = dict(weights)
     for layer in range(8):
         del damaged[f"blocks.{layer}.norm3.bias"]
@@ -55,12 +55,12 @@ def test_missing_extra_and_misshaped_tensors_are_named_ten_of_them(weights, tmp_
 def test_a_truncated_file_is_refused(layout, weights, tmp_path):
     [path] = layout(tmp_path, weights)
     whole = path.read_bytes()
-    for kept in (len(whole) // 2, 100, 3, 0):
-        path.write_bytes(whole[:kept])
+    for size in (len(whole) // 2, 100, 3, 0):
+        path.write_bytes(whole[:size])
         assert_refused([path], tmp_path, f"cannot read .*{path.name}, which is damaged")
 
 
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(weights, tmp_path):
+def test_a_pickle_with_code_is_refused_and_not_run(weights, tmp_path):
     marker = tmp_path / "was-run"
     content = {"generator_ema": prefixed(weights), "config": Code(marker)}
     path = save(tmp_path / "self_forcing_dmd.pt", content)
@@ -84,7 +84,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(weights, tmp_path):
         b"}(]K\x01u.",  # a list as a key
     ],
 )
-def test_a_pickle_that_is_no_checkpoints_is_refused(pickled, tmp_path):
+def test_pickles_of_other_programs_are_refused(pickled, tmp_path):
     """Within what torch may call, with arguments that it does not take."""
     whole, path = save(tmp_path / "whole.pt", {"a": torch.zeros(2)}), tmp_path / "odd.pt"
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as copy:
@@ -96,7 +96,7 @@ def test_a_pickle_that_is_no_checkpoints_is_refused(pickled, tmp_path):
     )
 
 
-def test_names_and_indices_of_no_model_are_refused(tmp_path):
+def test_foreign_files_and_indices_are_refused(tmp_path):
     save_file({"decoder.upsamples.foo.x": torch.zeros(1)}, tmp_path / "odd.safetensors")
     assert_refused(
         [tmp_path / "odd.safetensors"], tmp_path, "neither a Wan transformer.*upsamples.foo"
@@ -146,7 +146,7 @@ def test_every_damage_to_every_layout_is_refused_by_name(kind, layout, tmp_path,
     import_checkpoint(files, tmp_path / "model", kind=kind)
 
 
-def test_a_header_as_long_as_a_pickle_begins_is_safetensors(weights, tmp_path):
+def test_a_header_length_that_looks_like_a_pickle_is_safetensors(weights, tmp_path):
     """safetensors begins with its header's length, whose first byte may be a pickle's."""
     path = tmp_path / "model.safetensors"
     for padding in range(0, 256, 8):
@@ -157,7 +157,7 @@ def test_a_header_as_long_as_a_pickle_begins_is_safetensors(weights, tmp_path):
     assert path.read_bytes()[:1] == b"\x80" and done.tensors == 825
 
 
-def test_a_shard_that_is_not_there_is_named(weights, tmp_path):
+def test_a_missing_shard_is_named(weights, tmp_path):
     [index] = base_diffusers_sharded(tmp_path, weights)
     (tmp_path / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
     assert_refused([index], tmp_path, "not beside it: diffusion_pytorch_model-00002-of-00003")

@@ -46,7 +46,7 @@ def test_the_list_of_tensors_is_wans():
     assert added == 349_962_240  # LongLive's LoRA of rank 256
 
 
-def test_names_are_those_that_diffusers_itself_has():
+def test_names_are_those_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     with torch.device("meta"):
         model = diffusers.WanTransformer3DModel(
@@ -56,7 +56,7 @@ def test_names_are_those_that_diffusers_itself_has():
     assert theirs == {diffusers_name(name): shape for name, shape in wan_shapes().items()}
 
 
-def test_a_block_is_that_of_diffusers_own_transformer(tiny_autoencoder, tmp_path):
+def test_a_block_equals_that_of_diffusers_transformer(tiny_autoencoder, tmp_path):
     """Saved by diffusers with random weights in every tensor, imported here, and result the same:
     the flow of one block with no history is that of a clip whose frames share a timestep."""
     diffusers = pytest.importorskip("diffusers")
@@ -82,14 +82,14 @@ def test_a_block_is_that_of_diffusers_own_transformer(tiny_autoencoder, tmp_path
     nothing = [(empty, empty)] * config.layers, tuple(table[:0] for table in rope)
     for timestep in (torch.tensor([937.5]), torch.tensor([0.0])):
         with torch.no_grad():
-            wanted = theirs(latents.transpose(1, 2), timestep, text).sample.transpose(1, 2)
+            expected = theirs(latents.transpose(1, 2), timestep, text).sample.transpose(1, 2)
             flow, *_ = ours(
                 patchify(latents, config.patch), torch.zeros(()), timestep, ours.cross_kv(text),
                 rope, *nothing,
             )  # fmt: skip
-        assert 0.3 < wanted.std() < 30
+        assert 0.3 < expected.std() < 30
         copied = unpatchify(flow, config.grid, config.patch)
-        torch.testing.assert_close(copied, wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(copied, expected, rtol=0, atol=1e-4)
 
 
 def test_every_published_model_has_a_layout_here():
@@ -110,8 +110,8 @@ def test_layouts_are_recognized_and_give_the_same_weights(
     for name, tensor in weights.items():
         atol = 1e-5 if kind == "longlive" else 0  # W - B A + B A, in float32
         torch.testing.assert_close(copied[f"transformer.{name}"], tensor, atol=atol, rtol=0)
-    given = torch.load(tiny_autoencoder, weights_only=True)
-    for name, tensor in given.items():
+    autoencoder = torch.load(tiny_autoencoder, weights_only=True)
+    for name, tensor in autoencoder.items():
         assert tensor.dtype == torch.float16 and copied[f"autoencoder.{name}"].equal(tensor)
     assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 128
 
@@ -122,7 +122,7 @@ def test_layouts_are_recognized_and_give_the_same_weights(
         assert read_model_folder(tmp_path / "model") == done.folder
 
 
-def test_what_tensors_cannot_tell_the_caller_must(weights, tmp_path):
+def test_a_model_that_tensors_do_not_tell_needs_an_option(weights, tmp_path):
     path = save(tmp_path / "mine.pt", {"generator": prefixed(weights)})
     with pytest.raises(
         CheckpointError, match=r"several models have these tensors: name it with --model.*causvid"
@@ -134,7 +134,7 @@ def test_what_tensors_cannot_tell_the_caller_must(weights, tmp_path):
         read_model_folder(tmp_path / "model")
 
 
-def test_entry_chooses_another_entry_than_the_published_one(weights, tmp_path):
+def test_an_entry_can_be_chosen(weights, tmp_path):
     [path] = self_forcing(tmp_path, weights)
     import_checkpoint([path], tmp_path / "model", entry="generator")
     copied = imported(tmp_path / "model")["transformer.head.head.bias"]
@@ -211,6 +211,6 @@ def test_the_tiny_autoencoders_differ_by_name_alone(
         assert done.folder.config == with_autoencoder(model_config("self-forcing"), expected)
 
 
-def test_two_autoencoders_are_one_too_many(weights, wan_vae, tiny_autoencoder, tmp_path):
+def test_two_autoencoders_are_refused(weights, wan_vae, tiny_autoencoder, tmp_path):
     files = [*self_forcing(tmp_path, weights), tiny_autoencoder, wan_vae_file(tmp_path, wan_vae)]
     assert_refused(files, tmp_path, "are two autoencoders: name one")
