@@ -156,7 +156,7 @@ def plan(
         if model or weight_dtype or cache_dtype or any(shape.values()):
             raise ConfigError("a bundle has its model, sizes, history and dtypes already")
         config = read_manifest(bundle).config
-        engines = report.measured(bundle)
+        engines = report.read_engine_sizes(bundle)
     budgets: tuple[int | None, ...] = budget or (None,)
     targets = target or (engines.targets[:1] if engines else ()) or ("sm86",)
     if gpu is not None:
@@ -182,7 +182,7 @@ def plan(
     if picture is not None:
         report.draw(rows, config, picture)
     if as_json:
-        print_json(report.described(rows, config, engines))
+        print_json(report.plans_json(rows, config, engines))
         return
     match rows:
         case [(budget_bytes, _, Plan() as only)]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,7 +12,8 @@ import msgspec
 from packforcing.app.reports.tables import make_table
 from packforcing.config import Config
 from packforcing.errors import BackendError, MissingDependency, OutputError, PlanError
-from packforcing.files import partial_path
+from packforcing.extras import optional_imports
+from packforcing.files import write_file
 from packforcing.presets import with_autoencoder
 from packforcing.runtime.backends import ENGINE_BACKENDS
 from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
@@ -22,6 +23,7 @@ from packforcing.runtime.plan import CUDA_CONTEXT, Plan, describe, estimates, ma
 from packforcing.units import GIB, format_gib
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import RenderableType
 
 Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
@@ -41,7 +43,7 @@ ROWS = {
     "inputs_outputs": "other inputs and outputs",
     "reserve": "reserve",
     "graphs": "weights of graphs that run there",
-    "copies": "page-locked copies of inputs and outputs",
+    "copies": "pinned copies of inputs and outputs",
     "archive": "archive of compressed blocks",
     "checkpoint": "a checkpoint, while it is made",
     "streamed_weights": "weights, to stream from",
@@ -57,20 +59,24 @@ PARTS = {
     "text, state and other buffers": ("cross_attention", "autoencoder_state", "inputs_outputs"),
     "reserve": ("reserve",),
 }
-COLOURS = ("#2b4a6f", "#c2571a", "#e0955a", "#f0c9a0", "#8f7aa8", "#5b8c5a", "#a9b6bf", "#e3e6e8")
+COLORS = ("#2b4a6f", "#c2571a", "#e0955a", "#f0c9a0", "#8f7aa8", "#5b8c5a", "#a9b6bf", "#e3e6e8")
 
 
 class Measured(NamedTuple):
-    """What a bundle's engines take, by the names of `packforcing.runtime.plan.estimates`."""
+    """Bytes that the engines of a bundle take, by the names of `runtime.plan.estimates`."""
 
-    built: dict[str, int]  # as the builder said; empty where they are not built
+    built: dict[str, int]  # by the builder's log; empty where they are not built
     loaded: dict[str, int]  # on the GPU of this machine
     not_loaded: str  # why there is nothing in `loaded`
     targets: tuple[str, ...] = ()  # that they were built for
 
 
-def measured(directory: Path) -> Measured:
-    """Looks for engines of a bundle, and loads them where there is a GPU for them."""
+def read_engine_sizes(directory: Path) -> Measured:
+    """Read the sizes of a bundle's engines, and load them where there is a GPU for them.
+
+    Raises:
+        BundleError: The bundle cannot be read.
+    """
     manifest = read_manifest(directory)
     for backend in ENGINE_BACKENDS:
         records = [read_record(directory, backend, graph) for graph in GPU_GRAPHS]
@@ -91,7 +97,11 @@ def measured(directory: Path) -> Measured:
 
 
 def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int]:
-    """Scratch that the engines want on this machine's GPU, per call; raises `BackendError`."""
+    """Load engines and return the bytes of scratch per call on the GPU of this machine.
+
+    Raises:
+        BackendError: There is no GPU, or an engine cannot be loaded.
+    """
     from packforcing.runtime.backends.tensorrt import Engines
 
     engines = Engines(backend, directory, config)
@@ -206,10 +216,10 @@ def _smallest_cells(config: Config, target: str) -> tuple[str, ...]:
     )
 
 
-def described(
+def plans_json(
     rows: Sequence[Row], config: Config, engines: Measured | None = None
 ) -> dict[str, Any]:
-    """All of it for a program; sizes in bytes."""
+    """Describe plans for programs; sizes in bytes."""
     targets = list(dict.fromkeys(target for _, target, _ in rows))
     return {
         "cuda_context": CUDA_CONTEXT,
@@ -218,7 +228,7 @@ def described(
             {
                 "budget": budget,
                 "target": target,
-                **(_described(plan) if isinstance(plan, Plan) else {"smallest": plan.smallest}),
+                **(_plan_json(plan) if isinstance(plan, Plan) else {"smallest": plan.smallest}),
             }
             for budget, target, plan in rows
         ],
@@ -230,7 +240,7 @@ def described(
     }
 
 
-def _described(plan: Plan) -> dict[str, Any]:
+def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "config": msgspec.to_builtins(plan.config),
         "device": plan.device,
@@ -241,14 +251,15 @@ def _described(plan: Plan) -> dict[str, Any]:
         "streamed": plan.streamed,
         "needs": needs(plan),
         "predicted_seconds_per_block": {
-            name: seconds_per_block(plan.config, card)
-            for name, card in GPUS.items()
-            if card.target == plan.target
+            name: seconds_per_block(plan.config, gpu)
+            for name, gpu in GPUS.items()
+            if gpu.target == plan.target
         },
     }
 
 
 def title(config: Config) -> str:
+    """Return one line: the model, its frame size and its block."""
     return (
         f"{config.name} at {config.width}x{config.height}, "
         f"blocks of {config.block_frames} latent frames"
@@ -256,7 +267,7 @@ def title(config: Config) -> str:
 
 
 def needs(plan: Plan) -> str:
-    """What a plan takes beyond a plain export and build; empty for nothing."""
+    """Name what a plan needs beyond a plain export and build; "" for nothing."""
     precision = plan.config.precision
     if precision.compute == "fp32":
         return "an export in fp16 (for attention)"
@@ -265,14 +276,19 @@ def needs(plan: Plan) -> str:
     return "engines built with --stream-weights" if plan.streamed else ""
 
 
-def predictions(config: Config, *targets: str) -> Iterator[str]:
-    """Lower bounds of the time per block on known cards."""
+def predictions(config: Config, *targets: str) -> Iterator[RenderableType]:
+    """Lay out lower bounds of the time per block on GPUs of these targets."""
     playing = config.block_pixel_frames / config.fps
-    yield f"seconds per block, which plays for {playing:g} s: predicted, at 100% of the card's peak"
-    for name, card in GPUS.items():
-        if card.target in targets:
-            least = seconds_per_block(config, card)
-            yield f"  {name} ({card.target}, {card.memory} GB)  at least {least:.3g}"
+    yield f"seconds per block, which plays for {playing:g} s: predicted, at 100% of the GPU's peak"
+    rows = (
+        (
+            f"{name} ({gpu.target}, {gpu.memory} GB)",
+            f"at least {seconds_per_block(config, gpu):.3g}",
+        )
+        for name, gpu in GPUS.items()
+        if gpu.target in targets
+    )
+    yield make_table(rows, indent=2)
 
 
 def _rows(sizes: dict[str, int]) -> Iterator[tuple[str, str, str]]:
@@ -284,55 +300,59 @@ def _row(name: str, size: int) -> tuple[str, str, str]:
 
 
 def draw(rows: Sequence[Row], config: Config, path: Path) -> None:
-    """Writes a picture: a bar per plan, its parts side by side, and where its budget ends.
+    """Write the picture of plans as PNG.
 
-    Plans that differ in nothing but the target share a bar. Raises `OutputError`.
+    Raises:
+        MissingDependency: matplotlib is not installed.
+        OutputError: Nothing fits, or the file cannot be written.
     """
-    try:
+    if not any(isinstance(plan, Plan) for _, _, plan in rows):
+        raise OutputError(f"no picture {path}: nothing fits any of the budgets")
+    stream = io.BytesIO()
+    plan_figure(rows, config).savefig(stream, dpi=110, format="png")
+    write_file(path, stream.getvalue())
+
+
+def plan_figure(rows: Sequence[Row], config: Config) -> Figure:
+    """Draw a bar per plan, its parts side by side, and a mark where its budget ends.
+
+    Plans that differ in nothing but the target share a bar.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
+    with optional_imports("a picture", "plot"):
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise OutputError(
-            "a picture needs matplotlib, which is not installed: "
-            "pip install '.[plot]' in the checkout"
-        ) from error
     bars: dict[str, tuple[int | None, Plan, list[str]]] = {}
     for budget, target, plan in rows:
         if isinstance(plan, Plan):
-            same = f"{budget} {describe(plan)}"
-            bars.setdefault(same, (budget, plan, []))[2].append(target)
-    if not bars:
-        raise OutputError(f"no picture {path}: nothing fits any of the budgets")
+            bar = bars.setdefault(f"{budget} {describe(plan)}", (budget, plan, []))
+            bar[2].append(target)
     figure = Figure(figsize=(11, 1.9 + 0.75 * len(bars)), layout="constrained")
     axes = figure.subplots()
     labels = []
     for row, (budget, plan, targets) in enumerate(bars.values()):
         left = 0.0
-        for (part, names), colour in zip(PARTS.items(), COLOURS):
+        for (part, names), color in zip(PARTS.items(), COLORS):
             width = sum(plan.device[name] for name in names) / GIB
-            axes.barh(row, width, 0.62, left, color=colour, label=None if row else part)
+            axes.barh(row, width, 0.62, left, color=color, label=None if row else part)
             left += width
-        named = f"{plan.total / GIB:.2f}" + ("" if budget is None else f" of {budget / GIB:g}")
+        total = f"{plan.total / GIB:.2f}" + ("" if budget is None else f" of {budget / GIB:g}")
         end = max(plan.total, budget or 0) / GIB
-        axes.text(end + 0.08, row, f"{named} GiB", va="center")
+        axes.annotate(f"{total} GiB", (end, row), (6, 0), textcoords="offset points", va="center",
+                      annotation_clip=False)  # fmt: skip
         if budget is not None:
-            axes.plot([budget / GIB] * 2, [row - 0.42, row + 0.42], color="black", lw=2,
-                      label=None if row else "budget")  # fmt: skip
+            axes.plot([budget / GIB] * 2, [row - 0.42, row + 0.42], color=rcParams["text.color"],
+                      lw=2, label=None if row else "budget")  # fmt: skip
         labels.append(f"{', '.join(targets)}\n{_short(plan)}")
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.set_xlabel("GiB on the card, beside the CUDA context")
+    axes.set_xlabel("GiB of device memory, without the CUDA context")
     axes.set_title(f"{title(config)}; history as sink + mid + recent blocks", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, frameon=False)
-    partial = partial_path(path)
-    try:
-        figure.savefig(partial, dpi=110, format="png")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    return figure
 
 
 def _short(plan: Plan) -> str:

@@ -42,9 +42,9 @@ def test_the_table_of_what_fits():
 def test_json_is_complete_and_adds_up():
     out, _, code = plan("--budget", "4GiB,6.5", "--target", "sm89", "--seconds", "10", "--json")
     assert code == 0
-    found = json.loads(out)
-    assert [planned["budget"] for planned in found["plans"]] == [4 * GIB, 13 * GIB // 2]
-    for planned in found["plans"]:
+    result = json.loads(out)
+    assert [planned["budget"] for planned in result["plans"]] == [4 * GIB, 13 * GIB // 2]
+    for planned in result["plans"]:
         assert sum(planned["device"].values()) == planned["total"] <= planned["budget"]
         config = msgspec.convert(planned["config"], type(WAN))
         assert make_plan(config, "sm89", seconds=10).host["archive"] == planned["host"]["archive"]
@@ -59,12 +59,12 @@ def built_bundle(tiny_bundle, tmp_path):
 
 
 def test_a_bundles_built_figures_replace_the_estimates(built_bundle):
-    found = json.loads(plan(str(built_bundle), "--json")[0])
-    device = found["plans"][0]["device"]
+    result = json.loads(plan(str(built_bundle), "--json")[0])
+    device = result["plans"][0]["device"]
     assert device["weights.denoiser"] == device["weights.vae_decoder"] == 10**6
     assert device["scratch"] == 10**8
-    assert found["plans"][0]["estimates"] == estimates(TINY)
-    assert found["engines"]["loaded"] == {} and found["engines"]["not_loaded"]
+    assert result["plans"][0]["estimates"] == estimates(TINY)
+    assert result["engines"]["loaded"] == {} and result["engines"]["not_loaded"]
     lines = [line.split() for line in plan(str(built_bundle))[0].splitlines()]
     estimate = f"{estimates(TINY)['weights.denoiser']:,}"
     assert ["weights.denoiser", estimate, "1,000,000", "-"] in lines
@@ -78,17 +78,17 @@ def test_engines_of_another_graph_do_not_count(built_bundle):
     record = read_record(built_bundle, "tensorrt-rtx", "denoiser")
     key = msgspec.structs.replace(record.key, graph={"denoiser.onnx": "0"})
     path.write_bytes(encode_record(msgspec.structs.replace(record, key=key)))
-    found = json.loads(plan(str(built_bundle), "--json")[0])
-    device = found["plans"][0]["device"]
+    result = json.loads(plan(str(built_bundle), "--json")[0])
+    device = result["plans"][0]["device"]
     assert device["weights.denoiser"] == estimates(TINY)["weights.denoiser"]
     assert device["weights.compressor"] == 10**6
 
 
-def test_a_card_by_name_has_its_memory_less_the_context():
+def test_a_gpu_by_name_has_its_memory_less_the_context():
     out, _, code = plan("--gpu", "rtx 4060", "--json")
-    found = json.loads(out)
-    assert code == 0 and found["plans"][0]["budget"] == 8 * GIB - found["cuda_context"]
-    assert found["plans"][0]["target"] == "sm89"
+    result = json.loads(out)
+    assert code == 0 and result["plans"][0]["budget"] == 8 * GIB - result["cuda_context"]
+    assert result["plans"][0]["target"] == "sm89"
 
 
 def test_one_plan_in_detail():
@@ -138,7 +138,7 @@ def test_a_picture(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_picture_without_the_library_says_what_to_install(tmp_path, monkeypatch):
+def test_a_picture_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     _, err, code = plan("--picture", str(tmp_path / "plan.png"))
-    assert code == 2 and "pip install '.[plot]'" in err and not list(tmp_path.iterdir())
+    assert code == 2 and "pip install" in err and "[plot]" in err and not list(tmp_path.iterdir())

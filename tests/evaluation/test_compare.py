@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 from packforcing import Policy, model_config
 from packforcing.app.cli import main
-from packforcing.app.reports.compare import FEWEST
+from packforcing.app.reports.compare import MIN_PROMPTS, SAMPLES
 from packforcing.errors import ConfigError
 from packforcing.evaluation import compare
 from packforcing.evaluation.compare import Comparison, end_values, summarize
@@ -275,8 +275,8 @@ def test_the_page_shows_all_of_it_and_loads_nothing(compared):
     beside = {pair.video for pair in found.pairs}
     assert {a for a in addresses if not a.startswith(("data:", "#"))} == beside
     assert all((folder / video).is_file() for video in beside)
-    assert text.count('src="data:image/jpeg') == len(found.pairs)
-    assert text.count('class="reads"') == 1  # of the policy that has an archive
+    assert text.count('src="data:image/jpeg') == SAMPLES * len(found.pairs)
+    assert text.count('class="chart reads"') == 1  # of the policy that has an archive
     for name in (*NAMES, *PROMPTS, "flicker", "loop closure", "ms per block"):
         assert name in text
 
@@ -355,7 +355,7 @@ def test_the_reference_measures_as_the_runtime_does(tmp_path):
     """Videos of the same prompts and seeds by PyTorch, whose rollouts part from the runtime's with
     time: every measure's mean lies in the interval over prompts that the runtime's has, which is
     taken a percent wider, as where all prompts agree it has no width."""
-    config, count, seconds = model_config("demo"), FEWEST, 20
+    config, count, seconds = model_config("demo"), MIN_PROMPTS, 20
     model = load_model(config, demo_bundle().parent / "model.safetensors")
     frames, found = config.frames(seconds), {"runtime": [], "reference": []}
     with Session.open(demo_bundle()) as session:

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from packforcing.app.cli import main
-from packforcing.app.reports.compare import _loss_plot
+from packforcing.app.reports.plots import COLORS, loss_plots
 from packforcing.calibration.weights import quantize_bundle
 from packforcing.evaluation.compare import Comparison
 from packforcing.evaluation.fidelity import frame_fidelity, gmsd, ssim
@@ -124,12 +124,13 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     texts = (f"{close.psnr:.1f} dB", next(iter(listed)), PROMPT, f"{flow.snr:.1f} dB, ")
     assert all(text in page for text in texts)
     assert page.count("equal, 0") == 2  # keys and values of the first layer
-    (plot,) = (svg for svg in page.split("<svg")[1:] if "dB of each quantised matrix" in svg)
     outputs = [name for name, loss in losses.items() if "." in name and loss.snr is not None]
-    assert plot.count("fill: #1f77b4") == len(listed) + len(outputs) + 1  # and the legend's
-    cache_alone = _loss_plot(msgspec.structs.replace(found, snr={}))
-    assert "dB of each quantised matrix" not in cache_alone
-    assert "dB of each key and value" in cache_alone
+    matrices, keys = loss_plots(found)
+    assert matrices["svg"].count(f"fill: {COLORS[1]}") == len(listed)
+    assert keys["svg"].count(f"fill: {COLORS[1]}") == len(outputs)
+    (keys_alone,) = loss_plots(msgspec.structs.replace(found, snr={}))
+    assert keys_alone["title"].startswith("dB of each key and value")
+    assert keys_alone["title"] in page
 
 
 def test_only_bundles_of_one_model_are_compared(tiny_bundle, tmp_path):

@@ -1,0 +1,59 @@
+"""The page about a render, also of one that was resumed."""
+
+import html
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from packforcing.app.reports.demo import write_report
+from packforcing.runtime.plan import memory
+from tests.helpers import PROMPT, run
+
+
+@pytest.fixture
+def report(tiny_bundle, tiny_config, tmp_path):
+    """Write the page of 16 frames in 4 blocks, of which the first `resumed` came from before."""
+    assert run("render", PROMPT, "--bundle", tiny_bundle, "--out", tmp_path / "a b.mkv",
+               "--seconds", 2).exit_code == 0  # fmt: skip
+
+    def write(blocks: list[float], frames_resumed: int) -> str:
+        summary = SimpleNamespace(
+            frames=16, frames_resumed=frames_resumed, blocks=4, seconds_total=0.8,
+            seconds_graphs={"denoiser": 0.5}, seconds_video=0.1, archive_bytes=3 << 20,
+        )  # fmt: skip
+        infos = [
+            SimpleNamespace(index=4 - len(blocks) + number, seconds=seconds, read=[])
+            for number, seconds in enumerate(blocks)
+        ]
+        write_report(
+            tmp_path / "demo.html", tmp_path / "a b.mkv", PROMPT, 0, tiny_config, infos, summary,
+            memory(tiny_config), {"torch": "2"},
+        )  # fmt: skip
+        return html.unescape((tmp_path / "demo.html").read_text(encoding="utf-8"))
+
+    return write
+
+
+def test_speed_and_shares_are_of_the_whole_render(report):
+    text = report([0.1, 0.2, 0.2, 0.3], frames_resumed=0)
+    assert "0.8 s, 2.5 times real time" in text  # 2 s of video
+    assert "median 200 ms, longest 300 ms" in text and "Resumed" not in text
+    assert "<td>0.50 s</td><td>125.0 ms</td><td>62%</td>" in text
+    assert 'src="a%20b.mkv"' in text and "3,072 KiB" in text
+
+
+def test_after_a_resume_speed_is_of_the_frames_rendered_since(report):
+    text = report([0.2, 0.4], frames_resumed=8)
+    assert "after 8 frames; times are of the remaining 1.0 s" in text
+    assert "0.8 s, 1.2 times real time" in text and "median 300 ms" in text
+    assert "<td>0.50 s</td><td>250.0 ms</td><td>62%</td>" in text
+    numbers = {int(block) for block in re.findall(r"M(\d+) \d+h\.9", text)}
+    assert numbers == {2, 3}
+
+
+def test_a_video_that_was_finished_before_has_a_page_without_times(report):
+    text = report([], frames_resumed=16)
+    assert "after 16 frames" in text and "real time" not in text
+    assert "Time per block" not in text and "Time by graph" not in text
+    assert text.count("<figure>") == 12
