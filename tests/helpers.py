@@ -123,6 +123,23 @@ def assert_refused(result: Result, *parts: str) -> None:
 # Frames
 
 
+def umt5_bundle(folder: Path) -> Path:
+    """Copy the demo bundle as one of a model that reads UMT5's embeddings."""
+    import shutil
+
+    import msgspec
+
+    from packforcing.runtime import demo_bundle
+    from packforcing.runtime.bundle import read_manifest, write_manifest
+
+    bundle = folder / "bundle"
+    shutil.copytree(demo_bundle(), bundle)
+    manifest = read_manifest(bundle)
+    config = msgspec.structs.replace(manifest.config, text_encoder="umt5-xxl")
+    write_manifest(bundle, msgspec.structs.replace(manifest, config=config))
+    return bundle
+
+
 def frames_of(path: Path) -> np.ndarray:
     """Read a video, or a folder of pictures, uint8 RGB [T, H, W, 3]."""
     if path.is_dir():
