@@ -1,7 +1,7 @@
-"""The demo model's text encoder: one row of a one-hot table per known word.
+"""The demo model's text encoder: a one-hot row per word.
 
-A stand-in for UMT5 at the scale of the demo world. The rows are zero-padded and none is
-masked, as in Wan, so a prompt may leave words out: the model then chooses.
+It replaces UMT5 at the scale of the demo world. The rows are zero-padded and none is masked, as in
+Wan, so that a prompt may leave words out: the model then chooses.
 """
 
 from __future__ import annotations
@@ -24,10 +24,18 @@ FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
 
 
 def encode_words(prompt: str, config: Config) -> np.ndarray:
-    """Prompt to embedding, float32 [1, text_len, text_dim].
+    """Encode a prompt of the demo's words.
 
-    Raises `PromptError` for a word outside the vocabulary, an empty or an overlong prompt, and
-    for a model that reads another encoder's embeddings.
+    Args:
+        prompt: Words of `VOCABULARY` in any order; case and fillers like "a" do not matter.
+        config: A model with the text encoder "words".
+
+    Returns:
+        float32 [1, text_len, text_dim].
+
+    Raises:
+        PromptError: A word is unknown, the prompt is empty or too long, or the model reads
+            another encoder's embeddings.
     """
     if config.text_encoder != "words":
         raise PromptError(
@@ -36,7 +44,7 @@ def encode_words(prompt: str, config: Config) -> np.ndarray:
             "or name it as 'embedding' in a schedule"
         )
     if len(prompt) > LONGEST:
-        raise PromptError(f"the prompt has {len(prompt)} characters, at most {LONGEST} are read")
+        raise PromptError(f"the prompt has {len(prompt)} characters; at most {LONGEST} can be read")
     words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
     unknown = [word for word in words if word not in VOCABULARY]
     if unknown:
@@ -46,7 +54,9 @@ def encode_words(prompt: str, config: Config) -> np.ndarray:
     if not words:
         raise PromptError(f"the prompt names nothing to draw; {_grammar()}")
     if len(words) > config.text_len:
-        raise PromptError(f"the prompt has {len(words)} words, at most {config.text_len} are read")
+        raise PromptError(
+            f"the prompt has {len(words)} words; at most {config.text_len} can be read"
+        )
     rows = np.zeros((1, config.text_len, config.text_dim), np.float32)
     rows[0, np.arange(len(words)), [VOCABULARY.index(word) for word in words]] = 1.0
     return rows

@@ -120,7 +120,7 @@ def encode_umt5(
             f"{encoder.tokenizer} finds no token in a prompt: use another tokenizer"
         )
     if (longest := max(map(len, ids.values()))) > MAX_TOKENS:
-        raise PromptError(f"the prompt has {longest} tokens, at most {MAX_TOKENS} can be read")
+        raise PromptError(f"the prompt has {longest} tokens; at most {MAX_TOKENS} can be read")
     encoder_kind = "umt5" if weights == "bf16" else f"umt5-{weights}"
     sha256 = _sha256([*encoder.weights, *encoder.config, encoder.tokenizer], bar)
     files = {

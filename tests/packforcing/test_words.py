@@ -26,7 +26,7 @@ def test_prompts_become_one_hot_rows_in_any_order():
         ("a red star over navy zzz", "does not know 'zzz'"),
         ("", "names nothing"),
         ("over the", "names nothing"),
-        ("red " * 9, "9 words, at most 8"),
+        ("red " * 9, "9 words; at most 8"),
     ],
 )
 def test_prompts_the_model_cannot_read_are_explained(prompt, message):
