@@ -1,4 +1,4 @@
-"""Frames to a video on disk, block by block; a picture or a clip to frames to start from.
+"""Write frames to a video on disk, block by block.
 
 The path says what is written: `.mp4` is H.264 for viewing, `.mkv` is FFV1 and keeps every
 byte, a folder gets numbered PNG files. A video grows under a partial name beside its target
@@ -10,12 +10,9 @@ there. `join_segments` makes such a video of segments that were written one by o
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -24,10 +21,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from packforcing.errors import OutputError, VideoError
+from packforcing.errors import OutputError
 from packforcing.files import flush, flush_folder, partial_path, require_disk_space
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Rough upper bounds on disk, in bytes per pixel. The lossless kinds exceed raw size on noise;
 # H.264 at this quality stays well under two bits a pixel on anything but noise.
 _BYTES_PER_PIXEL = {"mp4": 0.25, "mkv": 4.0, "png": 3.1}
@@ -301,7 +297,7 @@ class _Encoder:
 
 
 class _PngFolder:
-    """Numbered PNG files in a folder, through OpenCV."""
+    """Numbered PNG files in a folder, through Pillow."""
 
     def __init__(self, path: Path, width: int, height: int) -> None:
         self._path, self._shape = path, (height, width, 3)
@@ -309,13 +305,13 @@ class _PngFolder:
         path.mkdir()
 
     def write(self, frames: np.ndarray) -> None:
-        import cv2
+        from PIL import Image
 
         _check_frames(frames, self._shape)
         for pixels in frames:
-            # encoded in memory: OpenCV's own file writing does not say why it failed
-            _, data = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
-            (self._path / f"frame_{self._count:06}.png").write_bytes(data.tobytes())
+            path = self._path / f"frame_{self._count:06}.png"
+            # zlib's fastest strategy: run lengths alone
+            Image.fromarray(pixels).save(path, compress_level=1, compress_type=3)
             self._count += 1
 
     def finish(self) -> None:
@@ -323,84 +319,6 @@ class _PngFolder:
 
     def abandon(self) -> None:
         pass
-
-
-def read_start(
-    path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int
-) -> np.ndarray:
-    """Frames to start a video from, uint8 RGB [T, height, width, 3], with 1 <= T <= limit.
-
-    A picture is one frame. A clip is read at `fps`, and if it is longer than `limit` frames its
-    end counts, since that is what the video goes on from. Both are cropped around the centre to
-    the shape asked for, then resized. Raises `VideoError` for a file that cannot be read.
-    """
-    source = Path(path)
-    frames: deque[np.ndarray] = deque(maxlen=limit)
-    try:
-        with source.open("rb"):
-            pass  # gives a plainer reason than the decoders do
-        images = source.suffix.lower() in IMAGE_SUFFIXES
-        for image in _read_image(source) if images else _read_clip(source, fps, limit):
-            frames.append(_fit(image, width, height))
-    except _failures() as error:
-        raise VideoError(
-            f"cannot start from {source}: {_why(error)}; give a picture (png, jpg) or a short clip"
-        ) from error
-    if not frames:
-        raise VideoError(
-            f"cannot start from {source}: no picture in it can be decoded; "
-            "give a picture (png, jpg) or a short clip"
-        )
-    return np.stack(frames)
-
-
-def _read_image(path: Path) -> Iterator[np.ndarray]:
-    """The picture, uint8 RGB [H, W, 3]; nothing if it cannot be decoded."""
-    import cv2
-
-    data = np.frombuffer(path.read_bytes(), np.uint8)  # OpenCV cannot open every name on Windows
-    image = None
-    with suppress(cv2.error):  # no data, or more pixels than it takes
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    if image is not None:
-        yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _read_clip(path: Path, fps: int, limit: int) -> Iterator[np.ndarray]:
-    """The clip's frames at `fps`, uint8 RGB [H, W, 3]: each the first that is due."""
-    import av
-
-    with av.open(path.absolute()) as container:  # no protocol before a colon in it
-        given, start = 0, None
-        for frame in container.decode(video=0) if container.streams.video else ():
-            time = given / fps if frame.time is None else frame.time
-            start = time if start is None else start
-            # a quarter of a frame early still counts: containers round times to milliseconds
-            due = math.floor((time - start) * fps + 0.25) + 1 - given
-            if due > 0:
-                image = frame.to_ndarray(format="rgb24")
-                # a gap in the clip repeats a frame, but no oftener than can be of use
-                yield from itertools.repeat(image, min(due, limit))
-                given += due
-
-
-def _fit(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The largest centred part of [H, W, 3] that has the wanted shape, in the wanted size."""
-    import cv2
-
-    rows, columns = image.shape[:2]
-    if columns * height > rows * width:
-        keep_rows, keep_columns = rows, max(1, round(rows * width / height))
-    else:
-        keep_rows, keep_columns = max(1, round(columns * height / width)), columns
-    top, left = (rows - keep_rows) // 2, (columns - keep_columns) // 2
-    part = image[top : top + keep_rows, left : left + keep_columns]
-    if part.shape[:2] == (height, width):
-        return part.copy()  # not a view: it would keep the whole picture in memory
-    shrinking = height < keep_rows
-    return cv2.resize(
-        part, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-    )
 
 
 def output_target(path: str | os.PathLike[str]) -> tuple[Kind, Path]:

@@ -389,7 +389,7 @@ def _stopping(session: Session) -> Iterator[None]:
 
 def _read_start(path: str, config: Config) -> Any:
     """Read a picture, or the end of a clip, as frames of whole blocks."""
-    from packforcing.runtime.video_files import read_start
+    from packforcing.runtime.start_clip import read_start
 
     blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
     limit = blocks * config.block_pixel_frames - config.trimmed_frames

@@ -3,11 +3,9 @@
 import gc
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import weakref
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +14,9 @@ import cv2
 import numpy as np
 import pytest
 
-from packforcing.errors import OutputError, VideoError
-from packforcing.runtime.video_files import check_output, open_video, read_start
+from packforcing.errors import OutputError
+from packforcing.runtime.start_clip import read_start
+from packforcing.runtime.video_files import check_output, open_video
 
 WIDTH, HEIGHT, FPS = 48, 32, 16
 TARGETS = ("clip.mp4", "clip.mkv", "frames/")
@@ -102,6 +101,7 @@ def test_mp4_is_the_same_however_many_cpus_there_are(tmp_path):
 ENCODE = """
 import hashlib, sys
 import numpy as np
+from packforcing.runtime.start_clip import read_start
 from packforcing.runtime.video_files import open_video
 
 for cells, step, scale in (((120, 64, 96, 3), 8, 1), ((60, 18, 22, 3), 30, 8)):
@@ -343,62 +343,3 @@ def test_frames_of_another_shape_are_a_programming_error(tmp_path):
     with pytest.raises(ValueError, match="not uint8"):
         write(tmp_path / "clip.mp4", noise(1)[:, :-2])
     assert not any(tmp_path.iterdir())
-
-
-def test_a_picture_is_cropped_around_its_centre_and_resized(tmp_path):
-    picture = np.zeros((64, 200, 3), np.uint8)
-    picture[:, 52:148] = (200, 100, 50)  # the middle 96 x 64, which is 3:2 as the frames are
-    cv2.imwrite(str(tmp_path / "start.png"), picture[..., ::-1])
-    start = read_start(tmp_path / "start.png", WIDTH, HEIGHT, FPS, limit=8)
-    np.testing.assert_array_equal(start, flat((200, 100, 50)))
-
-
-def test_a_clip_is_read_exactly_and_only_its_end(tmp_path):
-    frames = noise(10)
-    write(tmp_path / "clip.mkv", frames)
-    for limit, expected in ((20, frames), (4, frames[-4:])):
-        start = read_start(tmp_path / "clip.mkv", WIDTH, HEIGHT, FPS, limit)
-        np.testing.assert_array_equal(start, expected)
-
-
-@pytest.mark.parametrize(
-    ("fps", "expected"), [(8, [0, 2, 4, 6]), (32, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7])]
-)
-def test_a_clip_of_another_rate_is_read_at_the_models(tmp_path, fps, expected):
-    clip = noise(8)
-    write(tmp_path / "clip.mkv", clip)
-    start = read_start(tmp_path / "clip.mkv", WIDTH, HEIGHT, fps, limit=100)
-    found = [int(np.argmax((clip == frame).all((1, 2, 3)))) for frame in start]
-    assert found == expected
-
-
-def claiming_png(width: int, height: int) -> bytes:
-    """A small file that says it is a picture of this size."""
-    header = struct.pack(">2L5B", width, height, 8, 2, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
-        for kind, data in chunks
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.png", b""),
-        ("a.png", b"not a picture"),
-        ("a.png", claiming_png(40_000, 40_000)),
-        ("a.mp4", b""),
-        ("a.mp4", b"not a video"),
-    ],
-)
-def test_a_damaged_start_is_refused(tmp_path, name, content, capfd):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(VideoError, match=r"cannot start from .*a\..*give a picture"):
-        read_start(tmp_path / name, WIDTH, HEIGHT, FPS, limit=8)
-    assert capfd.readouterr().err == ""
-
-
-def test_a_missing_start_is_refused(tmp_path):
-    with pytest.raises(VideoError, match="No such file"):
-        read_start(tmp_path / "a.png", WIDTH, HEIGHT, FPS, limit=8)
