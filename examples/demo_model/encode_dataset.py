@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from train_autoencoder import load_autoencoder
 from world import Clip, make_clip, make_tour
 
@@ -108,7 +108,7 @@ def main() -> None:
     rng = np.random.default_rng([args.seed, KINDS[args.kind][1]])
     parts = [
         encode(compressor, rng, args.kind, BATCH)
-        for _ in tqdm(range(0, args.clips, BATCH), desc=args.kind, mininterval=5)
+        for _ in track(range(0, args.clips, BATCH), description=args.kind)
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -16,9 +16,9 @@ import team
 import torch
 import torch.nn.functional as F
 from optim import Muon, make_optimisers, rate_factor, set_rate
+from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from world import SIZE, make_clip, make_tour
 
 from packforcing import model_config
@@ -131,8 +131,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
         step, seconds, folded = saved["step"], saved["seconds"], saved.get("folded", False)
 
     length = args.minutes * 60
-    bar = tqdm(total=round(length), initial=round(seconds), unit="s", mininterval=10,
-               disable=rank > 0)  # fmt: skip
+    bar = Progress(disable=rank > 0)
+    task = bar.add_task("training", total=length, completed=seconds)
+    bar.start()
     last_save, average, clock = seconds, None, torch.zeros(1)
     while seconds < length:
         begun = time.process_time()
@@ -161,7 +162,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         clock.fill_(time.process_time() - begun)
         team.add_up([clock], 1 / args.workers)  # so that all stop at the same step
         seconds += clock.item()
-        bar.update(round(seconds) - bar.n)
+        bar.update(task, completed=seconds)
         if step % 50 == 0 and rank == 0:
             print(f"step {step}, {seconds:.0f} s: {-10 * np.log10(average):.2f} dB, "
                   f"latent std {latents.std():.2f}", flush=True)  # fmt: skip
@@ -176,7 +177,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             }
             torch.save(state, progress.with_suffix(".partial"))
             progress.with_suffix(".partial").replace(progress)
-    bar.close()
+    bar.stop()
     if rank == 0:
         finish(model, args.out, fold=args.encoder or not args.start)
 

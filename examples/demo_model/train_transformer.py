@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from encode_dataset import KINDS
 from optim import Muon, make_optimisers, rate_factor, set_rate
+from rich.progress import Progress
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 from train_autoencoder import load_autoencoder
 
 from packforcing import model_config
@@ -293,8 +293,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
     lone_pass = torch.compile(lone_flow, dynamic=False)  # a fifth faster; whole clips are not
     layouts: dict[tuple[int, int], Layout] = {}
     length, clock = args.minutes * 60, torch.zeros(1)
-    bar = tqdm(total=round(length), initial=round(seconds), unit="s", mininterval=20,
-               disable=rank > 0)  # fmt: skip
+    bar = Progress(disable=rank > 0)
+    task = bar.add_task("training", total=length, completed=seconds)
+    bar.start()
     last_save, shown = seconds, dict[str, float]()
     while seconds < length:
         begun = time.process_time()
@@ -363,7 +364,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         clock.fill_(time.process_time() - begun)
         team.add_up([clock], 1 / args.workers)
         seconds += clock.item()
-        bar.update(round(seconds) - bar.n)
+        bar.update(task, completed=seconds)
         if step % 25 == 0 and rank == 0:
             print(f"step {step}, {seconds:.0f} s, {clock.item():.2f} s a step: "
                   + "".join(f"{name} {value:.3f}, " for name, value in shown.items())
@@ -380,7 +381,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             torch.save(state, progress.with_suffix(".partial"))
             progress.with_suffix(".partial").replace(progress)
             save_average(model, parts, average, args.out)
-    bar.close()
+    bar.stop()
 
 
 @torch.no_grad()
