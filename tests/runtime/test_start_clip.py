@@ -12,6 +12,7 @@ from PIL import Image
 from packforcing.errors import VideoError
 from packforcing.runtime.start_clip import read_start
 from packforcing.runtime.video_files import open_video
+from tests.helpers import PROMPT, run_without
 
 WIDTH, HEIGHT, FPS = 48, 32, 16
 
@@ -184,3 +185,11 @@ def test_shrinking_averages_and_does_not_alias(tmp_path):
     (frame,) = read_start(tmp_path / "a.png", WIDTH, HEIGHT, FPS, limit=8)
     inner = frame[2:-2, 2:-2].astype(int)
     assert np.abs(inner - 127).max() <= 6
+
+
+def test_a_video_begins_with_a_picture_where_opencv_is_not_installed(tiny_bundle, tmp_path):
+    Image.fromarray(halves()).save(tmp_path / "a.png")
+    options = "--bundle", tiny_bundle, "--seconds", 1, "--out", f"{tmp_path}/frames/"
+    done = run_without("cv2", "render", PROMPT, *options, "--start", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "frames").iterdir())) == 8
