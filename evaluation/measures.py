@@ -412,19 +412,6 @@ def _demo_values(
     return values
 
 
-def measure_table(evaluation: Evaluation) -> Iterator[str]:
-    """Yield lines of text: a row per segment, a column per measure, and the whole video."""
-    length = evaluation.frames / evaluation.fps
-    yield f"{evaluation.video}: {evaluation.width}x{evaluation.height}, {length:.1f} s"
-    heads = (ALL_MEASURES[name].head for name in evaluation.values)
-    yield f"{'seconds':>11}" + "".join(f"{head:>9}" for head in heads)
-    rows = {f"{part.start:g}-{part.stop:g}": part.values for part in evaluation.segments}
-    if len(rows) > 1:
-        rows["all"] = evaluation.values
-    for span, values in rows.items():
-        yield f"{span:>11}" + "".join(f"{format_value(value):>9}" for value in values.values())
-
-
 def format_value(value: float | None) -> str:
     """Format a value in four characters or so; "-" where nothing was measured."""
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -50,7 +50,8 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
       packforcing evaluate square.mp4 --prompt "a blue square over sand checks"
     """
     with optional_imports("evaluating", "evaluate"):
-        from packforcing.evaluation.measures import evaluate_video, evaluations_json, measure_table
+        from packforcing.app.reports.measures import measure_table
+        from packforcing.evaluation.measures import evaluate_video, evaluations_json
         from packforcing.evaluation.video_reader import probe_video
 
     for video in videos:  # all of them before the first is read
@@ -62,7 +63,8 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
     if as_json:
         print_json(evaluations_json(evaluations))
     else:
-        click.echo("\n\n".join("\n".join(measure_table(evaluation)) for evaluation in evaluations))
+        for number, evaluation in enumerate(evaluations):
+            print_tables(*([""] if number else []), *measure_table(evaluation))
 
 
 @click.command()
