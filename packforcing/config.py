@@ -28,19 +28,23 @@ def _require(condition: bool, message: str) -> None:
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which blocks of the history are read, in blocks (PackForcing, sections 3.2 to 3.5).
+    """Which blocks of the history a block reads (PackForcing, sections 3.2 to 3.5).
 
-    `selection` of the mid blocks is made when a block is committed; "first-step" is affinity that
-    is asked again with the queries of the next block's first step, as the paper does.
-    `mid_span` is how many latent frames a compressed block takes up in packed positions
-    (fractions allowed); None means as many as it stands for. `branches`: what a compressed block
-    is made of, the sum of both branches of the compressor or one alone (section 3.3).
-
-    `restart`: of how many blocks one rollout is; 0 for a single one without end. A longer video is
-    rollouts in a row, each of which begins with the last block of the one before, as CausVid
-    publishes it: the block's first latent frame is encoded anew, from the last pixel frame that it
-    was decoded to, as the first frame of a video is; keys, values and the decoder's state are made
-    again without a past, and the frames from that one on are those that are decoded then.
+    Attributes:
+        sink: Blocks at the start of the video, read at full resolution.
+        mid: Compressed blocks, selected from the archive.
+        recent: Newest blocks, read at full resolution.
+        selection: How mid blocks are selected when a block is committed. "first-step" selects by
+            affinity once more, with the queries of the next block's first step, as the paper does.
+        positions: Temporal RoPE positions: counted over the blocks in context, or over the video.
+        mid_span: Latent frames that a compressed block spans in packed positions, fractions
+            allowed. None: as many as it stands for.
+        branches: Of the compressor: the sum of both (section 3.3), or one alone.
+        restart: Blocks per rollout; 0 means one unbounded rollout. A longer video is a chain of
+            rollouts. Each begins with the last block of the one before, as CausVid publishes it:
+            the last pixel frame decoded from the block's first latent frame is encoded as the first
+            frame of a video; keys, values and the decoder's state are computed from it without a
+            past, and later frames are decoded from that state.
     """
 
     sink: int
@@ -60,8 +64,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _require(self.mid_span is None or self.mid_span > 0, "policy.mid_span must be positive")
         _require(
             self.restart == 0 or 2 <= self.restart <= MAX_SIZE,
-            f"policy.restart must be 0, or from 2 to {MAX_SIZE}: a rollout's first block is the "
-            "last one's end",
+            f"policy.restart must be 0, or from 2 to {MAX_SIZE}: a rollout shares its first block "
+            "with the one before",
         )
 
     @property
@@ -70,12 +74,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.sink + self.mid + self.recent
 
     def __str__(self) -> str:
-        """What is read, in words."""
+        """Describe the policy in a line."""
         selected = f"by {self.selection}, " if self.mid else ""
-        again = f", begun anew every {self.restart} blocks" if self.restart else ""
+        restarts = f", restarted every {self.restart} blocks" if self.restart else ""
         return (
             f"{self.sink} sink, {self.mid} mid and {self.recent} recent blocks, "
-            f"{selected}{self.positions} positions{again}"
+            f"{selected}{self.positions} positions{restarts}"
         )
 
     def fit_to_video(self, blocks: int, own: Policy) -> Policy:
@@ -102,9 +106,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return range(start, sink), range(max(sink, block - self.recent), block)
 
     def rollout_start(self, block: int) -> int:
-        """The first block of the rollout that makes `block`, of a video without cuts."""
-        fresh = self.restart - 1  # blocks that a rollout adds
-        return max(0, block - 1) // fresh * fresh if self.restart else 0
+        """Return the first block of the rollout that generates `block`, in a video without cuts."""
+        new_blocks = self.restart - 1  # per rollout, without the shared one
+        return max(0, block - 1) // new_blocks * new_blocks if self.restart else 0
 
 
 class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -22,9 +22,9 @@ video, whose first frames are trimmed as any video's are. From the cut on, the f
 bit-identical to those of the new prompt alone, except that random numbers, drawn for (seed, block,
 step), continue to count blocks from the beginning of the video.
 
-A policy that restarts (CausVid's) does so before a switch of the other two kinds takes effect: the
-block that both rollouts share is made under the old prompt, and `recompute` makes its keys and
-values anew as the only recent block there is.
+A policy that restarts (CausVid's) does so before a switch of the first two kinds takes effect: the
+block that both rollouts share is generated under the old prompt, and `recompute` computes its keys
+and values again, as the only recent block there is.
 
 Free of torch.
 """

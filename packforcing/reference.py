@@ -184,8 +184,16 @@ def commit_block(
 
 
 def encode_first(model: Model, latents: Tensor, frames: Tensor) -> Tensor:
-    """A block's latents [1, B_f, C, h, w] with the first of them made again, of the last frame that
-    it was decoded to, as that of a video which begins with this frame."""
+    """Encode the first latent frame of a block again, as the first frame of a video.
+
+    Args:
+        model: The model.
+        latents: The block, [1, B_f, C, h, w].
+        frames: Its pixel frames, [4 B_f, 3, H, W]; the last of its first latent frame is encoded.
+
+    Returns:
+        The block with that first latent frame, [1, B_f, C, h, w].
+    """
     config = model.config
     last = frames[TEMPORAL_FACTOR - 1].expand(TEMPORAL_FACTOR, -1, -1, -1)
     state = model.autoencoder.encoder_state(config.height, config.width)
