@@ -35,7 +35,7 @@ import numpy as np
 from benchmarks.against import time_against
 from packforcing import Config, Policy, model_config
 from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.plan import memory
+from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.video import BlockInfo
 from packforcing.words import encode_words
 
@@ -122,7 +122,7 @@ def long() -> dict:
         for _ in session.stream(PROMPT, 600, on_block=lambda info: times.append(info.seconds)):
             resident.append(_resident_bytes())
         full = session.config.policy.capacity + 10
-        archive = memory(session.config)["archive_per_block"]
+        archive = memory_by_purpose(session.config)["archive_per_block"]
     typical = statistics.median(times[full:])
     return {
         "render_seconds_of_120": round(summary.seconds_total, 1),
@@ -151,7 +151,7 @@ def endless(seconds: float, video: Path) -> dict:
             starts[info.index] = session.rollout.cache.layout().start  # of the next block
 
         summary = session.render(PROMPT, seconds, video, on_block=note)
-        archive = memory(config)["archive_per_block"]
+        archive = memory_by_purpose(config)["archive_per_block"]
     ten_minutes = config.blocks(config.frames(600))
     settled = min(ten_minutes, blocks // 2)
     tenth = max(1, (blocks - settled) // 10)

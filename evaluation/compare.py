@@ -32,8 +32,9 @@ from packforcing.evaluation.prompt_sets import Prompt
 from packforcing.extras import optional_imports
 from packforcing.files import write_file
 from packforcing.presets import model_config
+from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.bundle import MANIFEST, read_manifest
-from packforcing.runtime.plan import archive_bytes, make_plan, memory
+from packforcing.runtime.plan import make_plan
 from packforcing.runtime.request import check_memory, check_request
 from packforcing.runtime.resume import discard
 from packforcing.runtime.session import Session
@@ -323,7 +324,7 @@ def _costs(bundle: Path, policy: Policy, pairs: Sequence[Pair], seconds: float) 
     config = manifest.config
     blocks = config.blocks(config.frames(seconds))
     config = config_for_video(config, policy, seconds)
-    buffers = memory(config)
+    buffers = memory_by_purpose(config)
     tail = max(1, round(END * config.fps / config.block_pixel_frames))
     return Costs(
         policy=policy,

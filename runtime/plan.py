@@ -29,12 +29,16 @@ import msgspec
 from packforcing.config import Config, Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.presets import with_autoencoder
+from packforcing.runtime.allocations import (
+    archive_bytes,
+    device_bytes,
+    host_bytes,
+    snapshot_bytes,
+)
 from packforcing.runtime.bundle import GPU_GRAPHS
 from packforcing.runtime.estimate import (
-    ITEM,
     matrix_bytes,
     scratch_bytes,
-    tensor_bytes,
     weight_bytes,
 )
 from packforcing.units import format_gib
@@ -60,85 +64,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "sm120": ("int8", "int4", "fp8"),
     "sm121": ("int8", "int4", "fp8"),
 }
-
-
-def memory(config: Config) -> dict[str, int]:
-    """Bytes of the buffers that a rollout allocates beside weights and scratch, by purpose.
-
-    All but `archive_per_block` is allocated once; the archive grows by that much with every
-    block beyond the sink. `inputs_outputs` includes what lies on the host always, `host_only`.
-    """
-    tensors = tensor_bytes(config)
-    block, compressed = tensors["denoiser.block"], tensors["denoiser.compressed"]
-    # the mid pass reads what the compressor wrote and the block's tables
-    shared = ("tokens", "extra", "ctx_cos", "ctx_sin")
-    latents = tensors["vae_decoder"]["latent"] * config.block_frames
-    return {
-        "context": _bytes(block, "k_ctx", "v_ctx"),
-        "staging": _bytes(block, "k_new", "v_new") + _bytes(compressed, "k_new", "v_new"),
-        "cross_attention": _bytes(tensors["prompt"], "cross_k", "cross_v"),
-        "autoencoder_state": _bytes(tensors["vae_decoder"], "state", "new_state"),
-        "inputs_outputs": host_only(config)
-        + sum(size for name, size in block.items() if "." not in name)
-        + sum(size for name, size in compressed.items() if "." not in name and name not in shared)
-        + sum(tensors["compressor"].values())
-        + (0 if "latents" in tensors["compressor"] else latents),
-        "archive_per_block": archive_bytes(config, config.policy.sink + 1),
-    }
-
-
-def archive_bytes(config: Config, blocks: int) -> int:
-    """Bytes of the archive of a video of this many blocks: keys and values as in the cache, and
-    pooled keys in fp32."""
-    if not config.policy.mid:
-        return 0
-    rows = max(0, blocks - config.policy.sink)
-    pooled = config.layers * config.dim * ITEM["fp32"]
-    return rows * (config.compressed_tokens * token_bytes(config) + pooled)
-
-
-def token_bytes(config: Config) -> int:
-    """Bytes of one token in the cache: keys and values of all layers."""
-    return 2 * config.layers * config.dim * ITEM[config.precision.cache]
-
-
-def host_only(config: Config) -> int:
-    """Bytes of the prompt's embedding, the recent blocks' clean tokens and, where rollouts restart,
-    of what the encoder reads and writes."""
-    tensors = tensor_bytes(config)
-    recent = config.policy.recent * tensors["denoiser.block"]["tokens"]
-    encoder = sum(tensors["vae_encoder"].values()) if config.policy.restart else 0
-    return tensors["prompt"]["text"] + recent + encoder
-
-
-def host_copies(config: Config) -> int:
-    """Bytes of page-locked host memory: what the host writes for the card or reads from it."""
-    tensors = tensor_bytes(config)
-    step = ("tokens", "flow", "timestep", "q_pool")
-    placed = ("rope_cos", "rope_sin", "kv_len")
-    return (
-        _bytes(
-            tensors["denoiser.block"], *step, *placed, "ctx_cos", "ctx_sin", "cross_k", "cross_v"
-        )
-        + _bytes(tensors["denoiser.compressed"], *placed, "k_pool", "k_new", "v_new")
-        + tensors["vae_decoder"]["latent"] * config.block_frames
-        + tensors["compressor"]["pixels"]
-    )
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Bytes of host memory that a checkpoint takes at most, while it is made: keys and values of
-    the sink and the recent blocks, with those of a whole context for one layer's keys or values
-    beside them, once as they are and once on their way from the card, and the decoder's state."""
-    buffers, policy = memory(config), config.policy
-    tokens = (policy.sink + policy.recent) * config.block_tokens
-    layer = buffers["context"] // (2 * config.layers)
-    return tokens * token_bytes(config) + 2 * layer + buffers["autoencoder_state"] // 2
-
-
-def _bytes(tensors: Mapping[str, int], *names: str) -> int:
-    """Sum over the tensors of these names, those of all layers where there is one per layer."""
-    return sum(size for name, size in tensors.items() if name.split(".")[0] in names)
 
 
 @dataclass(frozen=True)
@@ -180,8 +105,6 @@ def make_plan(
     check_target(config.precision, target)
     engines = {**estimates(config), **(built or {})}
     weights = {f"weights.{name}": engines[f"weights.{name}"] for name in GPU_GRAPHS}
-    buffers, policy, token = memory(config), config.policy, token_bytes(config)
-    on_host_only = host_only(config)
     on_host = weight_bytes(config)["prompt"] + weight_bytes(config)["vae_encoder"]
     blocks = config.blocks(config.frames(seconds))
     return Plan(
@@ -190,21 +113,14 @@ def make_plan(
         device={
             **weights,
             "scratch": max(engines[name] for name in engines if name.startswith("scratch.")),
-            "cache.sink": token * policy.sink * config.block_tokens,
-            "cache.recent": token * policy.recent * config.block_tokens,
-            "cache.mid": token * policy.mid * config.compressed_tokens,
-            "staging.block": token * config.block_tokens,
-            "staging.compressed": token * config.compressed_tokens,
-            "cross_attention": buffers["cross_attention"],
-            "autoencoder_state": buffers["autoencoder_state"],
-            "inputs_outputs": buffers["inputs_outputs"] - on_host_only,
+            **device_bytes(config),
             "reserve": RESERVE,
         },
         host={
             "graphs": on_host,
-            "copies": host_copies(config) + on_host_only,
+            "copies": host_bytes(config),
             "archive": archive_bytes(config, blocks),
-            "checkpoint": checkpoint_bytes(config),
+            "checkpoint": snapshot_bytes(config),
         },
         host_loading=on_host + max(weights.values()),
     )

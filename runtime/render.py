@@ -16,7 +16,8 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.errors import ConfigError, RenderStopped
 from packforcing.prompts import History, Timeline
-from packforcing.runtime.plan import LONGEST, archive_bytes
+from packforcing.runtime.allocations import archive_bytes
+from packforcing.runtime.plan import LONGEST
 from packforcing.runtime.request import VideoRequest, frames_before
 from packforcing.runtime.resume import (
     RenderFolder,

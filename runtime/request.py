@@ -13,8 +13,9 @@ import numpy as np
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import ConfigError
 from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
-from packforcing.runtime.buffers import IN_MEMORY
-from packforcing.runtime.plan import LONGEST, archive_bytes, memory
+from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
+from packforcing.runtime.archive import IN_MEMORY
+from packforcing.runtime.plan import LONGEST
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def check_memory(config: Config, policy: Policy, blocks: int) -> None:
     """
     config = msgspec.structs.replace(config, policy=policy.fit_to_video(blocks, config.policy))
     archive = min(archive_bytes(config, blocks), IN_MEMORY)
-    needed_bytes = sum(memory(config).values()) + archive
+    needed_bytes = sum(memory_by_purpose(config).values()) + archive
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
         machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed_bytes > machine_bytes:

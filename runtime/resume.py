@@ -44,8 +44,8 @@ from packforcing.files import (
     flush_folder,
     require_disk_space,
 )
-from packforcing.runtime.buffers import IN_MEMORY
-from packforcing.runtime.plan import archive_bytes, memory, token_bytes
+from packforcing.runtime.allocations import archive_bytes, memory_by_purpose, token_bytes
+from packforcing.runtime.archive import IN_MEMORY
 from packforcing.runtime.render_record import (
     LOCK,
     OWN_FILES,
@@ -497,6 +497,6 @@ def _snapshot_bytes(config: Config, blocks: int) -> int:
     removed when the newer one is there.
     """
     full = min(blocks, config.policy.sink + config.policy.recent) * config.block_tokens
-    state = full * token_bytes(config) + memory(config)["autoencoder_state"]
+    state = full * token_bytes(config) + memory_by_purpose(config)["autoencoder_state"]
     archive = archive_bytes(config, blocks)
     return archive + (archive if archive > IN_MEMORY else 0) + 2 * state

@@ -16,8 +16,9 @@ from packforcing.config import Config
 from packforcing.errors import BackendError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
+from packforcing.runtime.archive import Archive
 from packforcing.runtime.backends import Backend
-from packforcing.runtime.buffers import Archive, Arrays, Buffers
+from packforcing.runtime.buffers import Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array
 from packforcing.sampler import advance, denoising_steps, draw_noise

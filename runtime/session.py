@@ -13,10 +13,10 @@ import numpy as np
 from packforcing.config import Config, Policy
 from packforcing.errors import BackendError, RenderStopped
 from packforcing.prompts import Prompts
+from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.backends import Backend, open_backend
 from packforcing.runtime.bundle import Manifest, read_manifest
 from packforcing.runtime.encoder import bind_encoder, encode_start
-from packforcing.runtime.plan import memory
 from packforcing.runtime.render import RenderSummary, render_video
 from packforcing.runtime.request import VideoRequest, check_memory, check_request, check_start
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
@@ -275,7 +275,7 @@ class Session:
             try:
                 self.rollout = self._make_rollout(config, self.backend)
             except MemoryError as error:
-                needed_gb = sum(memory(config).values()) / 1e9
+                needed_gb = sum(memory_by_purpose(config).values()) / 1e9
                 raise BackendError(
                     f"not enough memory: the buffers need {needed_gb:.1f} GB"
                 ) from error

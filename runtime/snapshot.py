@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from packforcing.files import flush
-from packforcing.runtime.buffers import Archive, archive_rows
+from packforcing.runtime.allocations import archive_rows
+from packforcing.runtime.archive import Archive
 from packforcing.runtime.bundle import DTYPES
 from packforcing.runtime.cache import Slot
 

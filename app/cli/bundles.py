@@ -247,14 +247,14 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 
     from packforcing.app.reports.tables import make_table
     from packforcing.runtime import demo_bundle
+    from packforcing.runtime.allocations import allocations, memory_by_purpose
     from packforcing.runtime.bundle import check_files, read_manifest
-    from packforcing.runtime.plan import memory
 
     directory = bundle or demo_bundle()
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     config = manifest.config
-    sizes = memory(config)
+    sizes = memory_by_purpose(config)
     if as_json:
         print_json(
             {
@@ -265,6 +265,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
                 "files": msgspec.to_builtins(manifest.files),
                 "files_match": True,
                 "memory": sizes,
+                "allocations": [entry._asdict() for entry in allocations(config)],
                 "tools": manifest.tools,
             }
         )
@@ -283,12 +284,19 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     }
     files = ((name, format_file_size(record.bytes)) for name, record in manifest.files.items())
     memory_rows = ((name, format_memory(size)) for name, size in sizes.items())
+    arrays = (
+        (entry.name, " x ".join(map(str, entry.shape)), entry.dtype, entry.place,
+         format_memory(entry.nbytes))
+        for entry in allocations(config)
+    )  # fmt: skip
     print_tables(
         make_table(rows.items()),
         "\nfiles, all intact:",
         make_table(files, justify="lr", indent=2),
         "\nmemory while rendering:",
         make_table(memory_rows, justify="lr", indent=2),
+        "\narrays, allocated once:",
+        make_table(arrays, justify="llllr", indent=2),
     )
 
 

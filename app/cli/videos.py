@@ -63,7 +63,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
       packforcing demo --prompt "a green circle over sand dots" --seconds 20
     """
     from packforcing.app.reports.demo import write_report
-    from packforcing.runtime.plan import memory
+    from packforcing.runtime.allocations import memory_by_purpose
     from packforcing.runtime.request import check_request
     from packforcing.runtime.video_files import check_output
 
@@ -82,7 +82,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 
             summary = session.render(timeline, seconds, video, seed, on_block=on_block, resume=True)
         write_report(
-            page, video, prompt, seed, config, blocks, summary, memory(config),
+            page, video, prompt, seed, config, blocks, summary, memory_by_purpose(config),
             session.manifest.tools,
         )  # fmt: skip
     click.echo(f"video:  {video} ({_format_speed(summary.frames, config, summary.seconds_total)})")

@@ -11,10 +11,10 @@ from typing import Any
 from packforcing.config import Config
 from packforcing.errors import BackendError, BundleError, MissingDependency
 from packforcing.extras import install_command
+from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import DTYPES, GPU_GRAPHS, GraphSpec, graph_file
 from packforcing.runtime.device import CudaDevice
-from packforcing.runtime.plan import memory
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 TYPES = {  # the library's names of the contract's dtypes
@@ -136,7 +136,7 @@ def open_cuda_device(directory: Path, config: Config) -> CudaDevice:
         for graph in GPU_GRAPHS
         for file in directory.glob(f"{graph_file(graph)}*")
     )
-    buffers = memory(config)
+    buffers = memory_by_purpose(config)
     device.require(
         weights + sum(buffers.values()) - buffers["archive_per_block"],
         f"{config.name} with onnxruntime-cuda",

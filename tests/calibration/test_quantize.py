@@ -322,12 +322,13 @@ def test_a_cache_in_8_bits_is_the_rounded_one(half_bundle, small_cache, calibrat
 
 
 def test_the_runtime_keeps_a_cache_and_an_archive_of_8_bits(half_bundle, small_cache):
-    from packforcing.runtime.plan import memory
+    from packforcing.runtime.allocations import memory_by_purpose
 
     config = read_manifest(small_cache).config
     number = DTYPES[config.precision.cache]
     sizes = [
-        memory(read_manifest(bundle).config)["context"] for bundle in (half_bundle, small_cache)
+        memory_by_purpose(read_manifest(bundle).config)["context"]
+        for bundle in (half_bundle, small_cache)
     ]
     assert sizes[0] == 2 * sizes[1]
     with Session.open(small_cache) as session:

@@ -23,10 +23,10 @@ from packforcing.embeddings import load_embedding
 from packforcing.errors import BackendError, BundleError, OutputError, PackForcingError, PromptError
 from packforcing.prompts import read_schedule
 from packforcing.runtime import bundle
+from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
 from packforcing.runtime.engine_records import read_records
-from packforcing.runtime.plan import memory
 from packforcing.runtime.request import check_request
 from tests.emulated import build_engines
 from tests.helpers import DAMAGES, TINY, link
@@ -195,7 +195,7 @@ def test_any_config_is_one_or_is_refused(examples):
             config = msgspec.convert(changed(known, changes), Config, strict=True)
         except (msgspec.ValidationError, PackForcingError):
             return
-        assert all(size >= 0 for size in memory(config).values())
+        assert all(size >= 0 for size in memory_by_purpose(config).values())
         assert contract(config)["denoiser"].inputs
 
     fuzzed(examples, CHANGES, check)

@@ -31,8 +31,8 @@ from packforcing.evaluation.prompt_sets import Prompt, draw_prompts, read_prompt
 from packforcing.model import load_model
 from packforcing.reference import rollout
 from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.cache import Cache
-from packforcing.runtime.plan import archive_bytes, memory
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video_files import open_video
 from packforcing.sampler import draw_noise
@@ -84,7 +84,8 @@ def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkey
         name: comparison_policies(model_config("demo"))[name] for name in (NAMES[0], "full-history")
     }
     sizes = [
-        sum(memory(config).values()) + archive_bytes(config, config.blocks(config.frames(600)))
+        sum(memory_by_purpose(config).values())
+        + archive_bytes(config, config.blocks(config.frames(600)))
         for config in (
             compare.config_for_video(model_config("demo"), p, 600) for p in chosen.values()
         )

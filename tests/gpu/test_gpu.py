@@ -6,6 +6,8 @@ Without a card all of this is skipped, but for the emulated one, which shows tha
 themselves are sound.
 """
 
+from collections import Counter
+
 import msgspec
 import numpy as np
 import pytest
@@ -17,10 +19,10 @@ from packforcing.export import export_bundle
 from packforcing.export.engines import build_engines
 from packforcing.model import open_weights
 from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime.allocations import allocations
 from packforcing.runtime.backends import BACKENDS, ENGINE_BACKENDS
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.doctor import CHECKS
-from packforcing.runtime.plan import host_only, memory
 from packforcing.runtime.rollout import Rollout
 from packforcing.words import encode_words
 from tests.emulated import gpu_session
@@ -102,9 +104,10 @@ def test_blocks_equal_the_cpu_given_the_same_history(sessions):
 
 def test_buffers_take_what_the_plan_says(session):
     _run = begin(session)  # holds the buffers
-    stated = memory(session.config)
-    del stated["archive_per_block"]
-    stated["inputs_outputs"] -= host_only(session.config)
+    stated = Counter[str]()
+    for entry in allocations(session.config):
+        if entry.place == "device":
+            stated[entry.purpose] += entry.nbytes
     allocated = +session.backend.device.allocated
     assert {name: allocated[name] for name in stated} == stated
     assert allocated.keys() - stated.keys() <= {"scratch"}

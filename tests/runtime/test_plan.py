@@ -13,8 +13,11 @@ from packforcing import Policy, model_config
 from packforcing.config import Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.geometry import operations
+from packforcing.runtime.allocations import MID_PASS_SHARED, allocations, memory_by_purpose
+from packforcing.runtime.archive import Archive
 from packforcing.runtime.buffers import Buffers
-from packforcing.runtime.bundle import GPU_GRAPHS
+from packforcing.runtime.bundle import GPU_GRAPHS, contract
+from packforcing.runtime.device import HostDevice
 from packforcing.runtime.estimate import (
     GPUS,
     calls_per_block,
@@ -83,11 +86,12 @@ def test_weights_take_their_format_and_their_scales(kind):
     Precision(compute="fp16", weights="fp16", cache="fp16"),
 ])  # fmt: skip
 def test_a_plan_is_what_the_runtime_allocates(config, precision):
-    """To the byte, on the card and on the host, whatever the number formats."""
+    """To the byte, on a GPU, in pinned memory and on the host, whatever the dtypes."""
     config = msgspec.structs.replace(config, precision=precision)
     plan = make_plan(config, "sm86")
-    device = cuda_device(Cuda())
-    buffers = Buffers(config, device)
+    cuda, host = Cuda(), HostDevice()
+    device = cuda_device(cuda)
+    buffers = Buffers(config, device), Buffers(config, host)
     rows = {"context": "cache.", "staging": "staging."}  # of some purposes a plan has several
     assert dict(device.allocated) == {
         purpose: sum(
@@ -97,8 +101,27 @@ def test_a_plan_is_what_the_runtime_allocates(config, precision):
         )
         for purpose in device.allocated
     }
-    assert sum(device.host.allocated.values()) == plan.host["copies"]
+    planned = [n for n in plan.device if not n.startswith(("weights.", "scratch", "reserve"))]
+    assert cuda.used("device") == sum(plan.device[name] for name in planned)
+    assert device.host.allocated.total() == plan.host["copies"]
+    on_host = memory_by_purpose(config)
+    del on_host["archive_per_block"]
+    assert host.allocated == on_host
+    blocks = config.blocks(config.frames(60))
+    archive = Archive(config, blocks)
+    assert archive.key_values.nbytes + archive.pooled_keys.nbytes == plan.host["archive"]
     del buffers
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_allocations_have_unique_names_and_no_array_twice(config):
+    """Every tensor of the contract has one array, but for what the mid pass shares."""
+    names = [entry.name for entry in allocations(config)]
+    assert len(names) == len({*names})
+    assert not {f"mid_pass.{name}" for name in MID_PASS_SHARED} & {*names}
+    graph = contract(config)["denoiser"]
+    plain = {t.name for t in (*graph.inputs, *graph.outputs) if "." not in t.name}
+    assert {n.removeprefix("denoiser.") for n in names if n.startswith("denoiser.")} == plain
 
 
 def test_the_full_history_of_the_full_model():

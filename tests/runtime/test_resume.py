@@ -32,7 +32,7 @@ from packforcing.errors import (
 )
 from packforcing.files import partial_path
 from packforcing.prompts import Switch
-from packforcing.runtime import Session, buffers, demo_bundle, render_record
+from packforcing.runtime import Session, demo_bundle, render_record
 from packforcing.runtime import resume as resume_module
 from packforcing.runtime.bundle import write_manifest
 from packforcing.runtime.device import view
@@ -646,7 +646,7 @@ def test_a_number_that_is_none_stops_the_render_by_name(
 
 
 def test_an_archive_beyond_memory_lies_in_a_file(plain, truth, tmp_path, monkeypatch):
-    monkeypatch.setattr(buffers, "IN_MEMORY", 1000)
+    monkeypatch.setattr("packforcing.runtime.archive.IN_MEMORY", 1000)
     descriptors = Path("/proc/self/fd")
     before = len(list(descriptors.iterdir())) if descriptors.exists() else 0
     for _ in range(2):

@@ -25,12 +25,13 @@ from packforcing.presets import model_config, policies
 from packforcing.prompts import Switch
 from packforcing.reference import rollout
 from packforcing.runtime import Session
+from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import contract, graph_file
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import HostDevice, view
-from packforcing.runtime.plan import archive_bytes, make_plan, memory
+from packforcing.runtime.plan import make_plan
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import to_bytes
 from packforcing.sampler import draw_noise
@@ -356,7 +357,11 @@ def test_nothing_is_allocated_or_moved_in_a_hundred_blocks(tiny_bundle):
 def test_a_video_grows_by_its_archive_alone(session):
     run = begin(session, 10)
     archive = run.archive.key_values.nbytes + run.archive.pooled_keys.nbytes
-    assert archive == archive_bytes(run.config, 10) == 9 * memory(run.config)["archive_per_block"]
+    assert (
+        archive
+        == archive_bytes(run.config, 10)
+        == 9 * memory_by_purpose(run.config)["archive_per_block"]
+    )
 
 
 HALF = Precision(compute="fp16", weights="fp16", cache="fp16")
@@ -374,7 +379,7 @@ def test_memory_is_what_is_allocated(restart, widths, precision):
         precision=precision,
         policy=msgspec.structs.replace(TINY.policy, restart=restart),
     )
-    stated, plan = memory(config), make_plan(config, "sm89")
+    stated, plan = memory_by_purpose(config), make_plan(config, "sm89")
     del stated["archive_per_block"]
     host, cuda = HostDevice(), Cuda()
     card = cuda_device(cuda)
