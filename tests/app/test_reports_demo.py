@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from packforcing.app.reports.demo import write_report
-from packforcing.runtime.plan import memory
+from packforcing.runtime.allocations import memory_by_purpose
 from tests.helpers import PROMPT, run
 
 
@@ -28,7 +28,7 @@ def report(tiny_bundle, tiny_config, tmp_path):
         ]
         write_report(
             tmp_path / "demo.html", tmp_path / "a b.mkv", PROMPT, 0, tiny_config, infos, summary,
-            memory(tiny_config), {"torch": "2"},
+            memory_by_purpose(tiny_config), {"torch": "2"},
         )  # fmt: skip
         return html.unescape((tmp_path / "demo.html").read_text(encoding="utf-8"))
 
