@@ -248,9 +248,9 @@ def test_a_graph_of_lighttae_has_the_scale_in_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"latent_channels": 4}, "'wan' is for 16 latent_channels"),
-        ({"vae_patch": 2}, "'wan' is for 16 latent_channels and a vae_patch of 1"),
-        ({"vae_strips": 6}, "has no vae_strips"),
+        ({"latent_channels": 4}, "'wan' needs 16 latent_channels"),
+        ({"vae_patch": 2}, "'wan' needs 16 latent_channels and a vae_patch of 1"),
+        ({"vae_strips": 6}, "needs vae_strips of 1"),
         ({"vae_decoder_widths": (12, 16, 8, 8)}, "even multiples of the last"),
     ],
 )
@@ -286,15 +286,15 @@ def test_a_budget_too_small_for_wans_autoencoder_names_the_tiny_one():
 
 
 def test_the_command_says_which_autoencoder_fits():
-    def said(*options):
+    def plan(*options):
         result = CliRunner().invoke(main, ["plan", "--model", "wan-1.3b", *options])
         return result.stdout + result.stderr
 
-    assert "fp16 cache, Wan's autoencoder" in said("--budget", "16")
-    eight = said("--budget", "8")
-    assert "fp16 cache, the tiny autoencoder" in eight and "same with Wan's autoencoder" in eight
-    assert "tiny" not in said("--vae", "wan") and "Wan's" not in said("--vae", "taehv")
-    rows = [line.split() for line in said("--budget", "8,16").splitlines() if " + 16 + " in line]
+    assert "fp16 cache, Wan's autoencoder" in plan("--budget", "16")
+    eight = plan("--budget", "8")
+    assert "fp16 cache, the tiny autoencoder" in eight and "total with Wan's autoencoder" in eight
+    assert "tiny" not in plan("--vae", "wan") and "Wan's" not in plan("--vae", "taehv")
+    rows = [line.split() for line in plan("--budget", "8,16").splitlines() if " + 16 + " in line]
     assert [row[-2] for row in rows[:2]] == ["taehv", "wan"]
 
 
