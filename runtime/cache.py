@@ -9,7 +9,7 @@ full block each, then `mid` slots of a compressed block each. The protocol, bloc
 2. `commit()` closes the block and says where its full keys and values go: the next sink slot,
    then the next recent slot, then over the oldest recent block. Blocks beyond the sink were
    also compressed (`compresses`), and that form is in the archive by now.
-3. `read(blocks)` names the archived blocks to read next, out of `candidates()`; it says which
+3. `select_mids(blocks)` names the archived blocks to read next, out of `candidates()`; it says which
    mid slots have to be filled. A block that stays selected stays where it is.
 
 Between two blocks, a prompt switch may have the recent ones recomputed: `rewind()` takes them out
@@ -93,7 +93,7 @@ class Cache:
             return range(0)
         return range(policy.sink, max(policy.sink, self.committed - policy.recent))
 
-    def read(self, blocks: Sequence[int]) -> list[tuple[int, int]]:
+    def select_mids(self, blocks: Sequence[int]) -> list[tuple[int, int]]:
         """Selects archived blocks; returns (block, first token) of each slot to fill."""
         assert set(blocks) <= set(self.candidates()) and len(blocks) <= self.config.policy.mid
         assert len(blocks) >= len(self.mids)  # candidates only grow, so the prefix stays whole

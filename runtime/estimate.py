@@ -23,7 +23,7 @@ WAN_STAGES = 5  # tensors of Wan's stage at full size that are alive at once
 INT4_BLOCK = 128  # weights that share a scale
 
 
-class CardFigures(NamedTuple):
+class GpuFigures(NamedTuple):
     """A card's figures, as NVIDIA publishes them."""
 
     target: str
@@ -35,16 +35,16 @@ class CardFigures(NamedTuple):
 # Dense fp16 on the tensor cores, accumulated in fp32, is twice the fp32 rate on all of these:
 # GeForce cards halve what the same chips do with fp16 accumulation.
 GPUS = {
-    "RTX 3060": CardFigures("sm86", 12, 12.7, 360),
-    "RTX 3080": CardFigures("sm86", 10, 29.8, 760),
-    "RTX 4060": CardFigures("sm89", 8, 15.1, 272),
-    "RTX 4090": CardFigures("sm89", 24, 82.6, 1008),
-    "RTX 5060": CardFigures("sm120", 8, 19.2, 448),
-    "RTX 5090": CardFigures("sm120", 32, 104.8, 1792),
+    "RTX 3060": GpuFigures("sm86", 12, 12.7, 360),
+    "RTX 3080": GpuFigures("sm86", 10, 29.8, 760),
+    "RTX 4060": GpuFigures("sm89", 8, 15.1, 272),
+    "RTX 4090": GpuFigures("sm89", 24, 82.6, 1008),
+    "RTX 5060": GpuFigures("sm120", 8, 19.2, 448),
+    "RTX 5090": GpuFigures("sm120", 32, 104.8, 1792),
 }
 
 
-def find_gpu(name: str) -> CardFigures:
+def find_gpu(name: str) -> GpuFigures:
     """The card of this name; spaces and case do not matter. Raises `ConfigError`."""
     plain = {known.replace(" ", "").lower(): card for known, card in GPUS.items()}
     wanted = name.replace(" ", "").replace("-", "").lower().removeprefix("geforce")
@@ -140,7 +140,7 @@ def calls_per_block(config: Config) -> dict[str, int]:
     }
 
 
-def seconds_per_block(config: Config, card: CardFigures) -> float:
+def seconds_per_block(config: Config, card: GpuFigures) -> float:
     """The roofline of a block once the context is full: a lower bound, predicted.
 
     Per call the larger of operations / peak rate and bytes / bandwidth, where bytes are weights,

@@ -6,7 +6,7 @@ buffers. All of it follows from the config; what a builder measured takes the pl
 estimate where it is given. The CUDA context is the driver's, not ours to plan, and stays
 outside every budget.
 
-`choose` finds the plan for a budget: the first that fits of `plans`, so more memory never gives
+`choose_plan` finds the plan for a budget: the first that fits of `plans`, so more memory never gives
 a worse plan. What is given up, in this order:
 
 0. Wan's autoencoder for the tiny one, where both are allowed: its state alone is larger than what
@@ -137,7 +137,7 @@ def check_target(precision: Precision, target: str) -> None:
             raise ConfigError(f"{target} has no {kind} for the {purpose}; it has {', '.join(has)}")
 
 
-def choose(
+def choose_plan(
     config: Config,
     target: str,
     budget: int | None = None,
@@ -191,7 +191,7 @@ def plans(
     precision: Precision | None = None,
     seconds: float = 60,
 ) -> Iterator[Plan]:
-    """The plans that `choose` considers, best first; the module's docstring has the order.
+    """The plans that `choose_plan` considers, best first; the module's docstring has the order.
 
     The config's own policy is the most that is kept; sinks that cannot fit with any number of
     mids are passed over, but for the fewest. precision: consider only this one.

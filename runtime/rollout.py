@@ -235,7 +235,7 @@ class Rollout:
     def _read(self) -> None:
         """Select the archived blocks to read from now on, and bring them to the context."""
         chosen = self.select(self.cache.committed - 1, self.cache.candidates())
-        self._load(self.cache.read(chosen.tolist()))
+        self._load(self.cache.select_mids(chosen.tolist()))
 
     def _require_finite(self, array: Array, graph: str, where: str) -> None:
         # a sum takes no memory, and that of finite numbers is finite in float64

@@ -141,7 +141,7 @@ def plan(
     from packforcing.presets import model_config
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.estimate import find_gpu
-    from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose
+    from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose_plan
     from packforcing.units import GIB
 
     if precision is not None:
@@ -169,7 +169,7 @@ def plan(
     rows: list[tuple[int | None, str, Plan | PlanError]] = []
     for budget_bytes, name in product(budgets, targets):
         try:
-            fitting = choose(
+            fitting = choose_plan(
                 config, name, budget_bytes, precision=dtypes, seconds=seconds,
                 built=engines and engines.built,
                 any_autoencoder=bundle is None and shape["vae"] is None,

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from packforcing import Policy, model_config
 from packforcing.app.cli import main
 from packforcing.runtime.engine_records import encode_record, read_record, record_file
-from packforcing.runtime.plan import choose, estimates, make_plan
+from packforcing.runtime.plan import choose_plan, estimates, make_plan
 from packforcing.units import GIB
 from tests.emulated import build_engines
 from tests.helpers import TINY
@@ -31,7 +31,7 @@ def test_the_table_of_what_fits():
     assert code == 0
     lines = [line.split() for line in out.splitlines()]
     (least,) = [line[-1] for line in lines if line[:4] == ["2.00", "sm86", "nothing", "fits"]]
-    assert choose(WAN, "sm86", int(float(least) * GIB)).total <= float(least) * GIB
+    assert choose_plan(WAN, "sm86", int(float(least) * GIB)).total <= float(least) * GIB
     twelve = next(line for line in lines if line[:2] == ["12.00", "sm120"])
     assert twelve[2:10] == ["2", "+", "16", "+", "1", "fp16", "fp16", "-"] and twelve[-1] == "-"
     four = next(line for line in lines if line[:2] == ["4.00", "sm86"])

@@ -59,7 +59,7 @@ from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import DTYPES, contract, graph_file, read_manifest, write_manifest
 from packforcing.runtime.engine_records import graph_files
 from packforcing.runtime.estimate import weight_block
-from packforcing.runtime.plan import choose, make_plan
+from packforcing.runtime.plan import choose_plan, make_plan
 from packforcing.units import GIB
 from tests.helpers import TINY, run_measured
 
@@ -848,7 +848,7 @@ def test_the_whole_history_of_the_full_model_fits_into_4_gib_by_what_was_built(t
     from packforcing.export.engines import build_engines
     from packforcing.model import random_weights
 
-    planned = choose(MODELS["wan-1.3b"], "sm86", 4 * GIB)
+    planned = choose_plan(MODELS["wan-1.3b"], "sm86", 4 * GIB)
     config, precision = planned.config, planned.config.precision
     assert config.policy == MODELS["wan-1.3b"].policy and not planned.streamed
     half = Precision(compute="fp16", weights="fp16", cache="fp16")

@@ -110,7 +110,7 @@ def test_tokens_read_are_those_the_cache_lays_out(compared):
         valid = []
         for read in pair.read:
             if read:
-                cache.read(read)
+                cache.select_mids(read)
             valid.append(cache.layout().valid)
             cache.commit()
         assert pair.tokens_read == valid

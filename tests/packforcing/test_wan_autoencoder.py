@@ -24,7 +24,7 @@ from packforcing.reference import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.bundle import contract
 from packforcing.runtime.estimate import weight_bytes
-from packforcing.runtime.plan import choose, estimates, make_plan
+from packforcing.runtime.plan import choose_plan, estimates, make_plan
 from packforcing.sampler import draw_noise
 from packforcing.units import GIB
 from packforcing.words import encode_words
@@ -270,17 +270,17 @@ def test_a_plan_counts_the_state_twice():
 def test_wans_autoencoder_is_chosen_only_where_nothing_else_goes():
     """A byte less than it takes with all else whole, and the tiny one is planned with."""
     enough = make_plan(WAN, "sm86").total
-    assert choose(PAPER, "sm86", enough, any_autoencoder=True).config == WAN
-    less = choose(PAPER, "sm86", enough - 1, any_autoencoder=True)
+    assert choose_plan(PAPER, "sm86", enough, any_autoencoder=True).config == WAN
+    less = choose_plan(PAPER, "sm86", enough - 1, any_autoencoder=True)
     assert less.config == PAPER and less.total < enough
-    assert choose(PAPER, "sm86", enough).config == PAPER  # only if it may
+    assert choose_plan(PAPER, "sm86", enough).config == PAPER  # only if it may
     demo = msgspec.structs.replace(PAPER, vae_patch=2)  # its latents are not Wan's
-    assert choose(demo, "sm86", 80 * GIB, any_autoencoder=True).config == demo
+    assert choose_plan(demo, "sm86", 80 * GIB, any_autoencoder=True).config == demo
 
 
 def test_a_budget_too_small_for_wans_autoencoder_names_the_tiny_one():
     with pytest.raises(PlanError, match=r"or [\d.]+ with the tiny autoencoder") as caught:
-        choose(WAN, "sm86", 4 * GIB)
+        choose_plan(WAN, "sm86", 4 * GIB)
     named = re.search(r"or ([\d.]+) with the tiny", str(caught.value))
     assert float(named[1]) * GIB < caught.value.smallest
 

@@ -30,7 +30,7 @@ from packforcing.runtime.plan import (
     RESERVE,
     STREAMED,
     TARGETS,
-    choose,
+    choose_plan,
     describe,
     estimates,
     make_plan,
@@ -178,7 +178,7 @@ def test_more_memory_never_gives_a_worse_plan(target, budgets):
     ranks = []
     for budget in sorted(int(share * whole) for share in budgets):
         try:
-            plan = choose(SMALL, target, budget)
+            plan = choose_plan(SMALL, target, budget)
         except PlanError:
             ranks.append((math.inf, 0))
             continue
@@ -191,21 +191,21 @@ def test_more_memory_never_gives_a_worse_plan(target, budgets):
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_smallest_budget_named_is_the_smallest_that_works(target):
     with pytest.raises(PlanError, match="least it can take") as refused:
-        choose(SMALL, target, 1000)
+        choose_plan(SMALL, target, 1000)
     text, least = str(refused.value), refused.value.smallest
-    assert choose(SMALL, target, least).total <= least
+    assert choose_plan(SMALL, target, least).total <= least
     named = float(text.split("--budget ")[1].split()[0])
     assert "1 sink, 1 mid and 1 recent blocks" in text
-    assert choose(SMALL, target, int(named * GIB)).total <= named * GIB
+    assert choose_plan(SMALL, target, int(named * GIB)).total <= named * GIB
     with pytest.raises(PlanError):
-        choose(SMALL, target, int((named - 0.01) * GIB))
+        choose_plan(SMALL, target, int((named - 0.01) * GIB))
 
 
 def test_time_is_given_up_before_precision_and_precision_before_history():
     """Just below what a plan takes, the next in the documented order is chosen."""
     order, budget = [], 1 << 50
     while not order or order[-1][0] == WAN.policy.mid:
-        plan = choose(WAN, "sm86", budget)
+        plan = choose_plan(WAN, "sm86", budget)
         precision = plan.config.precision
         step = plan.config.policy.mid, precision.weights, precision.cache, plan.streamed > 0
         if step not in order:
@@ -219,13 +219,13 @@ def test_time_is_given_up_before_precision_and_precision_before_history():
 def test_the_smallest_budget_for_the_full_history():
     whole, least = smallest(WAN, "sm86")
     assert whole.config.policy == least.config.policy == WAN.policy
-    assert choose(WAN, "sm86", least.total).config == least.config
+    assert choose_plan(WAN, "sm86", least.total).config == least.config
     assert whole.config.vae_strips == 1 and least.total < whole.total
 
 
 @pytest.mark.parametrize("target", ["sm86", "sm89", "sm120"])
 def test_four_gib_hold_the_full_history(target):
-    plan = choose(WAN, target, 4 * GIB)
+    plan = choose_plan(WAN, target, 4 * GIB)
     assert plan.config.policy == WAN.policy and not plan.streamed
 
 

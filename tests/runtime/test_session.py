@@ -560,5 +560,5 @@ def test_cache_keeps_its_promises(policy, blocks, data):
         candidates = list(cache.candidates())
         count = min(policy.mid, len(candidates))
         chosen = data.draw(st.permutations(candidates)) if candidates else []
-        put(cache.read(sorted(chosen[:count])), config.compressed_tokens)
+        put(cache.select_mids(sorted(chosen[:count])), config.compressed_tokens)
         assert sorted(cache.mids) == sorted(chosen[:count])
