@@ -157,7 +157,7 @@ def engine_meter(
 
 
 class FileMeters:
-    """Progress of files, one after the other, by the calls that a tqdm would get.
+    """Makes a meter per file, with the interface of a tqdm that libraries for downloads call.
 
     Args:
         label: The task, like "fetching".

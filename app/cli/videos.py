@@ -56,7 +56,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     the model was trained on clips of 5 seconds.
 
     Writes demo.mp4 and demo.html. The page shows frames, speed, memory, and which past blocks
-    each block read.
+    each block read. Running the command again resumes an interrupted render.
 
     \b
     Example:
@@ -73,7 +73,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     video, page = folder / "demo.mp4", folder / "demo.html"
     check_output(video, config.frames(seconds), config.width, config.height)
     blocks: list[BlockInfo] = []
-    with _session(directory) as session:
+    with _open_session(directory) as session:
         with frame_meter() as show_block:
 
             def on_block(info: BlockInfo) -> None:
@@ -85,7 +85,8 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
             page, video, prompt, seed, config, blocks, summary, memory_by_purpose(config),
             session.manifest.tools,
         )  # fmt: skip
-    click.echo(f"video:  {video} ({_format_speed(summary.frames, config, summary.seconds_total)})")
+    fresh_frames = summary.frames - summary.frames_resumed
+    click.echo(f"video:  {video} ({_format_speed(fresh_frames, config, summary.seconds_total)})")
     click.echo(f"report: {page}")
 
 
@@ -213,7 +214,7 @@ def render(
         encoded = _encode_schedule(prompts, encoder, quiet=as_json)
         prompts = check_request(config, encoded, seconds, seed)
     with (
-        _session(directory, chosen, threads, backend, quiet=as_json) as session,
+        _open_session(directory, chosen, threads, backend, quiet=as_json) as session,
         frame_meter(quiet=as_json) as show_block,
         _stopping(session),
     ):
@@ -351,7 +352,7 @@ def _bundle_and_policy(
     return directory, config, policy
 
 
-def _session(
+def _open_session(
     directory: Path,
     policy: Policy | None = None,
     threads: int | None = None,
@@ -372,18 +373,18 @@ def _stopping(session: Session) -> Iterator[None]:
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(number, before[signal.Signals(number)])
+        signal.signal(number, handlers[signal.Signals(number)])
         received.append(number)
         session.stop()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     except RenderStopped as error:
         click.echo(f"{error} with the same command and --resume", err=True)
         raise click.exceptions.Exit(128 + received[0]) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
@@ -397,8 +398,8 @@ def _read_start(path: str, config: Config) -> Any:
 
 
 def _format_speed(frames: int, config: Config, seconds: float) -> str:
-    length = frames / config.fps
+    length_seconds = frames / config.fps
     return (
-        f"{frames} frames, {length:.1f} s of video in {seconds:.1f} s, "
-        f"{length / seconds:.1f} times real time"
+        f"{frames} frames, {length_seconds:.1f} s of video in {seconds:.1f} s, "
+        f"{length_seconds / seconds:.1f} times real time"
     )

@@ -9,18 +9,18 @@ from packforcing import MODELS
 from tests.helpers import PROMPT, assert_one_line, run, run_without
 
 
-def test_export_writes_a_bundle_that_inspect_describes(tiny_config, out, monkeypatch):
+def test_export_writes_a_bundle_that_inspect_shows(tiny_config, out, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", tiny_config)
     result = run("export", "--model", "tiny", "--random-weights", "--out", out / "b", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     exported = json.loads(result.stdout)
     assert exported["bytes"] == sum(path.stat().st_size for path in (out / "b").glob("*.onnx"))
 
-    described = json.loads(run("inspect", out / "b", "--json").stdout)
-    assert described["files"] == exported["files"]
-    assert described["config"]["name"] == "tiny"
-    assert described["tokens"]["of context"] == tiny_config.context_tokens
-    assert described["memory"]["context"] > 0
+    bundle_json = json.loads(run("inspect", out / "b", "--json").stdout)
+    assert bundle_json["files"] == exported["files"]
+    assert bundle_json["config"]["name"] == "tiny"
+    assert bundle_json["tokens"]["of context"] == tiny_config.context_tokens
+    assert bundle_json["memory"]["context"] > 0
     text = run("inspect", out / "b").stdout
     assert "tiny: 96x64 at 8 frames/s" in text and "all intact" in text
 
