@@ -177,14 +177,14 @@ def test_an_unwritable_output_is_refused(tiny_bundle, command):
 def test_a_full_disk_is_refused_before_rendering(tiny_bundle, out, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", out / "a.mp4")
-    assert_one_line(result.exit_code, result.stdout, result.stderr, "the disk has 1 MB left")
+    assert_one_line(result.exit_code, result.stdout, result.stderr, r"has 1\.0 MB left")
     assert not any(out.iterdir())
 
 
 def test_rendering_without_onnxruntime_names_the_package(tiny_bundle, out):
     result = run_without("onnxruntime", "render", PROMPT, "--bundle", tiny_bundle,
                          "--out", out / "a.mp4")  # fmt: skip
-    message = "ONNX Runtime is not installed: pip install"
+    message = "onnxruntime, which is not installed: pip install"
     assert_one_line(result.returncode, result.stdout, result.stderr, message)
     assert not any(out.iterdir())
 
@@ -229,7 +229,7 @@ def test_a_signal_stops_after_the_block_and_resume_finishes(
     result = run(*command)
     assert (result.exit_code, result.stdout) == (128 + number, "")
     assert re.fullmatch(
-        r"stopped after 3 of 5 blocks; what was done is in .*\.render: resume it with the same "
+        r"stopped after 3 of 5 blocks; finished blocks are in .*\.render: resume it with the same "
         r"command and --resume\n",
         result.stderr,
     )
