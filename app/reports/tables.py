@@ -38,7 +38,7 @@ def make_table(
     )
     for number in range(count):
         title = head[number] if number < len(head) else ""
-        table.add_column(title, justify=sides[letters[number]])
+        table.add_column(title, justify=sides[letters[number]], overflow="fold")
     for row in cells:
         table.add_row(*row)
     return Padding(table, (0, 0, 0, indent), expand=False)
