@@ -25,6 +25,7 @@ from packforcing import __version__
 from packforcing.calibration.recipes import SNR, Loss
 from packforcing.config import Config, Policy, Precision
 from packforcing.errors import BackendError, ConfigError, MissingDependency, OutputError
+from packforcing.evaluation.ablations import make_rollout
 from packforcing.evaluation.fidelity import Fidelity, video_fidelity
 from packforcing.evaluation.intervals import Estimate, estimate_mean
 from packforcing.evaluation.measures import Evaluation, Segment, Values, evaluate_video
@@ -182,7 +183,11 @@ def run_comparison(
     for name, group in itertools.groupby(missing, lambda job: job.policy):
         policy = policies[name]
         with Session.open(
-            bundles[name], policy=policy, backend=backend, threads=threads
+            bundles[name],
+            policy=policy,
+            backend=backend,
+            threads=threads,
+            make_rollout=make_rollout,
         ) as session:
             for job in group:
                 on_share = partial(_report_share, progress, next(done), len(missing), frames)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.errors import BackendError
+from packforcing.errors import BackendError, ConfigError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.runtime.archive import Archive
@@ -22,7 +23,7 @@ from packforcing.runtime.buffers import Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array
 from packforcing.sampler import advance, denoising_steps, draw_noise
-from packforcing.selection import affinity, likeness, select
+from packforcing.selection import affinity, select
 
 
 class Rollout:
@@ -36,7 +37,16 @@ class Rollout:
         archive: The compressed blocks of the scene.
         scene: The video's block that the scene began with.
         read: The archived blocks that the last block read, counted in the scene.
+
+    Ablations (`packforcing.evaluation.ablations`) override `predict_flow`, `compress` and `score`.
     """
+
+    selections: ClassVar[tuple[str, ...]] = (
+        "affinity",
+        "recency",
+        "random",
+    )  # those of a policy that it follows
+    branches: ClassVar[tuple[str, ...]] = ("both",)
 
     def __init__(self, config: Config, backend: Backend) -> None:
         """Allocate the buffers and bind the graphs to them.
@@ -47,7 +57,14 @@ class Rollout:
 
         Raises:
             BackendError: A device has too little memory.
+            ConfigError: The policy is an ablation.
         """
+        policy = config.policy
+        if policy.selection not in self.selections or policy.branches not in self.branches:
+            raise ConfigError(
+                f"selection '{policy.selection}' of mid blocks made of {policy.branches} branches "
+                "is an ablation: only 'packforcing compare' runs it"
+            )
         self.config, self.device = config, backend.device
         self.buffers = buffers = Buffers(config, backend.device)
         # positions relative to a block's start: full, compressed in the mid pass, and as read
@@ -59,9 +76,6 @@ class Rollout:
         self._prompt = graphs["prompt"].bind(buffers.prompt)
         self._denoise = graphs["denoiser"].bind(buffers.denoiser)
         self._compress = graphs["compressor"].bind(buffers.compressor)
-        unused = {"both": None, "high": "tokens", "low": "extra"}[config.policy.branches]
-        # what the branch that is left out writes
-        self._unused = buffers.compressor[unused] if unused else None
         self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
         self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
 
@@ -183,21 +197,38 @@ class Rollout:
     def denoise(self) -> None:
         """Go from noise to a clean block in the `tokens` buffer, in a few steps. Reads only."""
         config, block = self.config, self.cache.committed
-        x, flow = self.buffers.denoiser["tokens"].host, self.buffers.denoiser["flow"]
+        x = self.buffers.denoiser["tokens"].host
         x[0] = draw_noise(config, self.seed, self.scene + block, 0)
         steps = denoising_steps(config, block)
         for step, (timestep, now, then) in enumerate(steps):
-            self.call_denoiser(timestep)
-            self.device.download(flow)
-            self._require_finite(flow, "denoiser", f"step {step + 1} of {len(steps)}")
-            if step == 0 and config.policy.selection == "first-step":
-                self.device.download(self.buffers.denoiser["q_pool"])
-                self._read()
-                self.place()
+            flow = self.predict_flow(timestep, f"step {step + 1} of {len(steps)}")
             fresh = None
             if config.sampler == "renoise" and then > 0:
                 fresh = draw_noise(config, self.seed, self.scene + block, step + 1)
-            x[...] = advance(config, x, flow.host, fresh, now, then)
+            x[...] = advance(config, x, flow, fresh, now, then)
+
+    def predict_flow(self, timestep: float, where: str) -> np.ndarray:
+        """Predict the velocity of the block in the `tokens` buffer.
+
+        Args:
+            timestep: As the model takes it.
+            where: The step, for an error's message.
+
+        Returns:
+            float32 [1, N, P], a view that the next call overwrites.
+
+        Raises:
+            BackendError: It holds NaN or infinity.
+        """
+        flow = self.buffers.denoiser["flow"]
+        self.call_denoiser(timestep)
+        self.device.download(flow)
+        self._require_finite(flow, "denoiser", where)
+        return flow.host
+
+    def compress(self) -> None:
+        """Compress the current block to the tokens that the mid pass reads."""
+        self._compress()
 
     def decode(self) -> None:
         """Decode latents to pixels, one latent frame per call, carrying the decoder's state."""
@@ -217,9 +248,7 @@ class Rollout:
         self._require_finite(buffers.denoiser["q_pool"], "denoiser", "its commit")
         block, compressed = cache.committed, buffers.new_compressed
         if cache.compresses():
-            self._compress()
-            if self._unused is not None:
-                device.zero(self._unused)
+            self.compress()
             self._mid_pass()
             pooled_key = buffers.mid_pass["k_pool"]
             device.download(compressed, pooled_key)
@@ -230,9 +259,9 @@ class Rollout:
         first = cache.commit()
         if first is not None:
             device.copy_tokens(buffers.new, buffers.context, first)
-        self._read()
+        self.select_mids()
 
-    def _read(self) -> None:
+    def select_mids(self) -> None:
         """Select the archived blocks to read from now on, and bring them to the context."""
         chosen = self.select(self.cache.committed - 1, self.cache.candidates())
         self._load(self.cache.select_mids(chosen.tolist()))
@@ -273,12 +302,12 @@ class Rollout:
         """
         policy, scores = self.config.policy, None
         if policy.selection not in ("recency", "random") and len(candidates) > policy.mid:
-            keys = self.archive.keys(candidates)
-            if policy.selection == "likeness":
-                scores = likeness(self.archive.keys(range(block, block + 1))[0], keys)
-            else:
-                scores = affinity(self.buffers.denoiser["q_pool"].host, keys)
+            scores = self.score(block, candidates)
         return select(policy, np.asarray(candidates), scores, self.seed, self.scene + block)
+
+    def score(self, block: int, candidates: range) -> np.ndarray:
+        """Score archived blocks for selection: their affinity to the block committed last."""
+        return affinity(self.buffers.denoiser["q_pool"].host, self.archive.keys(candidates))
 
     def _table(self, arrays: Arrays, name: str, positions: np.ndarray) -> None:
         cos, sin = rope_table(positions, self.config.head_dim)

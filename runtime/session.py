@@ -50,6 +50,7 @@ class Session:
         policy: Policy | None = None,
         threads: int | None = None,
         backend: str = "onnxruntime",
+        make_rollout: Callable[[Config, Backend], Rollout] = Rollout,
     ) -> Session:
         """Check a bundle's files and load its graphs.
 
@@ -58,6 +59,7 @@ class Session:
             policy: Which history blocks read; None means the bundle's own.
             threads: Of each graph on the CPU; None means all cores.
             backend: One of `packforcing.runtime.backends.BACKENDS`.
+            make_rollout: Makes the rollout of a config on the backend.
 
         Raises:
             BundleError: The bundle is missing or damaged.
@@ -66,7 +68,7 @@ class Session:
         manifest = read_manifest(bundle)
         config = _with_policy(manifest, policy)
         opened = open_backend(backend, Path(bundle), manifest, config, threads)
-        return cls(manifest, opened, policy=policy)
+        return cls(manifest, opened, policy=policy, make_rollout=make_rollout)
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from packforcing import Config
 from packforcing.config import Precision
-from tests.helpers import TINY, make_tiny_model
+from tests.helpers import PROMPT, SEED, TINY, make_tiny_model
 
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start in one.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,3 +59,25 @@ def session(request, tiny_bundle):
         if request.param == "gpu":
             session = gpu_session(session)
         yield session
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_model):
+    """The reference's blocks for PROMPT and SEED, each video made once."""
+    import msgspec
+    import torch
+
+    from packforcing.model import Model
+    from packforcing.reference import rollout
+    from packforcing.sampler import draw_noise
+    from packforcing.words import encode_words
+
+    @functools.cache
+    def blocks(count, policy=None, clip=None):
+        config = msgspec.structs.replace(TINY, policy=policy) if policy else TINY
+        parts = tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor
+        text = torch.from_numpy(encode_words(PROMPT, config))
+        noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
+        return list(rollout(Model(config, *parts), text, count, noise, seed=SEED, clip=clip))
+
+    return blocks

@@ -5,7 +5,6 @@ of an emulated GPU, where they are two.
 """
 
 import copy
-import functools
 import os
 import threading
 import tracemalloc
@@ -40,21 +39,6 @@ from tests.emulated import Cuda, cuda_device, gpu_session, on_gpu
 from tests.helpers import POLICIES, PROMPT, SEED, TINY, assert_follows_reference
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_model):
-    """The reference's blocks, each video made once."""
-
-    @functools.cache
-    def blocks(count, policy=None, clip=None):
-        config = msgspec.structs.replace(TINY, policy=policy) if policy else TINY
-        parts = tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor
-        text = torch.from_numpy(encode_words(PROMPT, config))
-        noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
-        return list(rollout(Model(config, *parts), text, count, noise, seed=SEED, clip=clip))
-
-    return blocks
-
-
 def begin(session, blocks, policy=None) -> Rollout:
     config = msgspec.structs.replace(session.config, policy=policy) if policy else session.config
     run = Rollout(config, session.backend)
@@ -65,15 +49,6 @@ def begin(session, blocks, policy=None) -> Rollout:
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_blocks_equal_the_reference_given_the_same_history(session, reference, policy):
     assert_follows_reference(begin(session, 12, policy), reference(12, policy), 1e-4, 1e-4, 1e-4)
-
-
-def test_the_first_step_asks_for_other_blocks_than_the_commit_before(reference):
-    at_commit, at_step = (
-        [block.read for block in reference(12, Policy(sink=1, mid=2, recent=1, selection=name))]
-        for name in ("affinity", "first-step")
-    )
-    assert at_commit[:4] == at_step[:4]  # nothing to choose from yet
-    assert at_commit[4:] != at_step[4:]
 
 
 @pytest.mark.parametrize("device", ["host", "gpu"])
