@@ -169,6 +169,27 @@ def assert_follows_reference(rollout, expected, latents, frames, query) -> None:
         np.testing.assert_allclose(rollout.buffers.denoiser["q_pool"].host, block.query, atol=query)
 
 
+# Renders that are interrupted: a block lasts 1.5 s, so 11 blocks, two between snapshots
+
+RENDER_SECONDS, RENDER_INTERVAL, RENDER_SEED = 15, 3.0, 5
+
+
+def render(session, path, **changes):
+    """Render the example video, with some settings changed."""
+    settings = {
+        "prompt": PROMPT,
+        "seconds": RENDER_SECONDS,
+        "seed": RENDER_SEED,
+        "checkpoint_seconds": RENDER_INTERVAL,
+    }
+    return session.render(path=path, **{**settings, **changes})
+
+
+def stop_after(session, *blocks):
+    """Return an `on_block` that stops the session after each of these blocks."""
+    return lambda info: session.stop() if info.index + 1 in blocks else None
+
+
 # Damage to one file; `other` is a second one of the same folder
 
 

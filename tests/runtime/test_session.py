@@ -242,7 +242,7 @@ def test_a_single_image_starts_a_video(session):
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e9, 0.01])
-def test_impossible_lengths_are_refused_before_any_work(session, seconds):
+def test_impossible_lengths_are_refused_at_once(session, seconds):
     with pytest.raises(ConfigError, match="seconds"):
         session.stream(PROMPT, seconds)
 
@@ -276,7 +276,7 @@ def test_two_threads_get_one_right_video_and_one_error(session):
     assert all(np.array_equal(video, alone) for video in videos)
 
 
-def test_a_closed_session_says_so(tiny_bundle):
+def test_a_closed_session_refuses_to_make_videos(tiny_bundle):
     session = Session.open(tiny_bundle)
     begun = session.stream(PROMPT, 1)
     session.close()
