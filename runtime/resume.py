@@ -325,8 +325,7 @@ class RenderFolder:
         before = self.record
         snapshot = take_snapshot(rollout, before.counters)
         self._require_finite(snapshot)
-        arrays = [array for part in snapshot.parts.values() for array in part.values()]
-        size = sum(array.nbytes for array in arrays)
+        size = sum(a.nbytes for arrays in snapshot.parts.values() for a in arrays.values())
         with output_errors(self._target, self.remedy):
             self._require_space(size, "a snapshot of the render")
             new = [self.segment(before.block)]
@@ -461,8 +460,7 @@ class RenderFolder:
             raise self._damaged(name) from error
 
     def _require_space(self, size: int, what: str, remedy: str | None = None) -> None:
-        needed_bytes = size + _SPARE_BYTES
-        require_disk_space(self.path, needed_bytes, what, remedy or self.remedy)
+        require_disk_space(self.path, size + _SPARE_BYTES, what, remedy or self.remedy)
 
     def _damaged(self, name: str) -> ResumeError:
         return ResumeError(damage_message(self.path / name))
