@@ -37,10 +37,10 @@ Kind = Literal["mp4", "mkv", "png"]
 
 
 class Video(Protocol):
-    """What `open_video` gives."""
+    """What `open_video` yields."""
 
     def write(self, frames: np.ndarray) -> None:
-        """Appends uint8 RGB frames [n, H, W, 3]; raises `OutputError` if the disk refuses."""
+        """Append uint8 RGB frames [n, H, W, 3]; raise `OutputError` if the disk refuses."""
 
 
 def check_output(
@@ -50,11 +50,18 @@ def check_output(
     height: int,
     then: str = "free some space or choose another folder",
 ) -> None:
-    """Checks, before anything is computed, that a video of this size can be written here.
+    """Check that a video can be written, before anything is computed.
 
-    Raises `OutputError` for an unknown suffix, a name the system refuses, a folder that is
-    missing or not writable, a target that is in the way, or a disk with too little room, which
-    ends in `then`.
+    Args:
+        path: The output.
+        frames: Frames of the video.
+        width: In pixels.
+        height: In pixels.
+        then: What to do where the disk has too little room, the end of that message.
+
+    Raises:
+        OutputError: The suffix is unknown, the system refuses the name, the folder is missing or
+            not writable, the target is in the way, or the disk has too little room.
     """
     with output_errors(path, "choose another name or folder"):
         kind, target = output_target(path)
@@ -89,12 +96,12 @@ def check_output(
 
 
 def video_bytes(kind: Kind, frames: int, width: int, height: int) -> int:
-    """Bytes that a video takes on disk, a rough upper bound."""
+    """Return a rough upper bound of the bytes that a video takes on disk."""
     return int(frames * width * height * _BYTES_PER_PIXEL[kind])
 
 
 def _check_folder(target: Path) -> None:
-    """Refuses what is in the way of a folder of PNG files."""
+    """Refuse what is in the way of a folder of PNG files."""
     if not target.is_dir():
         if os.path.lexists(target):
             raise OutputError(
@@ -112,11 +119,20 @@ def _check_folder(target: Path) -> None:
 def open_video(
     path: str | os.PathLike[str], width: int, height: int, fps: int, then: str = _GONE
 ) -> Iterator[Video]:
-    """A video to write frames to; it appears under its name when the block ends without error.
+    """Yield a video to write frames to; it gets its name when the block ends without error.
 
     Memory is that of one call to `write` and of the encoder's look-ahead. Any exception, an
-    interrupt included, removes the partial file. Raises `OutputError` if the path cannot be
-    written, at the start or on the way; it ends in `then`.
+    interrupt included, removes the partial file.
+
+    Args:
+        path: .mp4, .mkv or a folder for PNG files.
+        width: In pixels.
+        height: In pixels.
+        fps: Frames per second.
+        then: The end of an error's message: what remains and what to do.
+
+    Raises:
+        OutputError: The path cannot be written, at the start or on the way.
     """
     check_output(path, 0, width, height, then)
     kind, target = output_target(path)
@@ -154,12 +170,22 @@ def join_segments(
     fps: int,
     then: str,
 ) -> Path:
-    """One video of segments in order, frame for frame and without encoding anew, that is on the
-    disk when this returns; `place_video` is next.
+    """Join segments in order, frame for frame and without encoding again.
 
-    segments: videos that `open_video` wrote, of the kind that `segment_suffix` names for `path`.
-    folder: on the same disk; the video lies there, as `JOINED` with its suffix. Raises
-    `OutputError`, which ends in `then`.
+    Args:
+        segments: Videos that `open_video` wrote, of the kind that `segment_suffix` returns.
+        path: The output.
+        folder: On the same disk; the joined video lies there, as `JOINED` with its suffix.
+        width: In pixels.
+        height: In pixels.
+        fps: Frames per second.
+        then: The end of an error's message: what remains and what to do.
+
+    Returns:
+        The joined video, flushed to the disk; `place_video` is next.
+
+    Raises:
+        OutputError: The video cannot be written.
     """
     import av
 
@@ -181,7 +207,7 @@ def join_segments(
 
 
 def place_video(video: Path, target: Path) -> None:
-    """Gives a video, or a folder of frames, the name `target`, where an empty folder may be."""
+    """Rename a video, or a folder of frames, to `target`, where an empty folder may be."""
     if target.is_dir():
         target.rmdir()
     video.replace(target)
@@ -198,19 +224,19 @@ def _write_frames(segments: Sequence[Path], folder: _PngFolder) -> None:
 
 
 def _copy_packets(segments: Sequence[Path], joined: Any, fps: int, earliest: int) -> None:
-    """Each frame as it was encoded, at its place in the whole video."""
+    """Copy each frame as it was encoded to its place in the whole video."""
     import av
 
     stream, count, headers = None, 0, None
     for segment in segments:
         with av.open(segment.absolute()) as container:
-            given = container.streams.video[0]
-            stream = stream or joined.add_stream_from_template(given)
-            headers = headers or given.codec_context.extradata
-            if given.codec_context.extradata != headers:
+            source = container.streams.video[0]
+            stream = stream or joined.add_stream_from_template(source)
+            headers = headers or source.codec_context.extradata
+            if source.codec_context.extradata != headers:
                 raise OutputError(f"cannot join {segment} to those before: it is encoded otherwise")
             first = count
-            for packet in container.demux(given):
+            for packet in container.demux(source):
                 if packet.pts is None or packet.time_base is None:  # the demuxer's end
                     continue
                 packet.pts = first + round(packet.pts * packet.time_base * fps)
@@ -221,12 +247,12 @@ def _copy_packets(segments: Sequence[Path], joined: Any, fps: int, earliest: int
 
 
 def segment_suffix(path: str | os.PathLike[str]) -> str:
-    """What the segments of a video are: of its own kind, lossless ones for a folder of PNGs."""
+    """Return the suffix of a video's segments: .mkv, lossless, for a folder of PNG files."""
     return ".mp4" if output_target(path)[0] == "mp4" else ".mkv"
 
 
 class _Writer:
-    """Writes frames to a video; what refuses them is an `OutputError`."""
+    """Writes frames to a video; raises `OutputError` where that fails."""
 
     def __init__(self, video: _Encoder | _PngFolder, target: Path, then: str) -> None:
         self._video, self._target, self._then = video, target, then
@@ -322,7 +348,7 @@ class _PngFolder:
 
 
 def output_target(path: str | os.PathLike[str]) -> tuple[Kind, Path]:
-    """What a path asks for, and the file or folder it names."""
+    """Return the kind of video that a path names, and the file or folder."""
     text = os.fspath(path)
     target = Path(text)
     if text.endswith(("/", os.sep)):
@@ -355,7 +381,7 @@ def _check_frames(frames: np.ndarray, shape: tuple[int, int, int]) -> None:
 
 @contextmanager
 def output_errors(target: str | os.PathLike[str], then: str) -> Iterator[None]:
-    """Turns what the disk or the encoder raises into an `OutputError` that ends in `then`."""
+    """Turn what the disk or the encoder raises into an `OutputError` that ends in `then`."""
     try:
         yield
     except _failures() as error:
@@ -373,7 +399,7 @@ def _why(error: Exception) -> str:
 
 
 def _move_up(partial: Path) -> None:
-    """Moves a folder's files into its parent, all or none, and removes it."""
+    """Move a folder's files into its parent, all or none, and remove it."""
     moved: list[Path] = []
     try:
         for file in sorted(partial.iterdir()):
