@@ -25,7 +25,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from packforcing.calibration.activations import BINS, MIDDLES, add
+from packforcing.calibration.activations import BIN_MAGNITUDES, BINS, add_cache_tokens
 from packforcing.config import Config
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import draw_prompts
@@ -107,11 +107,13 @@ def ends(largest: np.ndarray, counts: np.ndarray, share: str, how: str, levels: 
         return largest
     if how in PERCENTILES:
         below = counts.cumsum(-1) < PERCENTILES[how] * counts.sum(-1, keepdims=True)
-        return np.minimum(largest, MIDDLES[below.sum(-1).clip(max=BINS - 1)])
+        return np.minimum(largest, BIN_MAGNITUDES[below.sum(-1).clip(max=BINS - 1)])
     least, best = np.full(largest.shape, np.inf), largest
     for portion in SHARES:
         end = (largest * portion)[..., None]
-        beyond = np.where(end < MIDDLES, (MIDDLES - end) ** 2, (end / levels) ** 2 / 12)
+        beyond = np.where(
+            end < BIN_MAGNITUDES, (BIN_MAGNITUDES - end) ** 2, (end / levels) ** 2 / 12
+        )
         error = (beyond * counts).sum(-1)
         best = np.where(error < least, end[..., 0], best)
         least = np.minimum(least, error)
@@ -161,10 +163,10 @@ class Statistics:
 
     def __call__(self, kind: str, layer: int, tokens: np.ndarray, arrays: Arrays) -> np.ndarray:
         if kind == "v":
-            add(self.arrays, "v", layer, tokens)
+            add_cache_tokens(self.arrays, "v", layer, tokens)
         else:
-            add(self.arrays, "before RoPE", layer, tokens)
-            add(self.arrays, "after RoPE", layer, rotate(tokens, arrays))
+            add_cache_tokens(self.arrays, "before RoPE", layer, tokens)
+            add_cache_tokens(self.arrays, "after RoPE", layer, rotate(tokens, arrays))
         return tokens
 
 

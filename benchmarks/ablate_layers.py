@@ -21,9 +21,10 @@ from typing import NamedTuple
 import msgspec
 import onnx_ir as ir
 
-from packforcing.calibration.matmuls import known, stored
-from packforcing.calibration.output_error import output_losses
-from packforcing.calibration.weights import DENOISER, quantize_product
+from packforcing.calibration.matmuls import not_none, stored_weight
+from packforcing.calibration.output_error import measure_output_losses
+from packforcing.calibration.quantizer import DENOISER
+from packforcing.calibration.weights import quantize_matmul
 from packforcing.errors import PackForcingError
 from packforcing.export.exporter import save_graph
 from packforcing.files import write_file
@@ -45,8 +46,8 @@ def parts(graph: ir.Graph) -> dict[str, list[ir.Node]]:
     """Return the products of each part with its stored matrices: blocks.0, ..., head."""
     products: dict[str, list[ir.Node]] = {}
     for node in graph:
-        if node.op_type == "MatMul" and stored(known(node.inputs[1])).const_value is not None:
-            name = known(stored(known(node.inputs[1])).name).removeprefix("transformer.")
+        if node.op_type == "MatMul" and stored_weight(node).const_value is not None:
+            name = not_none(stored_weight(node).name).removeprefix("transformer.")
             products.setdefault(re.match(r"blocks\.\d+|[^.]+", name)[0], []).append(node)
     return products
 
@@ -62,12 +63,12 @@ def measure_parts(bundle: Path) -> list[PartCost]:
             for kind in KINDS:
                 model = ir.load(bundle / DENOISER)
                 for number, product in enumerate(parts(model.graph)[name]):
-                    quantize_product(product, f"{name}.{number}", kind)
+                    quantize_matmul(product, f"{name}.{number}", kind)
                 variants[f"{name} {kind}"] = path = Path(folder, f"{name}-{kind}")
                 path.mkdir()
                 shutil.copyfile(bundle / MANIFEST, path / MANIFEST)
                 save_graph(model, path / DENOISER)
-        losses = output_losses(bundle, variants)
+        losses = measure_output_losses(bundle, variants)
     return [
         PartCost(name, count, {kind: losses[f"{name} {kind}"]["flow"].error for kind in KINDS})
         for name, count in counts.items()

@@ -31,9 +31,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from packforcing.calibration.matmuls import SHARED, known, matrices, stored
-from packforcing.calibration.recipes import quantised_layers
-from packforcing.calibration.weights import quantize_product
+from packforcing.calibration.matmuls import (
+    SHARED_INPUTS,
+    layer_matmuls,
+    not_none,
+    stored_weight,
+)
+from packforcing.calibration.recipes import quantized_layers
+from packforcing.calibration.weights import quantize_matmul
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import Prompt, draw_prompts
 from packforcing.files import write_file
@@ -104,15 +109,15 @@ class RecordingDenoiser:
         config, path = read_manifest(bundle).config, bundle / graph_file("denoiser")
         model, self.rng = ir.load(path), np.random.default_rng(seed)
         outputs, self.rows = [], {}
-        for name, product in matrices(model.graph, config, quantised_layers(config)).items():
+        for name, product in layer_matmuls(model.graph, config, quantized_layers(config)).items():
             _, _, matrix = name.split(".", 2)
-            if matrix in SHARED:
+            if matrix in SHARED_INPUTS:
                 continue
-            value, weight = known(product.inputs[0]), known(product.inputs[1])
-            shape = (1, "N", known(weight.shape).numpy()[0])
+            value, weight = not_none(product.inputs[0]), not_none(product.inputs[1])
+            shape = (1, "N", not_none(weight.shape).numpy()[0])
             value.shape = ir.Shape(shape)
             model.graph.outputs.append(value)
-            outputs.append(TensorSpec(str(value.name), shape, known(value.dtype).numpy().name))
+            outputs.append(TensorSpec(str(value.name), shape, not_none(value.dtype).numpy().name))
             self.rows[outputs[-1].name] = name
         spec = contract(config)["denoiser"]
         self.seconds, self.outputs = 0.0, outputs
@@ -159,7 +164,7 @@ def inputs_of(bundle: Path, prompts: list[Prompt], seconds: float) -> Data:
     inputs = {name: np.concatenate(rows) for name, rows in recorder.inputs.items()}
     for name in list(inputs):
         layer, _, matrix = name.partition(".")[2].partition(".")
-        for other, first in SHARED.items():
+        for other, first in SHARED_INPUTS.items():
             if matrix == first:
                 inputs[f"blocks.{layer}.{other}"] = inputs[name]
     return inputs
@@ -212,7 +217,7 @@ def ours(weights: Data, fit: Data, inputs: Data, kind: str, block: int) -> Data:
         rows = fit[str(node.name)]
         parts = rows.reshape(len(rows), -1, math.gcd(rows.shape[1], INT4_BLOCK))
         together = np.einsum("nib,nic->ibc", parts, parts, optimize=True) / np.float32(len(rows))
-        quantize_product(node, str(node.name), kind, together)
+        quantize_matmul(node, str(node.name), kind, together)
     model.graph.opset_imports[""] = 24
     return outputs_of(ir.to_proto(model).SerializeToString(), inputs)
 
@@ -228,7 +233,7 @@ def onnxruntime_int8(weights: Data, fit: Data, inputs: Data, kind: str, block: i
         constants = ir.load(target).graph.initializers
         parts = {
             name: tuple(
-                known(constants[f"{name}_{part}"].const_value).numpy().astype(np.float32)
+                not_none(constants[f"{name}_{part}"].const_value).numpy().astype(np.float32)
                 for part in ("quantized", "zero_point", "scale")
             )
             for name in weights
@@ -287,8 +292,8 @@ def measure_tools(
     inputs = inputs_of(bundle, drawn[prompts:], seconds)
     graph = ir.load(bundle / graph_file("denoiser")).graph
     weights = {
-        name: known(stored(known(node.inputs[1])).const_value).numpy().astype(np.float32)
-        for name, node in matrices(graph, config, quantised_layers(config)).items()
+        name: not_none(stored_weight(node).const_value).numpy().astype(np.float32)
+        for name, node in layer_matmuls(graph, config, quantized_layers(config)).items()
     }
     exact = {name: inputs[name] @ weight for name, weight in weights.items()}
     tools = {

@@ -1,21 +1,19 @@
-"""What a model computes with in rollouts: statistics that scales come from. Memory does not grow
-with the rollouts.
+"""Collect activation statistics of rollouts, which scales are fitted to.
 
-Of keys (before RoPE) and values those that a cache keeps, of the calls at t = 0: commits and mid
-passes. For each layer, head and channel there are the largest magnitude and a histogram of
-magnitudes with bins of equal ratio.
+Memory does not grow with the number of rollouts. The statistics are
 
-Of what each matrix of a layer is multiplied with, all tokens: for each channel the largest
-magnitude by the place of the call in a block (`calls`), and the sums over all calls of the products
-of every two channels that an int4 scale is shared over: they tell the error of a matrix's products
-from that of its weights. The denoiser itself gives them, as outputs that its graph is given for
-this.
+- of the keys (before RoPE) and values that a cache stores, in the calls at t = 0 (commits and mid
+  passes): per layer, head and channel the largest magnitude, and a histogram of magnitudes whose
+  bins have edges of equal ratio;
+- of the input of each matrix of a layer, in all calls: per channel the largest magnitude, by the
+  place of the call in a block (`call_names`); and summed over all calls, the second moments of
+  every two channels that share an int4 scale. The error of a matrix's outputs follows from these
+  and the error of its weights. The denoiser's graph computes them as additional outputs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,9 +21,16 @@ import msgspec
 import numpy as np
 import onnx_ir as ir
 
-from packforcing.calibration.matmuls import NAMES, SHARED, initializer, known, matrices
+from packforcing.calibration.matmuls import (
+    MATRIX_NAMES,
+    SHARED_INPUTS,
+    add_initializer,
+    layer_matmuls,
+    not_none,
+)
 from packforcing.config import Config
 from packforcing.errors import BundleError, CalibrationError, OutputError
+from packforcing.files import new_file
 from packforcing.geometry import layer_matrices
 from packforcing.runtime.backends import open_backend
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
@@ -44,49 +49,55 @@ from packforcing.runtime.estimate import weight_block
 from packforcing.runtime.request import check_request
 from packforcing.runtime.rollout import Rollout
 
-OCTAVE, LOWEST, BINS = 8, -10, 160  # bins per factor of two; the first begins at 2^LOWEST
-# magnitude in the middle of each bin
-MIDDLES = np.float32(2) ** ((np.arange(BINS, dtype=np.float32) + 0.5) / OCTAVE + LOWEST)
-SOURCE = "source"  # of the file's metadata
+BINS, BINS_PER_OCTAVE, LOWEST_EXPONENT = 160, 8, -10  # the first bin begins at 2^LOWEST_EXPONENT
+BIN_MAGNITUDES = np.float32(2) ** (  # in the middle of each bin
+    (np.arange(BINS, dtype=np.float32) + 0.5) / BINS_PER_OCTAVE + LOWEST_EXPONENT
+)
+SOURCE_KEY = "source"  # in the file's metadata
 
-Statistics = dict[str, np.ndarray]  # by the names of `forms`
+Statistics = dict[str, np.ndarray]  # by the names of `array_specs`
 
 
-class Source(msgspec.Struct, frozen=True, kw_only=True):
-    """What statistics are of."""
+class StatisticsSource(msgspec.Struct, frozen=True, kw_only=True):
+    """The rollouts that statistics are of."""
 
     model: str
     denoiser: dict[str, str]  # SHA-256 of its files
     prompts: list[str]  # words, or the SHA-256 of an embedding
-    seed: int  # of the first prompt; each next one has the next
+    seed: int  # of the first prompt; each next prompt has the next seed
     blocks: int  # per prompt
-    calls: list[str]  # of the denoiser for a block, by their place in the statistics
+    calls: list[str]  # `call_names`
     done: int  # prompts that are in the statistics
 
 
-def calls(config: Config) -> list[str]:
-    """The denoiser's calls for a block, in order."""
+def call_names(config: Config) -> list[str]:
+    """Return the denoiser's calls for a block, in order."""
     steps = max(len(config.timesteps), len(config.first_timesteps))
     return [*(f"step {step + 1}" for step in range(steps)), "commit", "mid pass"]
 
 
-def forms(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and type of each array of the statistics: k and v by layer, head and channel; what a
-    matrix of a layer reads by call, layer and channel, and by layer and two channels of a block;
-    and how many tokens each call had."""
+def array_specs(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and dtype of each array of the statistics, by name.
+
+    - "tokens": number of tokens [call].
+    - "k.largest", "v.largest": [layer, head, channel].
+    - "k.counts", "v.counts": histograms [layer, head, channel, bin].
+    - "ffn.0.largest" and so on: [call, layer, channel].
+    - "ffn.0.moments" and so on: [layer, group, channel, channel].
+    """
     channels = (config.layers, config.heads, config.head_dim)
-    places = len(calls(config))
-    found: dict[str, tuple[tuple[int, ...], str]] = {"tokens": ((places,), "int64")}
+    calls = len(call_names(config))
+    specs: dict[str, tuple[tuple[int, ...], str]] = {"tokens": ((calls,), "int64")}
     for kind in "kv":
-        found[f"{kind}.largest"] = channels, "float32"
-        found[f"{kind}.counts"] = (*channels, BINS), "uint32"
-    for name, (inputs, outputs) in zip(NAMES, layer_matrices(config)):
-        if name not in SHARED:
-            block = weight_block("int4", inputs, outputs)
-            moments = config.layers, inputs // block, block, block
-            found[f"{name}.largest"] = (places, config.layers, inputs), "float32"
-            found[f"{name}.moments"] = moments, "float32"
-    return found
+        specs[f"{kind}.largest"] = channels, "float32"
+        specs[f"{kind}.counts"] = (*channels, BINS), "uint32"
+    for name, (inputs, outputs) in zip(MATRIX_NAMES, layer_matrices(config)):
+        if name not in SHARED_INPUTS:
+            group = weight_block("int4", inputs, outputs)
+            moments = config.layers, inputs // group, group, group
+            specs[f"{name}.largest"] = (calls, config.layers, inputs), "float32"
+            specs[f"{name}.moments"] = moments, "float32"
+    return specs
 
 
 def calibrate(
@@ -97,29 +108,44 @@ def calibrate(
     seconds: float = 5.0,
     seed: int = 0,
     on_block: Callable[[int, int], None] | None = None,
-) -> Source:
-    """Rolls a bundle out on every prompt and writes the statistics, after each of them.
+) -> StatisticsSource:
+    """Roll a bundle out on every prompt; write the statistics after each of them.
 
-    prompts: words or embeddings, float [T, text_dim]. A file that holds part of the same
-    rollouts is gone on with. `on_block` is told how many blocks are done, and of how many. Raises
-    `CalibrationError` for a bundle that is quantised, for what is no number or a file of other
-    rollouts, and what opening a bundle and reading a prompt raise, or `OutputError`.
+    A file with the statistics of some of these rollouts is resumed.
+
+    Args:
+        directory: A bundle that is not quantized.
+        prompts: Words, or embeddings, float [T, text_dim].
+        path: The file to write, safetensors.
+        seconds: Length of each video.
+        seed: Seed of the first prompt; each next prompt has the next seed.
+        on_block: Called with the number of blocks that are done and that of all blocks.
+
+    Returns:
+        What the statistics are of.
+
+    Raises:
+        CalibrationError: The bundle is quantized, an activation is NaN or infinite, or the file
+            has statistics of other rollouts.
+        BundleError: The bundle is damaged.
+        PromptError: A prompt cannot be used.
+        OutputError: The file cannot be written.
     """
     directory, path = Path(directory), Path(path)
     manifest = read_manifest(directory)
     config = manifest.config
-    for what in ("weights", "cache"):
-        kind = getattr(config.precision, what)
-        if kind != config.precision.compute:
+    for part in ("weights", "cache"):
+        dtype = getattr(config.precision, part)
+        if dtype != config.precision.compute:
             raise CalibrationError(
-                f"{directory} has {what} in {kind} already; name the bundle that it was made of"
+                f"{directory} has {part} in {dtype} already; name the bundle that it was made from"
             )
     if not prompts:
         raise CalibrationError("no prompts to roll out: name one per line")
     if not path.parent.is_dir():
         raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
     timelines = [
-        check_request(config, prompt, seconds, seed + i) for i, prompt in enumerate(prompts)
+        check_request(config, prompt, seconds, seed + index) for index, prompt in enumerate(prompts)
     ]
     names = [
         prompt if isinstance(prompt, str) else hashlib.sha256(prompt.tobytes()).hexdigest()
@@ -127,49 +153,58 @@ def calibrate(
     ]
     texts = [timeline.embeddings[0] for timeline in timelines]
     blocks = config.blocks(config.frames(seconds))
-    source = Source(
+    source = StatisticsSource(
         model=config.name,
         denoiser=graph_files(manifest, "denoiser"),
         prompts=names,
         seed=seed,
         blocks=blocks,
-        calls=calls(config),
+        calls=call_names(config),
         done=0,
     )
-    found = {name: np.zeros(*form) for name, form in forms(config).items()}
+    statistics = {name: np.zeros(*spec) for name, spec in array_specs(config).items()}
     if path.exists():
-        begun, found = read(path)
-        if msgspec.structs.replace(begun, done=0) != source:
+        resumed, statistics = read_statistics(path)
+        if msgspec.structs.replace(resumed, done=0) != source:
             raise CalibrationError(
                 f"{path} holds statistics of another model or other prompts; choose another name"
             )
-        _check_forms(path, found, config)
-        source = begun
+        _check_specs(path, statistics, config)
+        source = resumed
     policy = config.policy.fit_to_video(blocks, config.policy)
     config = msgspec.structs.replace(config, policy=policy)
     backend = open_backend("onnxruntime", directory, manifest, config, None)
     try:
-        del backend.graphs["denoiser"]  # the one that takes its place holds the same weights
-        watched = _Watched(directory / graph_file("denoiser"), config, found)
-        backend.graphs["denoiser"] = watched
+        del backend.graphs["denoiser"]  # its replacement holds the same weights
+        denoiser = _ObservedDenoiser(directory / graph_file("denoiser"), config, statistics)
+        backend.graphs["denoiser"] = denoiser
         rollout = Rollout(config, backend)
-        for number in range(source.done, len(prompts)):
-            rollout.begin(texts[number], blocks, seed + number)
+        for index in range(source.done, len(prompts)):
+            rollout.begin(texts[index], blocks, seed + index)
             for block in range(blocks):
-                watched.where = f"block {block} of '{names[number]}'"
+                denoiser.location = f"block {block} of '{names[index]}'"
                 rollout.next_block()
                 if on_block:
-                    on_block(number * blocks + block + 1, len(prompts) * blocks)
-            source = msgspec.structs.replace(source, done=number + 1)
-            _write(path, source, found)
+                    on_block(index * blocks + block + 1, len(prompts) * blocks)
+            source = msgspec.structs.replace(source, done=index + 1)
+            _write_statistics(path, source, statistics)
     finally:
         backend.close()
     return source
 
 
-def statistics_for(path: str | Path, manifest: Manifest) -> Statistics:
-    """Statistics of a bundle's denoiser, whole; raises `CalibrationError` for others."""
-    source, found = read(path)
+def load_statistics(path: str | Path, manifest: Manifest) -> Statistics:
+    """Read the complete statistics of a bundle's denoiser.
+
+    Args:
+        path: A file that `calibrate` wrote.
+        manifest: The bundle's.
+
+    Raises:
+        CalibrationError: The file cannot be read, or holds statistics of another model or of only
+            some of its rollouts.
+    """
+    source, statistics = read_statistics(path)
     if source.denoiser != graph_files(manifest, "denoiser"):
         raise CalibrationError(
             f"{path} holds statistics of another model (a {source.model}) than the bundle's "
@@ -178,27 +213,33 @@ def statistics_for(path: str | Path, manifest: Manifest) -> Statistics:
     if source.done < len(source.prompts):
         raise CalibrationError(
             f"{path} holds {source.done} of {len(source.prompts)} rollouts; run the same "
-            "'packforcing calibrate' again to go on"
+            "'packforcing calibrate' again to complete it"
         )
-    _check_forms(path, found, manifest.config)
-    return found
+    _check_specs(path, statistics, manifest.config)
+    return statistics
 
 
-def _check_forms(path: str | Path, found: Statistics, config: Config) -> None:
-    if {name: (array.shape, array.dtype.name) for name, array in found.items()} != forms(config):
+def _check_specs(path: str | Path, statistics: Statistics, config: Config) -> None:
+    specs = {name: (array.shape, array.dtype.name) for name, array in statistics.items()}
+    if specs != array_specs(config):
         raise CalibrationError(
-            f"{path} does not hold what it says; make it anew with 'packforcing calibrate'"
+            f"{path} has other arrays than its metadata states; make it again with "
+            "'packforcing calibrate'"
         )
 
 
-def read(path: str | Path) -> tuple[Source, Statistics]:
-    """A file of statistics; raises `CalibrationError`."""
+def read_statistics(path: str | Path) -> tuple[StatisticsSource, Statistics]:
+    """Read a file of statistics, complete or not.
+
+    Raises:
+        CalibrationError: The file cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
-            said = (file.metadata() or {}).get(SOURCE, "")
-            source = msgspec.json.decode(said, type=Source)
+            metadata = (file.metadata() or {}).get(SOURCE_KEY, "")
+            source = msgspec.json.decode(metadata, type=StatisticsSource)
             return source, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, msgspec.DecodeError) as error:
         raise CalibrationError(
@@ -206,80 +247,116 @@ def read(path: str | Path) -> tuple[Source, Statistics]:
         ) from error
 
 
-def add(found: Statistics, kind: str, layer: int, tokens: np.ndarray) -> None:
-    """Adds tokens [H, n, d] of keys or values ("k" or "v") of a layer.
+def _write_statistics(path: Path, source: StatisticsSource, statistics: Statistics) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
-    Raises `ValueError` for one that is no number.
+    try:
+        with new_file(path) as partial:
+            save_file(statistics, partial, {SOURCE_KEY: msgspec.json.encode(source).decode()})
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path}: {error}") from error
+
+
+def add_cache_tokens(statistics: Statistics, kind: str, layer: int, tokens: np.ndarray) -> None:
+    """Add keys or values to the statistics, in place.
+
+    Args:
+        statistics: Changed.
+        kind: "k" or "v".
+        layer: Index of the layer.
+        tokens: Keys before RoPE, or values, float [H, n, d].
+
+    Raises:
+        ValueError: A value is NaN or infinite; the message says which.
     """
     heads, _, size = tokens.shape
-    magnitude = np.abs(tokens, dtype=np.float32)
-    largest = magnitude.max(1)
+    magnitudes = np.abs(tokens, dtype=np.float32)
+    largest = magnitudes.max(1)
     if not np.isfinite(largest).all():
         head, channel = np.argwhere(~np.isfinite(largest))[0]
         raise ValueError(f"{kind} of layer {layer}, head {head}, channel {channel}")
-    all_largest = found[f"{kind}.largest"][layer]
-    np.maximum(all_largest, largest, out=all_largest)
+    total = statistics[f"{kind}.largest"][layer]
+    np.maximum(total, largest, out=total)
     with np.errstate(divide="ignore"):
-        bins = np.clip((np.log2(magnitude) - LOWEST) * OCTAVE, 0, BINS - 1).astype(np.int64)
+        bins = (np.log2(magnitudes) - LOWEST_EXPONENT) * BINS_PER_OCTAVE
+    bins = np.clip(bins, 0, BINS - 1).astype(np.int64)
     bins += np.arange(heads * size).reshape(heads, 1, size) * BINS
-    found[f"{kind}.counts"][layer] += np.bincount(
+    statistics[f"{kind}.counts"][layer] += np.bincount(
         bins.ravel(), minlength=heads * size * BINS
     ).reshape(heads, size, BINS).astype(np.uint32)  # fmt: skip
 
 
-def add_inputs(found: Statistics, place: int, name: str, values: np.ndarray) -> None:
-    """Adds what a call gave of a matrix's input: an output of `observed` and its values.
+def add_matrix_inputs(statistics: Statistics, call: int, name: str, values: np.ndarray) -> None:
+    """Add an additional output of an observed denoiser to the statistics, in place.
 
-    Raises `ValueError` for one that is no number.
+    Args:
+        statistics: Changed.
+        call: Index in `call_names`.
+        name: Name of the output, like "ffn.0.moments.3".
+        values: The output.
+
+    Raises:
+        ValueError: A value is NaN or infinite; the message says which.
     """
     key, _, layer = name.rpartition(".")
     if key.endswith(".largest"):
-        total = found[key][place, int(layer)]
+        total = statistics[key][call, int(layer)]
         np.maximum(total, values, out=total)
         return
     squares = values.diagonal(axis1=1, axis2=2).ravel()
     if not np.isfinite(squares).all():
         channel = np.argwhere(~np.isfinite(squares))[0, 0]
         matrix = f"blocks.{layer}.{key.rpartition('.')[0]}"
-        raise ValueError(f"channel {channel} of what {matrix} is multiplied with")
-    found[key][int(layer)] += values
+        raise ValueError(f"input channel {channel} of {matrix}")
+    statistics[key][int(layer)] += values
 
 
-def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]:
-    """A denoiser's graph that also gives what its layers' matrices are multiplied with, summed up:
-    the products of every two channels of a block, float32 [inputs / block, block, block], and the
-    largest magnitudes [inputs].
+def observed_denoiser(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]:
+    """Add outputs to a denoiser's graph: statistics of the inputs of its layers' matrices.
 
-    Returns it and these outputs, self_attn.q.moments.0 and so on. Raises `BundleError` for a
-    denoiser of other matrices than its config calls for.
+    Args:
+        path: The graph's ONNX file.
+        config: Its model.
+
+    Returns:
+        The serialized graph, and its additional outputs. "ffn.0.moments.3" is the sum over tokens
+        of the products of every two channels of a group, float32 [group, channel, channel];
+        "ffn.0.largest.3" the largest magnitudes, float32 [inputs].
+
+    Raises:
+        BundleError: The denoiser's matrices are not those of the model.
     """
     model = ir.load(path)
-    graph, outputs, whole = model.graph, [], forms(config)
-    axes = initializer(graph, "observed.axes", ir.tensor([0, 1], dtype=ir.DataType.INT64))
-    products = matrices(graph, config, range(config.layers))
-    for name, product in products.items():
+    graph, outputs, specs = model.graph, [], array_specs(config)
+    axes = add_initializer(graph, "observed.axes", ir.tensor([0, 1], dtype=ir.DataType.INT64))
+    matmuls = layer_matmuls(graph, config, range(config.layers))
+    for name, matmul in matmuls.items():
         _, layer, matrix = name.split(".", 2)
-        given = known(product.inputs[0])
-        if matrix in SHARED:
-            if given is not products[f"blocks.{layer}.{SHARED[matrix]}"].inputs[0]:
-                raise BundleError(f"{path}: {name} has an input of its own; export the bundle anew")
+        inputs = not_none(matmul.inputs[0])
+        if matrix in SHARED_INPUTS:
+            if inputs is not matmuls[f"blocks.{layer}.{SHARED_INPUTS[matrix]}"].inputs[0]:
+                raise BundleError(
+                    f"{path}: {name} has an input of its own; export the bundle again"
+                )
             continue
-        exact = ir.node("Cast", [given], {"to": int(ir.DataType.FLOAT)})
-        magnitude = ir.node("Abs", exact.outputs)
-        largest = ir.node("ReduceMax", [*magnitude.outputs, axes], {"keepdims": 0})
-        (inputs,), moments = whole[f"{matrix}.largest"][0][2:], whole[f"{matrix}.moments"][0][1:]
-        form = initializer(
+        wide = ir.node("Cast", [inputs], {"to": int(ir.DataType.FLOAT)})
+        magnitudes = ir.node("Abs", wide.outputs)
+        largest = ir.node("ReduceMax", [*magnitudes.outputs, axes], {"keepdims": 0})
+        channels = specs[f"{matrix}.largest"][0][2:]
+        moments = specs[f"{matrix}.moments"][0][1:]
+        shape = add_initializer(
             graph,
             f"observed.{matrix}.{layer}",
             ir.tensor([-1, *moments[:2]], dtype=ir.DataType.INT64),
         )
-        split = ir.node("Reshape", [*exact.outputs, form])
-        (parts,) = split.outputs
-        summed = ir.node("Einsum", [parts, parts], {"equation": "nib,nic->ibc"})
-        graph.insert_before(product, [exact, magnitude, largest, split, summed])
-        for what, node, shape in (("largest", largest, (inputs,)), ("moments", summed, moments)):
+        grouped = ir.node("Reshape", [*wide.outputs, shape])
+        (groups,) = grouped.outputs
+        products = ir.node("Einsum", [groups, groups], {"equation": "nib,nic->ibc"})
+        graph.insert_before(matmul, [wide, magnitudes, largest, grouped, products])
+        for kind, node, size in (("largest", largest, channels), ("moments", products, moments)):
             (value,) = node.outputs
-            spec = TensorSpec(f"{matrix}.{what}.{layer}", shape)
+            spec = TensorSpec(f"{matrix}.{kind}.{layer}", size)
             value.name, value.dtype = spec.name, ir.DataType.FLOAT
             value.shape = ir.Shape(spec.shape)
             graph.outputs.append(value)
@@ -287,76 +364,74 @@ def observed(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]
     return ir.to_proto(model).SerializeToString(), tuple(outputs)
 
 
-def mean_products(found: Statistics, layer: int, matrix: str) -> np.ndarray:
-    """Of every two channels in a block of those that a matrix is multiplied with, over all calls,
-    float32 [inputs / block, block, block]."""
-    sums = found[f"{SHARED.get(matrix, matrix)}.moments"][layer]
-    return sums / np.float32(found["tokens"].sum())
+def second_moments(statistics: Statistics, layer: int, matrix: str) -> np.ndarray:
+    """Return the second moments of a matrix's inputs, over all calls.
+
+    Args:
+        statistics: Of a model.
+        layer: Index of the layer.
+        matrix: One of `MATRIX_NAMES`.
+
+    Returns:
+        The mean product of every two channels of a group, float32 [group, channel, channel].
+    """
+    sums = statistics[f"{SHARED_INPUTS.get(matrix, matrix)}.moments"][layer]
+    return sums / np.float32(statistics["tokens"].sum())
 
 
-def largest_input(found: Statistics, layer: int, matrix: str) -> float:
-    """The largest magnitude that a matrix is multiplied with."""
-    return float(found[f"{SHARED.get(matrix, matrix)}.largest"][:, layer].max())
+def largest_input(statistics: Statistics, layer: int, matrix: str) -> float:
+    """Return the largest magnitude of a matrix's inputs, over all calls."""
+    return float(statistics[f"{SHARED_INPUTS.get(matrix, matrix)}.largest"][:, layer].max())
 
 
-class _Watched:
-    """A denoiser whose calls are added to the statistics."""
+class _ObservedDenoiser:
+    """A denoiser that adds each of its calls to the statistics.
 
-    def __init__(self, path: Path, config: Config, found: Statistics) -> None:
-        self.config, self.found, self.where, self.step = config, found, "", 0
-        self.seconds = 0.0
-        model, self.extra = observed(path, config)
+    `location` is set by the rollout: the block and prompt that an error message names.
+    """
+
+    def __init__(self, path: Path, config: Config, statistics: Statistics) -> None:
+        self.config, self.statistics, self.location, self.step = config, statistics, "", 0
+        self.seconds = 0.0  # of `Bindable`
+        model, self.observed = observed_denoiser(path, config)
         spec = contract(config)["denoiser"]
-        spec = GraphSpec(spec.inputs, (*spec.outputs, *self.extra))
+        spec = GraphSpec(spec.inputs, (*spec.outputs, *self.observed))
         self.graph = OnnxGraph(path, spec, None, model=model)
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         host, tokens = HostDevice(), arrays["tokens"].shape[1]
-        seen = {
+        observed = {
             tensor.name: host.allocate(
                 "statistics", tuple(map(int, tensor.shape)), tensor.dtype, host=True
             )
-            for tensor in self.extra
+            for tensor in self.observed
         }
-        call = self.graph.bind({**arrays, **seen})
+        call_graph = self.graph.bind({**arrays, **observed})
 
-        def run() -> None:
-            call()
-            clean = view(arrays["timestep"])[0] == 0
-            place = self._place(clean, tokens)
+        def call() -> None:
+            call_graph()
+            is_clean = view(arrays["timestep"])[0] == 0
+            index = self._call_index(is_clean, tokens)
             try:
-                self.found["tokens"][place] += tokens
-                for name, array in seen.items():
-                    add_inputs(self.found, place, name, array.host)
-                for layer in range(self.config.layers if clean else 0):
+                self.statistics["tokens"][index] += tokens
+                for name, array in observed.items():
+                    add_matrix_inputs(self.statistics, index, name, array.host)
+                for layer in range(self.config.layers if is_clean else 0):
                     for kind in "kv":
-                        add(self.found, kind, layer, view(arrays[f"{kind}_new.{layer}"])[0])
+                        new = view(arrays[f"{kind}_new.{layer}"])[0]
+                        add_cache_tokens(self.statistics, kind, layer, new)
             except ValueError as error:
                 raise CalibrationError(
-                    f"no number in {calls(self.config)[place]} of {self.where}: {error}; the "
-                    "bundle is not sound, try 'packforcing verify'"
+                    f"NaN or infinity in {call_names(self.config)[index]} of {self.location}: "
+                    f"{error}; check the bundle with 'packforcing verify'"
                 ) from error
 
-        return run
+        return call
 
-    def _place(self, clean: bool, tokens: int) -> int:
-        """Where a call stands among those of its block, as `calls` lists them."""
-        if clean:
+    def _call_index(self, is_clean: bool, tokens: int) -> int:
+        """Return the index of a call in `call_names`."""
+        if is_clean:
             self.step = 0
             return -2 if tokens == self.config.block_tokens else -1
         self.step += 1
         return self.step - 1
-
-
-def _write(path: Path, source: Source, found: Statistics) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        save_file(found, partial, {SOURCE: msgspec.json.encode(source).decode()})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What quantising costs each output of a denoiser, on what a rollout gives it."""
+"""Measure what quantization costs each output of a denoiser, on the inputs of a rollout."""
 
 from __future__ import annotations
 
@@ -10,54 +10,66 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from packforcing.calibration.matmuls import known
-from packforcing.calibration.recipes import Loss
+from packforcing.calibration.matmuls import not_none
+from packforcing.calibration.quantizer import DENOISER
+from packforcing.calibration.recipes import OutputLoss
 from packforcing.export.oracle import Oracle, Tensors, in_full, rehearsal, roll_out
 from packforcing.export.verify import check_memory
 from packforcing.runtime.bundle import DTYPES, GraphSpec, contract, graph_file, read_manifest
 
-DENOISER = graph_file("denoiser")
 
+def measure_output_losses(
+    exact: Path, quantized: Mapping[str, Path]
+) -> dict[str, dict[str, OutputLoss]]:
+    """Measure the loss of each output of quantized denoisers.
 
-def output_losses(exact: Path, quantised: Mapping[str, Path]) -> dict[str, dict[str, Loss]]:
-    """The loss of each output of the denoiser in quantised bundles, against that in `exact`.
+    `exact` is rolled out as `verify` does, up to the first full context. In each call every
+    quantized denoiser gets the same inputs, with a quantized context where it reads one. All
+    graphs compute in fp32, so the loss is that of the quantized values, not of the arithmetic.
+    Counted is what a rollout reads: "flow" in the steps, all other outputs at t = 0.
 
-    The rollout is the one that `verify` records, of `exact` up to the first full context. In each
-    of its calls every quantised denoiser is given the same inputs, a context in 8 bits where it
-    reads one. All graphs are computed in fp32, so what differs is what they hold, not how they are
-    run. Counted is what a rollout reads: flow in the steps, all else at t = 0. An output that is
-    zero throughout in `exact` has no ratio and is left out. Raises `BackendError` where memory is
-    missing.
+    Args:
+        exact: The bundle to compare with.
+        quantized: Bundles by a name.
+
+    Returns:
+        By bundle and output. An output that is zero throughout in `exact` has no ratio and is
+        left out.
+
+    Raises:
+        BackendError: Memory is missing.
     """
-    check_memory(exact, *quantised.values())
+    check_memory(exact, *quantized.values())
     config = read_manifest(exact).config
     oracles = {
         name: Oracle(exact / graph_file(name), spec)
         for name, spec in contract(in_full(config)).items()
     }
-    own = cache_steps_of(exact)
-    others = {name: (_oracle(path), cache_steps_of(path)) for name, path in quantised.items()}
+    exact_scales = read_cache_scales(exact)
+    denoisers = {name: (_oracle(path), read_cache_scales(path)) for name, path in quantized.items()}
     signal: dict[str, float] = {}
-    noise: dict[str, dict[str, float]] = {name: {} for name in others}
+    noise: dict[str, dict[str, float]] = {name: {} for name in denoisers}
 
     def on_call(graph: str, block: int, inputs: Tensors, outputs: Tensors) -> None:
         if graph != "denoiser":
             return
-        step = inputs["timestep"][0] > 0
-        given, wanted = opened(inputs, own), opened(outputs, own)
-        wanted = {name: array for name, array in wanted.items() if (name == "flow") == step}
-        for name, array in wanted.items():
+        is_step = inputs["timestep"][0] > 0
+        inputs = dequantize_cache(inputs, exact_scales)
+        outputs = dequantize_cache(outputs, exact_scales)
+        outputs = {name: array for name, array in outputs.items() if (name == "flow") == is_step}
+        for name, array in outputs.items():
             signal[name] = signal.get(name, 0) + np.square(array, dtype=np.float64).sum()
-        for bundle, (oracle, steps) in others.items():
-            found = opened(oracle.run(stored(given, steps, oracle.spec)), steps)
-            for name, array in wanted.items():
-                error = np.square(found[name] - array, dtype=np.float64).sum()
+        for bundle, (oracle, scales) in denoisers.items():
+            results = oracle.run(quantize_context(inputs, scales, oracle.spec))
+            results = dequantize_cache(results, scales)
+            for name, array in outputs.items():
+                error = np.square(results[name] - array, dtype=np.float64).sum()
                 noise[bundle][name] = noise[bundle].get(name, 0) + error
 
     roll_out(rehearsal(config), oracles, on_call)
     return {
         bundle: {
-            name: Loss(
+            name: OutputLoss(
                 10 * math.log10(signal[name] / error) if error else None,
                 math.sqrt(error / signal[name]) if error else 0.0,
             )
@@ -73,36 +85,50 @@ def _oracle(bundle: Path) -> Oracle:
     return Oracle(bundle / DENOISER, spec)
 
 
-def cache_steps_of(bundle: Path) -> dict[str, np.ndarray]:
-    """The steps of a cache in 8 bits, float32 [1, H, 1, d], by each tensor that is in such steps;
-    none where the cache is in the precision that is computed."""
-    held = ir.load(bundle / DENOISER).graph.initializers
+def read_cache_scales(bundle: Path) -> dict[str, np.ndarray]:
+    """Read the scales of a bundle's cache from its denoiser.
+
+    Returns:
+        float32 [1, H, 1, d] by the name of each quantized input and output, like "k_ctx.3" and
+        "k_new.3"; empty where the cache is not quantized.
+    """
+    initializers = ir.load(bundle / DENOISER).graph.initializers
     return {
-        f"{kind}_{part}.{layer}": known(held[name].const_value).numpy().astype(np.float32)
+        f"{kind}_{part}.{layer}": not_none(initializers[name].const_value)
+        .numpy()
+        .astype(np.float32)
         for layer in range(read_manifest(bundle).config.layers)
         for kind in "kv"
         for name in [f"{kind}_ctx.{layer}.step"]
-        if name in held
+        if name in initializers
         for part in ("ctx", "new")
     }
 
 
-def opened(tensors: Tensors, steps: Mapping[str, np.ndarray]) -> Tensors:
-    """What tensors stand for, in fp32 where they are in steps."""
+def dequantize_cache(tensors: Tensors, scales: Mapping[str, np.ndarray]) -> Tensors:
+    """Multiply tensors that have scales by them, in fp32."""
     return {
-        name: array.astype(np.float32) * steps[name] if name in steps else array
+        name: array.astype(np.float32) * scales[name] if name in scales else array
         for name, array in tensors.items()
     }
 
 
-def stored(tensors: Tensors, steps: Mapping[str, np.ndarray], spec: GraphSpec) -> Tensors:
-    """Inputs as a graph takes them: in 8 bits where it has steps, as QuantizeLinear rounds."""
-    found = dict(tensors)
+def quantize_context(
+    tensors: Tensors, scales: Mapping[str, np.ndarray], spec: GraphSpec
+) -> Tensors:
+    """Divide inputs that have scales by them, and round as QuantizeLinear does.
+
+    Args:
+        tensors: Inputs of a denoiser, fp32.
+        scales: By name of the input.
+        spec: The denoiser's, with the quantized dtypes.
+    """
+    result = dict(tensors)
     for tensor in spec.inputs:
-        if tensor.name in steps:
-            whole = tensor.dtype == DTYPES["int8"]
-            limits = np.iinfo if whole else ml_dtypes.finfo
-            least, most = (float(getattr(limits(tensor.dtype), end)) for end in ("min", "max"))
-            value = np.clip(tensors[tensor.name] / steps[tensor.name], least, most)
-            found[tensor.name] = (np.rint(value) if whole else value).astype(tensor.dtype)
-    return found
+        if tensor.name in scales:
+            is_integer = tensor.dtype == DTYPES["int8"]
+            limits = (np.iinfo if is_integer else ml_dtypes.finfo)(tensor.dtype)
+            value = tensors[tensor.name] / scales[tensor.name]
+            value = np.clip(value, float(limits.min), float(limits.max))
+            result[tensor.name] = (np.rint(value) if is_integer else value).astype(tensor.dtype)
+    return result

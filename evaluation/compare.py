@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 
 from packforcing import __version__
-from packforcing.calibration.recipes import SNR, Loss
+from packforcing.calibration.recipes import SNR_FILE, OutputLoss
 from packforcing.config import Config, Policy, Precision
 from packforcing.errors import BackendError, ConfigError, MissingDependency, OutputError
 from packforcing.evaluation.ablations import make_rollout
@@ -109,7 +109,7 @@ class Comparison(msgspec.Struct, frozen=True):
     # prompt by prompt, and dB of every quantized matrix, worst first
     fidelity: dict[str, list[Fidelity]]
     snr: dict[str, dict[str, float | None]]
-    outputs: dict[str, dict[str, Loss]]  # of their denoisers, against the first bundle's
+    outputs: dict[str, dict[str, OutputLoss]]  # of their denoisers, against the first bundle's
     unmeasured: str  # why there are no `outputs`; "" where there are, or no other bundles
 
 
@@ -211,9 +211,9 @@ def run_comparison(
         pairs=pairs,
         fidelity=_fidelity(folder, pairs, config) if others else {},
         snr={
-            name: msgspec.json.decode((path / SNR).read_bytes(), type=dict[str, float | None])
+            name: msgspec.json.decode((path / SNR_FILE).read_bytes(), type=dict[str, float | None])
             for name, path in bundles.items()
-            if others and SNR in read_manifest(path).files
+            if others and SNR_FILE in read_manifest(path).files
         },
         outputs=outputs,
         unmeasured=unmeasured,
@@ -245,13 +245,15 @@ def _fidelity(folder: Path, pairs: Sequence[Pair], config: Config) -> dict[str, 
     return by_bundle
 
 
-def _outputs(bundle: Path, others: Mapping[str, Path]) -> tuple[dict[str, dict[str, Loss]], str]:
+def _outputs(
+    bundle: Path, others: Mapping[str, Path]
+) -> tuple[dict[str, dict[str, OutputLoss]], str]:
     """The losses, or why there are none: the videos are rendered, so the rest is still shown."""
     try:
         with optional_imports("measuring the denoisers' outputs", "verify"):
-            from packforcing.calibration.output_error import output_losses
+            from packforcing.calibration.output_error import measure_output_losses
 
-        return output_losses(bundle, others), ""
+        return measure_output_losses(bundle, others), ""
     except (BackendError, MissingDependency) as error:
         return {}, str(error)
 

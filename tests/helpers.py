@@ -16,6 +16,7 @@ from pathlib import Path
 
 import av
 import cv2
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -30,6 +31,9 @@ SEED = 3
 TINY = Config(
     **golden.TINY, sampler="renoise", policy=Policy(sink=1, mid=3, recent=2, mid_span=2.5)
 )
+
+DEEP = msgspec.structs.replace(TINY, name="deep", layers=4, ffn_dim=384)  # two can be quantized
+CALIBRATION_PROMPTS = ("a red star", "a blue square over sand")
 
 POLICIES = {
     "packforcing": None,
@@ -285,3 +289,67 @@ def is_close_estimate(name: str, estimate: float, built: float, below: int) -> b
     error = estimate / built - 1
     print(f"{name:<44} {built:>13,} {estimate:>13,} {error:>+7.1%}")
     return abs(error) <= (0.01 if ".weights." in name else 0.25) and built - estimate <= below
+
+
+# Quantized bundles
+
+
+def quantized_matrices(bundle: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Dequantize the layers' matrices of a bundle by DequantizeLinear's definition.
+
+    Returns:
+        By name, the matrix and the scale of each weight, float32 [inputs, outputs]. Halves of
+        feed-forward layers are joined.
+    """
+    import onnx_ir as ir
+
+    parts: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    for node in ir.load(bundle / "denoiser.onnx").graph:
+        if node.op_type != "DequantizeLinear" or node.inputs[0].const_value is None:
+            continue
+        values, scale = (value.const_value.numpy().astype(np.float32) for value in node.inputs)
+        if node.attributes["axis"].as_int() == 0:
+            scale = np.repeat(scale, node.attributes["block_size"].as_int(), axis=0)
+        name, _, half = str(node.inputs[0].name).rpartition(".")[0].partition(".half")
+        parts.setdefault(name, {})[half] = values * scale, scale + 0 * values
+    matrices = {}
+    for name, halves in parts.items():
+        axis = 1 if "ffn.0" in name else 0
+        pairs = [halves[half] for half in sorted(halves)]
+        matrix, scale = (np.concatenate(arrays, axis) for arrays in zip(*pairs))
+        matrices[name] = matrix, scale
+    return matrices
+
+
+def invent_statistics(bundle: Path, path: Path) -> Path:
+    """Write random statistics of a model that is too large to be rolled out in a test."""
+    from safetensors.numpy import save_file
+
+    from packforcing.calibration.activations import (
+        SOURCE_KEY,
+        StatisticsSource,
+        array_specs,
+        call_names,
+    )
+    from packforcing.runtime.bundle import read_manifest
+    from packforcing.runtime.engine_records import graph_files
+
+    manifest, rng = read_manifest(bundle), np.random.default_rng(0)
+    source = StatisticsSource(
+        model=manifest.config.name,
+        denoiser=graph_files(manifest, "denoiser"),
+        prompts=["none"],
+        seed=0,
+        blocks=1,
+        calls=call_names(manifest.config),
+        done=1,
+    )
+    statistics = {
+        name: rng.uniform(1, 4, shape).astype(dtype)
+        for name, (shape, dtype) in array_specs(manifest.config).items()
+    }
+    for name, array in statistics.items():
+        if name.endswith(".moments"):  # positive semidefinite, as moments of any inputs are
+            statistics[name] = array @ array.swapaxes(-1, -2)
+    save_file(statistics, path, {SOURCE_KEY: msgspec.json.encode(source).decode()})
+    return path

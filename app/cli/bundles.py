@@ -210,12 +210,12 @@ def quantize(
     import msgspec
 
     with optional_imports("quantizing", "calibration"):
-        from packforcing.calibration.activations import read
-        from packforcing.calibration.weights import quantize_bundle
+        from packforcing.calibration.activations import read_statistics
+        from packforcing.calibration.quantizer import quantize_bundle
     with count_meter("quantizing", "matrices", quiet=as_json) as on_matrix:
         result = quantize_bundle(bundle, out, weight_dtype, cache_dtype, calibration, on_matrix)
     if cache_dtype and calibration:
-        _warn_few_prompts(read(calibration)[0].done)
+        _warn_few_prompts(read_statistics(calibration)[0].done)
     if as_json:
         dtypes = {"weights": weight_dtype, "cache": cache_dtype}
         print_json({"path": out, **dtypes, **msgspec.to_builtins(result)})
@@ -345,11 +345,12 @@ def _tokens(config: Config) -> dict[str, int]:
 
 
 def _warn_few_prompts(count: int) -> None:
-    from packforcing.calibration.recipes import ENOUGH
+    from packforcing.calibration.recipes import RECOMMENDED_PROMPTS
 
-    if count < ENOUGH:
+    if count < RECOMMENDED_PROMPTS:
         click.echo(
             f"warning: statistics of {count} {'prompt' if count == 1 else 'prompts'}: an 8-bit "
-            f"cache clips values that only other prompts reach; calibrate with {ENOUGH} or more",
+            "cache clips values that only other prompts reach; calibrate with "
+            f"{RECOMMENDED_PROMPTS} or more",
             err=True,
         )

@@ -18,7 +18,7 @@ from packforcing.app.reports.page import (
 from packforcing.app.reports.plan import plan_figure
 from packforcing.app.reports.plots import COLORS, loss_plots, measure_plots, plot_style, svg
 from packforcing.app.reports.tables import make_table
-from packforcing.calibration.recipes import Loss
+from packforcing.calibration.recipes import OutputLoss
 from packforcing.config import Policy
 from packforcing.evaluation.compare import (
     CLOSE,
@@ -117,7 +117,7 @@ def _mean(row: Row) -> str:
     return format_value(None if row.value is None else row.value.mean)
 
 
-def _lowest_snr_by_kind(losses: Mapping[str, Loss]) -> Iterator[str]:
+def _lowest_snr_by_kind(losses: Mapping[str, OutputLoss]) -> Iterator[str]:
     """Yield the lowest SQNR of all layers for each kind of output, like k_new."""
     kinds: dict[str, list[float]] = {}
     for output, loss in losses.items():

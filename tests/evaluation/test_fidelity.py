@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from packforcing.app.cli import main
 from packforcing.app.reports.plots import COLORS, loss_plots
-from packforcing.calibration.weights import quantize_bundle
+from packforcing.calibration.quantizer import quantize_bundle
 from packforcing.evaluation.compare import Comparison
 from packforcing.evaluation.fidelity import frame_fidelity, gmsd, ssim
 from packforcing.runtime import Session, demo_bundle
