@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from packforcing.extras import optional_imports
-from packforcing.words import COLOURS, GROUNDS, SHAPES
+from packforcing.words import COLORS, GROUNDS, SHAPES
 
 with optional_imports("reading the demo world's videos", "evaluate"):
     import cv2
@@ -64,7 +64,7 @@ SHAPE_OUTLINES = {
     "star": _ring(10, -np.pi / 2) * np.tile([1, 0.45], 5)[:, None],
 }
 _PALETTE = np.array(
-    [SUBJECT_RGB[name] for name in COLOURS]
+    [SUBJECT_RGB[name] for name in COLORS]
     + [tone for name in GROUNDS for tone in GROUND_RGB[name]],
     np.float32,
 )
@@ -103,9 +103,9 @@ def read_scene(frame: np.ndarray) -> Scene:
     """
     nearest = _nearest(frame)
     votes = np.bincount(nearest.ravel(), minlength=len(_PALETTE))
-    ground = GROUNDS[int(votes[len(COLOURS) :].reshape(-1, 2).sum(1).argmax())]
+    ground = GROUNDS[int(votes[len(COLORS) :].reshape(-1, 2).sum(1).argmax())]
     best_area, color, best = float(MIN_AREA), None, None
-    for index in np.flatnonzero(votes[: len(COLOURS)] >= MIN_AREA):
+    for index in np.flatnonzero(votes[: len(COLORS)] >= MIN_AREA):
         blob = cv2.morphologyEx(
             (nearest == index).astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)
         )
@@ -113,7 +113,7 @@ def read_scene(frame: np.ndarray) -> Scene:
         for outline in outlines:
             area = cv2.contourArea(outline)
             if area > best_area:
-                best_area, color, best = area, COLOURS[index], outline
+                best_area, color, best = area, COLORS[index], outline
     if best is None:
         return Scene(None, None, None, None, ground)
     moments = cv2.moments(best)
@@ -157,7 +157,7 @@ def visits(prompt: str, frames: Iterable[np.ndarray]) -> Iterator[Visit]:
     votes = np.zeros((len(GROUNDS), 0, 0), np.int32)
     for count, frame in enumerate(frames, 1):
         nearest = _nearest(frame).astype(np.int8)
-        ground = np.where(nearest < len(COLOURS), -1, (nearest - len(COLOURS)) // 2)
+        ground = np.where(nearest < len(COLORS), -1, (nearest - len(COLORS)) // 2)
         shares = np.array([(ground == GROUNDS.index(name)).mean() for name in tour])
         ranked = np.sort(shares)
         alone = ranked[-2] <= ELSEWHERE and ranked[-1] >= MOST
@@ -263,7 +263,7 @@ def matches(
     prompt_words = set(re.findall(r"\w+", prompt.lower()))
     words = read_words(frames) if words is None else words
     right = {}
-    for kind, pool in (("color", COLOURS), ("shape", SHAPES), ("ground", GROUNDS)):
+    for kind, pool in (("color", COLORS), ("shape", SHAPES), ("ground", GROUNDS)):
         expected = prompt_words & set(pool)
         hits = np.array([not expected or word in expected for word in words[kind]])
         right[kind] = bool(hits.mean() >= 0.5 and hits[-FPS:].mean() >= 0.5)

@@ -28,7 +28,7 @@ from packforcing.evaluation import demo_judge
 from packforcing.evaluation.video_reader import probe_video, read_frames
 from packforcing.extras import optional_imports
 from packforcing.presets import model_config
-from packforcing.words import COLOURS, GROUNDS, SHAPES, encode_words
+from packforcing.words import COLORS, GROUNDS, SHAPES, encode_words
 
 with optional_imports("measuring videos", "evaluate"):
     import cv2
@@ -402,7 +402,7 @@ def _demo_values(
     words = set(re.findall(r"\w+", prompt.lower()))
     color, shape, ground = (
         float(not words & set(pool) or word in words)
-        for word, pool in ((now.color, COLOURS), (now.shape, SHAPES), (now.ground, GROUNDS))
+        for word, pool in ((now.color, COLORS), (now.shape, SHAPES), (now.ground, GROUNDS))
     )
     values: Values = dict(
         colour=color, shape=shape, ground=ground, colour_and_shape=min(color, shape)

@@ -14,11 +14,11 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.errors import PromptError
 
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
+COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SHAPES = ("circle", "square", "triangle", "star")
 GROUNDS = ("navy", "forest", "sand", "gray", "maroon", "teal")
 PATTERNS = ("plain", "stripes", "checks", "dots")
-VOCABULARY = COLOURS + SHAPES + GROUNDS + PATTERNS
+VOCABULARY = COLORS + SHAPES + GROUNDS + PATTERNS
 LONGEST = 10_000  # characters of a prompt
 FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
 
@@ -73,25 +73,25 @@ def _suggest(unknown: list[str]) -> str:
 def _grammar() -> str:
     return (
         "say a subject over a ground, such as 'a red star over navy stripes': "
-        f"colour ({', '.join(COLOURS)}), shape ({', '.join(SHAPES)}), "
+        f"color ({', '.join(COLORS)}), shape ({', '.join(SHAPES)}), "
         f"ground ({', '.join(GROUNDS)}), pattern ({', '.join(PATTERNS)})"
     )
 
 
 def make_prompt(
-    colour: str, shape: str, ground: str, pattern: str, beyond: str | None = None
+    color: str, shape: str, ground: str, pattern: str, beyond: str | None = None
 ) -> str:
     """The sentence that names the words: "a red star over navy stripes"; of a tour, whose other
     ground is `beyond`, "a red star over plain navy and teal"."""
     over = f"plain {ground}" if pattern == "plain" else f"{ground} {pattern}"
     over += f" and {beyond}" if beyond else ""
-    article = "an" if colour[0] in "aeiou" else "a"
-    return f"{article} {colour} {shape} over {over}"
+    article = "an" if color[0] in "aeiou" else "a"
+    return f"{article} {color} {shape} over {over}"
 
 
 def random_attributes(rng: np.random.Generator) -> dict[str, str]:
     """One word of each kind, all equally likely."""
-    pools = {"colour": COLOURS, "shape": SHAPES, "ground": GROUNDS, "pattern": PATTERNS}
+    pools = {"color": COLORS, "shape": SHAPES, "ground": GROUNDS, "pattern": PATTERNS}
     return {name: str(pool[rng.integers(len(pool))]) for name, pool in pools.items()}
 
 

@@ -73,9 +73,9 @@ def probe(weights: Path, tours: int, sink: int, seed: int = 777) -> dict[str, fl
         for kind, columns in zip(errors, coming(tour.camera, frames // BLOCKS)):
             which = tokens_of(config, (tour.masks < 128) & columns[:, None])
             errors[kind].append(error[which])
-    found = {kind: torch.cat(each) for kind, each in errors.items()}
-    means = {kind: each.mean().item() for kind, each in found.items()}
-    return {**means, "back_share": len(found["back"]) / tokens}
+    by_kind = {kind: torch.cat(each) for kind, each in errors.items()}
+    means = {kind: each.mean().item() for kind, each in by_kind.items()}
+    return {**means, "back_share": len(by_kind["back"]) / tokens}
 
 
 def main() -> None:
@@ -84,11 +84,11 @@ def main() -> None:
     parser.add_argument("--tours", type=int, default=16)
     args = parser.parse_args()
     for sink in (0, 1):
-        found = probe(args.weights, args.tours, sink)
+        errors = probe(args.weights, args.tours, sink)
         print(
-            f"sink {sink}: error {found['back']:.4f} on what comes back "
-            f"({found['back_share']:.1%} of all tokens), {found['new']:.4f} on what is new, "
-            f"ratio {found['back'] / found['new']:.2f}"
+            f"sink {sink}: error {errors['back']:.4f} on what comes back "
+            f"({errors['back_share']:.1%} of all tokens), {errors['new']:.4f} on what is new, "
+            f"ratio {errors['back'] / errors['new']:.2f}"
         )
 
 

@@ -45,16 +45,16 @@ def draw_batch(rng: np.random.Generator, clips: int, crop: int, frames: int = FR
 def reconstruction_loss(output: Tensor, target: Tensor, sharpness: float = 1.0) -> Tensor:
     """MSE, plus L1 of pixels and of image gradients, so that edges stay sharp.
 
-    A new model needs a start on MSE alone: L1 keeps it at the mean colour for hundreds of
-    steps. The term on colour differences, over 8x8 pixels, is there because hues come last
+    A new model needs a start on MSE alone: L1 keeps it at the mean color for hundreds of
+    steps. The term on color differences, over 8x8 pixels, is there because hues come last
     otherwise.
     """
     sharp = F.l1_loss(output, target)
     for axis in (-1, -2):
         sharp = sharp + F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
     error = output - target
-    colour = F.avg_pool2d((error - error.roll(1, -3)).flatten(0, 1), 8)  # R - B, G - R, B - G
-    return 5 * F.mse_loss(output, target) + 5 * colour.square().mean() + sharpness * sharp
+    color = F.avg_pool2d((error - error.roll(1, -3)).flatten(0, 1), 8)  # R - B, G - R, B - G
+    return 5 * F.mse_loss(output, target) + 5 * color.square().mean() + sharpness * sharp
 
 
 def scale_penalty(latents: Tensor) -> Tensor:

@@ -218,9 +218,9 @@ def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
     latents = spoil(drawn["latents"], drawn.get("double_latents", drawn["latents"]))
     low = spoil(drawn["low"], drawn.get("double_low", drawn["low"]))
     older = rng.integers(np.arange(1, blocks + 1), size=(clips, blocks))
-    kept = np.where(rng.random((clips, 1)) < 0.5, older, np.arange(blocks))
+    sources = np.where(rng.random((clips, 1)) < 0.5, older, np.arange(blocks))
     rows = np.arange(clips)[:, None]
-    return latents, latents[rows, kept], low[rows, kept]
+    return latents, latents[rows, sources], low[rows, sources]
 
 
 def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 On a tour the camera pans between two places and back, again and again, and the subject travels
 along. Each place has a ground of its own, which the prompt names, and a landmark, which it does
-not: a sky in one of two colours, by lot, which can only be remembered.
+not: a sky in one of two colors, by lot, which can only be remembered.
 
 Drawn with OpenCV, anti-aliased and sub-pixel, one clip per call and always the same for the
 same generator state. The words are those of `packforcing.words`; nothing here needs torch.
@@ -46,7 +46,7 @@ class Clip(NamedTuple):
 
 
 def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
-    """Draws a clip; attributes (colour, shape, ground, pattern) not given are drawn by lot."""
+    """Draws a clip; attributes (color, shape, ground, pattern) not given are drawn by lot."""
     words = {**random_attributes(rng), **fixed}
     path = _subject_path(rng, frames)
     drift = rng.uniform(*DRIFT) * rng.choice([-1, 1], 2)
@@ -60,7 +60,7 @@ def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
 
 
 def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
-    """Draws a tour; attributes (colour, shape, ground, beyond) not given are drawn by lot."""
+    """Draws a tour; attributes (color, shape, ground, beyond) not given are drawn by lot."""
     words = {**random_tour(rng), **fixed}
     path = _subject_path(rng, frames)
     names = [words["ground"], words["beyond"]]
@@ -93,10 +93,10 @@ def on_screen(columns: np.ndarray, camera: np.ndarray) -> np.ndarray:
 
 
 class _Path(NamedTuple):
-    """A subject's radius and centres [T, 2], in pixels."""
+    """A subject's radius and centers [T, 2], in pixels."""
 
     radius: float
-    centres: np.ndarray
+    centers: np.ndarray
 
 
 def _subject_path(rng: np.random.Generator, frames: int) -> _Path:
@@ -105,34 +105,34 @@ def _subject_path(rng: np.random.Generator, frames: int) -> _Path:
     start = rng.uniform(radius, SIZE - radius, 2)
     velocity = speed * np.array([np.cos(heading), np.sin(heading)])
     times = np.arange(frames)
-    centres = _bounce(start + velocity * times[:, None], radius, SIZE - radius)
-    return _Path(radius, centres)
+    centers = _bounce(start + velocity * times[:, None], radius, SIZE - radius)
+    return _Path(radius, centers)
 
 
 def _film(
     scene: np.ndarray, offsets: np.ndarray, words: dict[str, str], path: _Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Frames and masks of the subject before a scene [H, W, 3], seen from offsets [T, 2] on."""
-    ink = np.float32(SUBJECT_RGB[words["colour"]])
+    ink = np.float32(SUBJECT_RGB[words["color"]])
     pictures = np.empty((len(offsets), SIZE, SIZE, 3), np.uint8)
     masks = np.zeros((len(offsets), SIZE, SIZE), np.uint8)
     for t, offset in enumerate(offsets):
         middle = tuple(float(v) + (SIZE - 1) / 2 for v in offset)
         ground = cv2.getRectSubPix(scene, (SIZE, SIZE), middle)
-        _draw(masks[t], words["shape"], path.centres[t], path.radius)
+        _draw(masks[t], words["shape"], path.centers[t], path.radius)
         cover = masks[t][..., None].astype(np.float32) / 255
         pictures[t] = np.rint(ground + cover * (ink - ground))
     return pictures, masks
 
 
 def skies(names: list[str]) -> dict[str, list[str]]:
-    """The two colours that the sky over either of two grounds may have: none has both's."""
+    """The two colors that the sky over either of two grounds may have: none has both's."""
     others = [ground for ground in GROUNDS if ground not in names]
     return dict(zip(sorted(names, key=GROUNDS.index), (others[:2], others[2:])))
 
 
 def _place(ground: str, sky: str) -> np.ndarray:
-    """A plain ground with a landmark, a sky of another ground's colour, float32
+    """A plain ground with a landmark, a sky of another ground's color, float32
     [SIZE + TILT, SIZE, 3]."""
     picture = np.full((SIZE + TILT, SIZE, 3), GROUND_RGB[ground][0], np.float32)
     picture[:SKY] = GROUND_RGB[sky][0]
@@ -186,13 +186,13 @@ def _second_tone(pattern: str) -> np.ndarray:
     return np.clip(distance + 0.5, 0, 1)
 
 
-def _draw(mask: np.ndarray, shape: str, centre: np.ndarray, radius: float) -> None:
+def _draw(mask: np.ndarray, shape: str, center: np.ndarray, radius: float) -> None:
     """Fills the upright shape with 255, anti-aliased."""
     if shape == "circle":
-        corner = np.rint(centre * 2**_SHIFT).astype(int)
+        corner = np.rint(center * 2**_SHIFT).astype(int)
         size = round(radius * 2**_SHIFT)
         cv2.circle(mask, tuple(map(int, corner)), size, 255, -1, cv2.LINE_AA, _SHIFT)
         return
-    points = centre + radius * SHAPE_OUTLINES[shape]
+    points = center + radius * SHAPE_OUTLINES[shape]
     points = np.rint(points * 2**_SHIFT).astype(np.int32)
     cv2.fillPoly(mask, [points], 255, cv2.LINE_AA, _SHIFT)

@@ -1,4 +1,4 @@
-"""The demo model as shipped: the bundle is its weights, and its videos say what was asked."""
+"""The demo model as shipped: the bundle is its weights, and its videos show their prompts."""
 
 import importlib
 import json
@@ -43,16 +43,16 @@ def test_the_bundle_is_small_sound_and_of_the_shipped_weights(model):
     assert sum(path.stat().st_size for path in demo_bundle().iterdir()) <= 12_000_000
     block = next(expected_blocks(model, 1))
     with Session.open(demo_bundle()) as session:
-        wanted = block.frames[session.config.trimmed_frames :].permute(0, 2, 3, 1).numpy()
-        frames = np.concatenate(list(session.stream(PROMPT, len(wanted) / session.config.fps)))
-    assert np.abs(frames / 255 - wanted).max() < 0.01
+        expected = block.frames[session.config.trimmed_frames :].permute(0, 2, 3, 1).numpy()
+        frames = np.concatenate(list(session.stream(PROMPT, len(expected) / session.config.fps)))
+    assert np.abs(frames / 255 - expected).max() < 0.01
 
 
 def test_what_comes_back_into_view_is_read_from_the_history(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples" / "demo_model")
     probe = importlib.import_module("probe_memory").probe
-    found = probe(demo_bundle().parent / "model.safetensors", tours=4, sink=1)
-    assert found["back"] < found["new"] / 2
+    errors = probe(demo_bundle().parent / "model.safetensors", tours=4, sink=1)
+    assert errors["back"] < errors["new"] / 2
 
 
 @pytest.mark.full
@@ -71,7 +71,7 @@ def test_sixty_blocks_of_demo_video_stay_with_the_reference(model):
 
 @pytest.mark.full
 def test_hundred_prompts_are_followed(monkeypatch):
-    """Rendered by the runtime, read from pixels: subject colour, shape and ground all right in at
+    """Rendered by the runtime, read from pixels: subject color, shape and ground all right in at
     least 90 of 100 random prompts at 5 s. The judge is right on drawn clips, and with another
     clip's prompt it says no."""
     monkeypatch.syspath_prepend(ROOT / "examples" / "demo_model")
@@ -92,7 +92,7 @@ def test_hundred_prompts_are_followed(monkeypatch):
             prompt = make_prompt(**random_attributes(rng))
             frames = np.concatenate(list(session.stream(prompt, 5, seed)))
             right += all(demo_judge.matches(prompt, frames).values())
-    print(f"subject colour, shape and ground right: {right} of 100")
+    print(f"subject color, shape and ground right: {right} of 100")
     assert right >= 90
 
 
@@ -114,15 +114,15 @@ def test_an_hour_takes_no_more_than_its_archive(tmp_path, minutes, mb):
     `-s` shows them."""
     from benchmarks.bench_runtime import endless
 
-    found = endless(60 * minutes, tmp_path / "video.mp4")
-    print(json.dumps(found, indent=1))
+    result = endless(60 * minutes, tmp_path / "video.mp4")
+    print(json.dumps(result, indent=1))
     config = model_config("demo")
     whole = config.policy.sink + config.policy.recent
     full = whole * config.block_frames + config.policy.mid * config.mid_span
-    assert found["frames"] == 60 * minutes * config.fps
-    assert found["largest_packed_position"] == full
-    assert found["resident_mb_beyond_archive_in_all"] < mb
-    assert sum(1 for _ in read_frames(tmp_path / "video.mp4")) == found["frames"]
+    assert result["frames"] == 60 * minutes * config.fps
+    assert result["largest_packed_position"] == full
+    assert result["resident_mb_beyond_archive_in_all"] < mb
+    assert sum(1 for _ in read_frames(tmp_path / "video.mp4")) == result["frames"]
 
 
 @pytest.mark.full
@@ -133,15 +133,7 @@ def test_a_fresh_environment_renders_without_torch(tmp_path):
     subprocess.run([python, "-m", "pip", "install", "-q", f"{ROOT}[cpu]"], check=True)
     for module in ("torch", "onnx"):
         assert subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode
-    command = [
-        python,
-        "-m",
-        "packforcing.app.cli",
-        "demo",
-        "--seconds",
-        "2",
-        "--out",
-        tmp_path / "out",
-    ]
+    command = [python, "-m", "packforcing.app.cli", "demo", "--seconds", "2", "--out"]
+    command.append(tmp_path / "out")
     subprocess.run(command, check=True, cwd=tmp_path)
     assert (tmp_path / "out" / "demo.mp4").stat().st_size > 0

@@ -1,4 +1,4 @@
-"""Policies compared: what is measured, what is kept, what the page shows."""
+"""Comparisons of policies: pairs, statistics, prompts and the page."""
 
 import html.parser
 import importlib
@@ -47,15 +47,15 @@ SHORT = 0.25  # one block
 
 
 def run(folder, seconds=SECONDS):
-    given = ["--policies", ",".join(NAMES), "--seconds", seconds, "--out", folder, "--threads", 1]
+    options = ["--policies", ",".join(NAMES), "--seconds", seconds, "--out", folder, "--threads", 1]
     return CliRunner().invoke(
-        main, ["compare", *map(str, given), "--prompts", f"{folder}/prompts.txt"]
+        main, ["compare", *map(str, options), "--prompts", f"{folder}/prompts.txt"]
     )
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Two prompts under two policies of the demo model: the folder and what was found."""
+    """Two prompts under two policies of the demo model: the folder and the result."""
     folder = tmp_path_factory.mktemp("compared")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     result = run(folder)
@@ -65,17 +65,17 @@ def compared(tmp_path_factory):
 
 
 def test_every_pair_is_what_render_and_evaluate_give(compared, tmp_path):
-    folder, found = compared
-    assert [(pair.policy, pair.prompt) for pair in found.pairs] == [
+    folder, comparison = compared
+    assert [(pair.policy, pair.prompt) for pair in comparison.pairs] == [
         (name, prompt) for name in NAMES for prompt in PROMPTS
     ]
-    pair = found.pairs[3]
+    pair = comparison.pairs[3]
     policy = comparison_policies(model_config("demo"))[pair.policy]
     with Session.open(demo_bundle(), policy=policy, threads=1) as session:
         session.render(pair.prompt, SECONDS, tmp_path / "again.mp4", pair.seed)
     again = evaluate_video(tmp_path / "again.mp4", pair.prompt)
     assert again.values == pytest.approx(pair.evaluation.values, nan_ok=True)
-    assert again.frames == pair.evaluation.frames == found.config.frames(SECONDS)
+    assert again.frames == pair.evaluation.frames == comparison.config.frames(SECONDS)
     assert evaluate_video(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
 
 
@@ -102,10 +102,10 @@ def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkey
 
 
 def test_tokens_read_are_those_the_cache_lays_out(compared):
-    _, found = compared
+    _, comparison = compared
     config = model_config("demo")
-    for pair in found.pairs:
-        policy = found.costs[pair.policy].policy
+    for pair in comparison.pairs:
+        policy = comparison.costs[pair.policy].policy
         cache = Cache(msgspec.structs.replace(config, policy=policy))
         valid = []
         for read in pair.read:
@@ -118,12 +118,12 @@ def test_tokens_read_are_those_the_cache_lays_out(compared):
 
 
 def test_costs_are_the_plans(compared):
-    _, found = compared
+    _, comparison = compared
     config = model_config("demo")
     blocks = config.blocks(config.frames(SECONDS))
-    for cost in found.costs.values():
-        kept = msgspec.structs.replace(config, policy=cost.policy)
-        assert cost.archive == archive_bytes(kept, blocks)
+    for cost in comparison.costs.values():
+        config = msgspec.structs.replace(config, policy=cost.policy)
+        assert cost.archive == archive_bytes(config, blocks)
         with Session.open(demo_bundle(), policy=cost.policy) as session:
             policy = cost.policy.fit_to_video(blocks, config.policy)
             rollout = Rollout(msgspec.structs.replace(config, policy=policy), session.backend)
@@ -147,9 +147,9 @@ def test_only_what_is_missing_is_rendered_again(tmp_path, monkeypatch):
         return rendered, json.loads((tmp_path / "compare.json").read_text())
 
     monkeypatch.setattr(Session, "render", render)
-    first, found = again()
+    first, comparison = again()
     assert len(first) == 4
-    assert again() == ([], found)
+    assert again() == ([], comparison)
     result, video = sorted((tmp_path / "videos").glob("sink-window-01-*"))
     result.write_text("{")  # damaged
     assert again()[0] == [video.name]
@@ -175,9 +175,9 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch):
     assert result.exit_code == 130, result.output
     assert not (tmp_path / "compare.json").exists() and not list(tmp_path.rglob(".*"))
     (finished,) = (tmp_path / "videos").glob("*.json")
-    kept = finished.read_bytes()
+    before = finished.read_bytes()
     assert run(tmp_path, SHORT).exit_code == 0
-    assert len(calls) == 5 and finished.read_bytes() == kept
+    assert len(calls) == 5 and finished.read_bytes() == before
 
 
 # Statistics
@@ -196,11 +196,11 @@ def pair(policy, number, value, **extra):
 
 def test_an_interval_is_as_wide_as_theory_has_it_and_always_the_same():
     values = np.random.default_rng(3).normal(5, 2, 400).tolist()
-    found = estimate_mean(values)
-    assert found == estimate_mean(values)
+    estimate = estimate_mean(values)
+    assert estimate == estimate_mean(values)
     half = 1.96 * np.std(values) / len(values) ** 0.5
-    assert found.mean == pytest.approx(np.mean(values))
-    assert (found.mean - found.low, found.high - found.mean) == pytest.approx(
+    assert estimate.mean == pytest.approx(np.mean(values))
+    assert (estimate.mean - estimate.low, estimate.high - estimate.mean) == pytest.approx(
         (half, half), rel=0.05
     )
     assert estimate_mean([4.0]) == Estimate(4.0, None, None, 1)
@@ -213,17 +213,19 @@ def test_differences_are_taken_prompt_by_prompt():
     change = np.random.default_rng(5).normal(0.5, 0.1, 12)
     pairs = [pair("a", i, values[i]) for i in range(12)]
     pairs += [pair("b", i, values[i] + change[i]) for i in range(12)]
-    found = summarize(pairs, None)
-    assert found["a"]["flicker"].difference is None
-    assert found["b"]["flicker"].value.low < 0 < found["b"]["flicker"].value.high
-    assert 0.4 < found["b"]["flicker"].difference.low < found["b"]["flicker"].difference.high < 0.6
+    summary = summarize(pairs, None)
+    assert summary["a"]["flicker"].difference is None
+    assert summary["b"]["flicker"].value.low < 0 < summary["b"]["flicker"].value.high
+    assert (
+        0.4 < summary["b"]["flicker"].difference.low < summary["b"]["flicker"].difference.high < 0.6
+    )
 
 
 def test_a_prompt_without_a_value_is_left_out_of_both():
     pairs = [pair("a", 0, 1.0), pair("a", 1, 9.0), pair("b", 0, 2.0), pair("b", 1, 9.0, count=0)]
-    found = summarize(pairs, None)["b"]["loop_closure"]
-    assert (found.value.mean, found.value.prompts) == (2.0, 1)
-    assert (found.difference.mean, found.difference.prompts) == (1.0, 1)
+    summary = summarize(pairs, None)["b"]["loop_closure"]
+    assert (summary.value.mean, summary.value.prompts) == (2.0, 1)
+    assert (summary.difference.mean, summary.difference.prompts) == (1.0, 1)
 
 
 def test_the_end_is_weighted_by_length_and_returns():
@@ -269,14 +271,14 @@ def test_a_line_may_name_an_embedding(tmp_path):
 
 
 def test_the_page_shows_all_of_it_and_loads_nothing(compared):
-    folder, found = compared
+    folder, comparison = compared
     text = (folder / "compare.html").read_text()
     assert re.findall(r"url\((?!#)|@import|<script|<link|<iframe", text) == []
     addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
-    beside = {pair.video for pair in found.pairs}
+    beside = {pair.video for pair in comparison.pairs}
     assert {a for a in addresses if not a.startswith(("data:", "#"))} == beside
     assert all((folder / video).is_file() for video in beside)
-    assert text.count('src="data:image/jpeg') == SAMPLES * len(found.pairs)
+    assert text.count('src="data:image/jpeg') == SAMPLES * len(comparison.pairs)
     assert text.count('class="chart reads"') == 1  # of the policy that has an archive
     for name in (*NAMES, *PROMPTS, "flicker", "loop closure", "ms per block"):
         assert name in text
@@ -358,7 +360,7 @@ def test_the_reference_measures_as_the_runtime_does(tmp_path):
     taken a percent wider, as where all prompts agree it has no width."""
     config, count, seconds = model_config("demo"), MIN_PROMPTS, 20
     model = load_model(config, demo_bundle().parent / "model.safetensors")
-    frames, found = config.frames(seconds), {"runtime": [], "reference": []}
+    frames, measured = config.frames(seconds), {"runtime": [], "reference": []}
     with Session.open(demo_bundle()) as session:
         for prompt in draw_prompts(config, count, seed=11):
             session.render(prompt.text, seconds, tmp_path / "runtime.mkv", prompt.seed)
@@ -372,13 +374,13 @@ def test_the_reference_measures_as_the_runtime_does(tmp_path):
                     video.write((fresh * 255).round().byte().numpy())
                     left, skip = left - len(fresh), 0
             assert left == 0
-            for name, values in found.items():
+            for name, values in measured.items():
                 values.append(evaluate_video(tmp_path / f"{name}.mkv", prompt.text).values)
     apart = {}
-    for name in found["runtime"][0]:
+    for name in measured["runtime"][0]:
         runtime, reference = (
             estimate_mean([video[name] for video in videos if video[name] is not None])
-            for videos in found.values()
+            for videos in measured.values()
         )
         print(f"{name}: runtime {runtime}, reference {reference}")
         if runtime is None or reference is None or runtime.low is None:
@@ -417,12 +419,12 @@ def test_affinity_retrieves_the_place_that_is_shown():
     shown = rng.integers(5, size=80)
     places = rng.standard_normal((5, *shape))
     keys, queries = (places[shown] + rng.standard_normal((80, *shape)) for _ in range(2))
-    found = {
+    shares = {
         name: retrieved(name, queries, keys, lambda a, b: shown[a] == shown[b], range(20, 80))
         for name in SELECTIONS
     }
-    ours = min(found["affinity"], found["likeness"])
-    assert ours > 0.9 > 0.4 > max(found["recency"], found["random"])
+    ours = min(shares["affinity"], shares["likeness"])
+    assert ours > 0.9 > 0.4 > max(shares["recency"], shares["random"])
 
 
 def test_only_likeness_is_blind_to_what_all_blocks_share():
@@ -438,11 +440,11 @@ def test_only_likeness_is_blind_to_what_all_blocks_share():
         + 0.5 * rng.standard_normal((80, *shape))
         for _ in range(2)
     )
-    found = {
+    shares = {
         name: retrieved(name, queries, keys, lambda a, b: shown[a] == shown[b], range(20, 80))
         for name in ("affinity", "likeness")
     }
-    assert found["affinity"] < 0.5 < 0.75 < found["likeness"]
+    assert shares["affinity"] < 0.5 < 0.75 < shares["likeness"]
 
 
 @pytest.mark.full
@@ -450,12 +452,12 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
     """Drawn tours, encoded by the demo model's autoencoder and committed through `start`: a block
     selected by affinity shows the place that the newest block shows more often than one in random
     does (exactly, the share of all candidates), and than the newest outside the window; one by
-    likeness, more often still. Blocks amid a pan show neither place, and are not asked."""
+    likeness, more often still. Blocks amid a pan show neither place, and do not count."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples" / "demo_model")
     world = importlib.import_module("world")
     config = model_config("demo")
     blocks, size = 28, config.block_pixel_frames
-    found: dict[str, list[float]] = {name: [] for name in SELECTIONS}
+    by_selection: dict[str, list[float]] = {name: [] for name in SELECTIONS}
     select_all = Rollout.select
     with Session.open(demo_bundle(), threads=1) as session:
         for seed in range(48):
@@ -463,11 +465,11 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
             camera = np.pad(tour.camera, (3, 0), "edge").reshape(blocks, size).mean(1)
             queries = []
 
-            def kept(self, block, candidates, queries=queries):
+            def record_query(self, block, candidates, queries=queries):
                 queries.append(self.buffers.denoiser["q_pool"].host.copy())
                 return select_all(self, block, candidates)
 
-            monkeypatch.setattr(Rollout, "select", kept)
+            monkeypatch.setattr(Rollout, "select", record_query)
             seconds = len(tour.frames) / config.fps
             list(session.stream(tour.prompt, seconds, seed, start=tour.frames))
             # sink blocks have no key and are no candidates
@@ -481,12 +483,12 @@ def test_affinity_retrieves_matching_landmarks_on_tours(monkeypatch):
             at_place = abs(camera - world.SIZE / 2) > world.SIZE / 4
             made = [b for b in range(13, blocks) if at_place[b]]  # a round has been seen by then
             for name in ("affinity", "likeness", "recency"):
-                found[name].append(retrieved(name, queries, keys, near, made))
+                by_selection[name].append(retrieved(name, queries, keys, near, made))
             shares = [np.mean([near(block, old) for old in range(1, block - 1)]) for block in made]
-            found["random"].append(np.mean(shares))
-    for name, shares in found.items():
+            by_selection["random"].append(np.mean(shares))
+    for name, shares in by_selection.items():
         print(f"{name}: {np.mean(shares):.3f} of the blocks selected show the place")
     for more, less in (("affinity", "random"), ("affinity", "recency"), ("likeness", "affinity")):
-        gain = estimate_mean(np.subtract(found[more], found[less]).tolist())
+        gain = estimate_mean(np.subtract(by_selection[more], by_selection[less]).tolist())
         print(f"{more} over {less}: {gain.mean:.3f} ({gain.low:.3f} to {gain.high:.3f})")
         assert gain.low > 0

@@ -27,10 +27,10 @@ def frames(seed: int, count: int = 2) -> np.ndarray:
 def test_psnr_is_that_of_all_frames_and_equal_frames_have_none():
     a, b = frames(0), frames(1)
     b[0] = a[0]  # one frame equal: half of the error, 3.01 dB more than the other's
-    found = frame_fidelity(a, b)
-    assert found.psnr == pytest.approx(cv2.PSNR(a[1], b[1]) + 10 * np.log10(2))
-    assert found.ssim == pytest.approx((1 + ssim(a[1], b[1])) / 2)
-    assert found.gmsd == pytest.approx(gmsd(a[1], b[1]) / 2)
+    close = frame_fidelity(a, b)
+    assert close.psnr == pytest.approx(cv2.PSNR(a[1], b[1]) + 10 * np.log10(2))
+    assert close.ssim == pytest.approx((1 + ssim(a[1], b[1])) / 2)
+    assert close.gmsd == pytest.approx(gmsd(a[1], b[1]) / 2)
     assert frame_fidelity(a, a) == (None, 1, 0)
     with pytest.raises(ValueError, match="shorter"):
         frame_fidelity(a, b[:1])
@@ -95,26 +95,28 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
         "--prompts", tmp_path / "prompts.txt", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    found = msgspec.json.decode((out / "compare.json").read_bytes(), type=Comparison)
+    comparison = msgspec.json.decode((out / "compare.json").read_bytes(), type=Comparison)
     first = demo_bundle().name
-    assert list(found.costs) == [first, "four"]
+    assert list(comparison.costs) == [first, "four"]
     videos = []
     for bundle in (demo_bundle(), tmp_path / "four"):
         with Session.open(bundle, threads=1) as session:
             videos.append(np.concatenate(list(session.stream(PROMPT, SECONDS))))
-    (close,) = found.fidelity["four"]
+    (close,) = comparison.fidelity["four"]
     assert close == pytest.approx(frame_fidelity(videos[1], videos[0]))
     assert f"PSNR {close.psnr:.4g} dB" in result.stdout
-    assert found.costs["four"].precision.weights == "int4"
-    whole, small = (found.costs[name] for name in (first, "four"))
+    assert comparison.costs["four"].precision.weights == "int4"
+    whole, small = (comparison.costs[name] for name in (first, "four"))
     assert small.bundle < whole.bundle and small.device < whole.device
     listed = json.loads((tmp_path / "four" / "snr.json").read_text())
-    assert found.snr == {"four": listed}
+    assert comparison.snr == {"four": listed}
     quantised = {int(name.split(".")[1]) for name in listed}
-    assert quantised == set(range(1, found.config.layers - 1))  # all but the first and the last
+    assert quantised == set(
+        range(1, comparison.config.layers - 1)
+    )  # all but the first and the last
     assert "snr.json" in read_manifest(tmp_path / "four").files
-    assert found.unmeasured == ""
-    losses = found.outputs["four"]
+    assert comparison.unmeasured == ""
+    losses = comparison.outputs["four"]
     flow = losses["flow"]
     assert flow.snr == pytest.approx(-20 * np.log10(flow.error))
     assert losses["v_new.0"].snr is None  # before any quantised layer
@@ -125,10 +127,10 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     assert all(text in page for text in texts)
     assert page.count("equal, 0") == 2  # keys and values of the first layer
     outputs = [name for name, loss in losses.items() if "." in name and loss.snr is not None]
-    matrices, keys = loss_plots(found)
+    matrices, keys = loss_plots(comparison)
     assert matrices["svg"].count(f"fill: {COLORS[1]}") == len(listed)
     assert keys["svg"].count(f"fill: {COLORS[1]}") == len(outputs)
-    (keys_alone,) = loss_plots(msgspec.structs.replace(found, snr={}))
+    (keys_alone,) = loss_plots(msgspec.structs.replace(comparison, snr={}))
     assert keys_alone["title"].startswith("dB of each key and value")
     assert keys_alone["title"] in page
 

@@ -86,7 +86,7 @@ def test_jerks_are_not_smooth():
     assert 1 - jerky["smoothness"] > 2 * (1 - even["smoothness"])
 
 
-def test_colour_drift_is_a_distance_in_cielab_from_the_first_second():
+def test_color_drift_is_a_distance_in_cielab_from_the_first_second():
     gray, bright = np.full((64, 64, 3), 100, np.uint8), np.full((64, 64, 3), 140, np.uint8)
 
     def lightness(level):  # CIE 1976, of an sRGB gray
@@ -94,7 +94,7 @@ def test_colour_drift_is_a_distance_in_cielab_from_the_first_second():
         return 116 * linear ** (1 / 3) - 16
 
     frames = [gray] * int(SEGMENT * FPS) + [bright] * 32
-    before, after = (found.values for found in measure_frames(frames, FPS).segments())
+    before, after = (segment.values for segment in measure_frames(frames, FPS).segments())
     assert before["colour_drift"] == pytest.approx(0, abs=1e-3)
     assert after["colour_drift"] == pytest.approx(lightness(140) - lightness(100), rel=0.01)
     assert before["background_consistency"] == pytest.approx(1)
@@ -104,7 +104,7 @@ def test_colour_drift_is_a_distance_in_cielab_from_the_first_second():
     assert after["background_consistency"] == pytest.approx(expected, abs=0.01)
 
 
-def test_structure_is_what_colours_do_not_show():
+def test_structure_is_what_colors_do_not_show():
     """The same pixels upside down, from half of the video on."""
     same, turned = values([texture()] * 48), values([texture()] * 24 + [texture()[::-1]] * 24)
     for name in ("background_consistency", "colour_drift"):
@@ -113,10 +113,10 @@ def test_structure_is_what_colours_do_not_show():
 
 
 def test_the_subject_is_what_moves_against_the_camera():
-    """A disc crosses a still ground; then its colour changes while the ground's does not."""
+    """A disc crosses a still ground; then its color changes while the ground's does not."""
 
-    def frame(t, colour):
-        return cv2.circle(texture(size=160), (30 + 2 * t, 80), 24, colour, -1, cv2.LINE_AA)
+    def frame(t, color):
+        return cv2.circle(texture(size=160), (30 + 2 * t, 80), 24, color, -1, cv2.LINE_AA)
 
     same = values([frame(t, (240, 40, 40)) for t in range(48)])
     changed = values([frame(t, (240, 40, 40) if t < 24 else (40, 40, 240)) for t in range(48)])
@@ -133,8 +133,8 @@ def test_the_detectors_read_drawn_clips_exactly(world):
         seen = values(clip.frames, clip.prompt)
         for name in ("colour", "shape", "colour_and_shape", "ground"):
             assert seen[name] == 1, clip.prompt
-        centres = [np.argwhere(mask > 127).mean(0) for mask in clip.masks]
-        speed = np.linalg.norm(np.diff(centres, axis=0), axis=1).mean() * FPS / world.SIZE
+        centers = [np.argwhere(mask > 127).mean(0) for mask in clip.masks]
+        speed = np.linalg.norm(np.diff(centers, axis=0), axis=1).mean() * FPS / world.SIZE
         assert seen["speed"] == pytest.approx(100 * speed, rel=0.05)
         assert seen["subject_consistency"] > 0.99
 
@@ -159,7 +159,7 @@ def test_an_uneven_outline_is_the_shape_it_is_nearest(name):
 
 
 def test_another_clips_prompt_is_not_what_is_seen(world):
-    clip = world.make_clip(np.random.default_rng(1), 20, colour="red", shape="star", ground="navy")
+    clip = world.make_clip(np.random.default_rng(1), 20, color="red", shape="star", ground="navy")
     seen = values(clip.frames, "a blue star over plain sand")
     assert (seen["colour"], seen["shape"], seen["colour_and_shape"], seen["ground"]) == (0, 1, 0, 0)
 
@@ -171,7 +171,7 @@ def test_a_tour_returns_to_its_places_and_another_tours_places_differ(world):
     ]
     places = [list(demo_judge.visits(tour.prompt, iter(tour.frames))) for tour in tours]
     for tour, visits in zip(tours, places):
-        errors = [found.error for found in demo_judge.returns(tour.prompt, tour.frames)]
+        errors = [visit.error for visit in demo_judge.returns(tour.prompt, tour.frames)]
         assert len(errors) == len(visits) - 2
         assert np.mean(errors) < 0.05 and max(errors) < 0.15  # cut short, a visit shows less sky
         widest = (
@@ -211,7 +211,7 @@ def test_what_came_back_was_in_view_and_then_out_of_it(world, camera):
 
 
 def test_the_rim_of_a_subject_is_no_landmark():
-    """Two places with nothing but a subject, outlined in another ground's colour, are none that
+    """Two places with nothing but a subject, outlined in another ground's color, are none that
     could be known again; one that stood there twice is."""
 
     def frame(ground, x, landmark):
@@ -226,8 +226,8 @@ def test_the_rim_of_a_subject_is_no_landmark():
         video = [frame(ground, 40 + 8 * i, landmark)
                  for i, ground in enumerate(["navy", "sand", "navy", "sand"])
                  for _ in range(8)]  # fmt: skip
-        found = demo_judge.loop_closure("a red circle over plain navy and sand", np.stack(video))
-        assert found == [error, error]
+        errors = demo_judge.loop_closure("a red circle over plain navy and sand", np.stack(video))
+        assert errors == [error, error]
 
 
 def test_memory_does_not_grow_with_the_video():
@@ -270,17 +270,27 @@ def run(*args):
 
 def test_a_file_is_measured_by_ten_seconds(tour):
     drawn, path = tour
-    told = []
-    found = evaluate_video(path, drawn.prompt, lambda done, total: told.append((done, total)))
-    assert [(part.start, part.stop) for part in found.segments] == [(0, 10), (10, 20), (20, 21)]
-    assert found.frames == len(drawn.frames) and told[-1] == (2 * found.frames,) * 2
-    assert found.values["colour_and_shape"] == 1  # H.264 and all
-    assert found.values["ground"] > 0.95  # amid a pan a sky is at times larger than either ground
+    progress = []
+    evaluation = evaluate_video(
+        path, drawn.prompt, lambda done, total: progress.append((done, total))
+    )
+    assert [(part.start, part.stop) for part in evaluation.segments] == [
+        (0, 10),
+        (10, 20),
+        (20, 21),
+    ]
+    assert evaluation.frames == len(drawn.frames) and progress[-1] == (2 * evaluation.frames,) * 2
+    assert evaluation.values["colour_and_shape"] == 1  # H.264 and all
+    assert (
+        evaluation.values["ground"] > 0.95
+    )  # amid a pan a sky is at times larger than either ground
     errors = [one.error for one in demo_judge.returns(drawn.prompt, drawn.frames)]
     assert (
-        found.values["returns"] == len(errors) == sum(p.values["returns"] for p in found.segments)
+        evaluation.values["returns"]
+        == len(errors)
+        == sum(p.values["returns"] for p in evaluation.segments)
     )
-    assert found.values["loop_closure"] < 0.02
+    assert evaluation.values["loop_closure"] < 0.02
 
 
 def test_the_command_prints_a_row_per_segment_or_json(world, tour, tmp_path):
