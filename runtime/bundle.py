@@ -1,10 +1,10 @@
-"""The bundle: a directory with ONNX graphs and the manifest that says what they are.
+"""The bundle: a folder with ONNX graphs, and a manifest that describes them.
 
-The contract between export and runtime, every tensor with who writes it (P channels of a
-token, D width, H heads, d head size, L layers, T text rows; N new and C context tokens stay
-symbolic in ONNX). Bulk is in the precision that the config names: k_ctx, v_ctx, k_new and v_new
-in that of the cache; cross_k, cross_v, extra, position tables, pixels, the decoder's frames and
-state in that of what is computed. All else is float32:
+The contract between export and runtime is this table: every tensor, and who writes it. P is the
+channels of a token, D the width, H heads, d the head size, L layers, T text rows. N new and C
+context tokens stay symbolic in ONNX. Large tensors have the dtypes of the config's precision:
+k_ctx, v_ctx, k_new and v_new that of the cache; cross_k, cross_v, extra, position tables, pixels,
+the decoder's frames and state that of the computation. The others are float32.
 
     prompt       in   text                  [1, T, text_dim]   text encoder
                  out  cross_k.l, cross_v.l  [1, H, T, d]       once per prompt
@@ -54,7 +54,7 @@ LARGEST_MANIFEST = 1 << 24  # bytes
 ENGINE_FOLDER = (
     "engines"  # the folder of what was built from the graphs (runtime/engine_records.py)
 )
-# how arrays call the number formats of `Precision`
+# NumPy's names of the dtypes of `Precision`
 DTYPES = {
     "fp32": "float32",
     "fp16": "float16",
@@ -68,7 +68,7 @@ GPU_CALLS = {  # calls of these and their graphs: the denoiser has two shapes
     "compressor": "compressor",
     "vae_decoder": "vae_decoder",
 }
-Shape = tuple[int | str, ...]  # a name stands for an axis that ONNX leaves open
+Shape = tuple[int | str, ...]  # a name stands for an axis that stays symbolic in ONNX
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,25 +80,25 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GraphSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a graph takes and gives, in order."""
+    """The inputs and outputs of a graph, in order."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The manifest, as it stands in `manifest.json`."""
+    """The content of `manifest.json`."""
 
     schema_version: int
     config: Config
     graphs: dict[str, GraphSpec]
     files: dict[str, FileRecord]
     tools: dict[str, str]
-    sha256: str = ""  # of the file without this; `write_manifest` puts it there
+    sha256: str = ""  # of the file without this value; `write_manifest` sets it
 
 
 def contract(config: Config) -> dict[str, GraphSpec]:
-    """The graphs a bundle of this config holds, as the table above has them."""
+    """Return the graphs of a bundle of this config, as in the table above."""
     h, w = config.latent_size
     latent = (1, config.latent_channels, h, w)
     frames = (TEMPORAL_FACTOR, 3, config.height, config.width)
@@ -177,12 +177,12 @@ def contract(config: Config) -> dict[str, GraphSpec]:
 
 
 def graph_file(name: str) -> str:
-    """The file that holds a graph."""
+    """Return the file name of a graph."""
     return f"{name}.onnx"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`; the graphs must be there already."""
+    """Write `manifest.json`, after the graphs."""
     unsealed = msgspec.structs.replace(manifest, sha256="")
     text = msgspec.json.format(msgspec.json.encode(unsealed), indent=1) + b"\n"
     head, _, tail = text.rpartition(b'""')  # of `sha256`, the last field
@@ -191,11 +191,13 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """Reads and checks the manifest of a bundle; the graphs are checked by `check_files`.
+    """Read and check the manifest of a bundle; `check_files` checks the graphs.
 
-    One of an older schema version is brought up to this one where `UPGRADES` can. Raises
-    `BundleError` for a missing or malformed manifest, a schema version that is not read, or graphs
-    that are not what the config calls for.
+    `UPGRADES` brings a manifest of an older schema version up to this one.
+
+    Raises:
+        BundleError: The manifest is missing or malformed, has a schema version that this release
+            does not read, or lists graphs that are not those of its config.
     """
     path = Path(directory) / MANIFEST
     try:
@@ -210,7 +212,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         ) from error
     try:
         manifest = decode_versioned(
-            text, Manifest, SCHEMA_VERSION, UPGRADES, "export the bundle anew", "schema_version"
+            text, Manifest, SCHEMA_VERSION, UPGRADES, "export the bundle again", "schema_version"
         )
     except VersionError as error:
         raise BundleError(f"{path} {error}") from error
@@ -220,11 +222,11 @@ def read_manifest(directory: str | Path) -> Manifest:
     for name in expected.keys() | manifest.graphs.keys():
         if expected.get(name) != manifest.graphs.get(name):
             raise BundleError(
-                f"{path}: graph '{name}' is not what its config calls for; export the bundle anew"
+                f"{path}: graph '{name}' is not what its config calls for; export the bundle again"
             )
     for name in expected:
         if graph_file(name) not in manifest.files:
-            raise BundleError(f"{path} does not list {graph_file(name)}; export the bundle anew")
+            raise BundleError(f"{path} does not list {graph_file(name)}; export the bundle again")
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise BundleError(f"{path} names {name!r}, which is not a file inside the bundle")
@@ -237,11 +239,13 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def check_files(directory: str | Path, manifest: Manifest) -> None:
-    """Compares every file with the manifest; raises `BundleError` naming the first that differs.
+    """Compare every file of a bundle with its manifest.
 
-    A file that is not listed is refused too: a graph could read its weights from there. So is a
-    link, which may lead anywhere. Only engines have a folder of their own, which no listed file is
-    in.
+    A file that is not listed is refused, since a graph could read its weights from there. So is a
+    link, which may lead anywhere. Engines have a folder of their own, which no listed file is in.
+
+    Raises:
+        BundleError: Names the first file that is missing, damaged or not listed.
     """
     for path in sorted(Path(directory).iterdir()):
         if path.name == ENGINE_FOLDER and path.is_dir() and not path.is_symlink():

@@ -1,13 +1,12 @@
-"""The engines of a bundle: where they are, what they were built from, and which are good.
+"""The engines of a bundle: where they are, what they were built from, and which are usable.
 
     BUNDLE/engines/<backend>/<graph>.engine    the engine
                              <graph>.json      its record, written last
-                             <graph>.log       what the builder said, the last time
+                             <graph>.log       the builder's messages of the last build
 
-An engine is as good as its record: it is not loaded unless there is one, with the SHA-256 that it
-states of itself, the engine is the file it describes byte for byte, and it was built from the graph
-that the bundle holds. So a build that ends at any moment leaves engines that are good or are not
-loaded.
+An engine is loaded only if it has an intact record, is byte for byte the file that the record
+describes, and was built from the graph that the bundle has now. So a build that is interrupted
+leaves engines that are usable or are not loaded.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ Length = Literal["input", "mask"]
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that an engine depends on; one whose key is another is built anew."""
+    """All that an engine depends on; with another key it is built again."""
 
     graph: dict[str, str]  # SHA-256 of the graph's file and of those that hold its weights
     tool: str  # name and version of what built it
     targets: tuple[str, ...]
     shapes: dict[str, dict[str, int]]  # per call, sizes of the axes that its graph leaves open
-    length: Length | None = None  # how attention is told `kv_len`; None where there is none
+    length: Length | None = None  # how attention gets `kv_len`; None where there is none
     flags: tuple[str, ...] = ()  # of the builder
 
 
@@ -65,24 +64,24 @@ class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @property
     def figures(self) -> dict[str, int]:
-        """What it takes on a card, by the names of `packforcing.runtime.plan.estimates`."""
+        """Bytes on the GPU, under the names of `packforcing.runtime.plan.estimates`."""
         graph = next(GPU_CALLS[call] for call in self.scratch)
         scratch = {f"scratch.{call}": size for call, size in self.scratch.items()}
         return {f"weights.{graph}": self.weights, **scratch}
 
 
 def engine_file(directory: str | Path, backend: str, graph: str) -> Path:
-    """The file that holds an engine."""
+    """Return the path of an engine."""
     return Path(directory) / ENGINE_FOLDER / backend / f"{graph}.engine"
 
 
 def record_file(directory: str | Path, backend: str, graph: str) -> Path:
-    """The file that holds an engine's record."""
+    """Return the path of an engine's record."""
     return engine_file(directory, backend, graph).with_suffix(".json")
 
 
 def graph_files(manifest: Manifest, graph: str) -> dict[str, str]:
-    """SHA-256 of the files that an engine is built from, as the manifest has them."""
+    """Return the SHA-256 of the files that an engine is built from, as the manifest has them."""
     name = graph_file(graph)
     return {
         file: record.sha256
@@ -92,7 +91,7 @@ def graph_files(manifest: Manifest, graph: str) -> dict[str, str]:
 
 
 def shapes(config: Config, graph: str) -> dict[str, dict[str, int]]:
-    """The calls that an engine serves, each with the sizes of the axes its graph leaves open."""
+    """Return the calls that an engine serves, with the sizes of the axes its graph leaves open."""
     new = {"denoiser.block": config.block_tokens, "denoiser.compressed": config.compressed_tokens}
     return {
         call: {"N": new[call], "C": config.context_tokens} if call in new else {}
@@ -101,8 +100,16 @@ def shapes(config: Config, graph: str) -> dict[str, dict[str, int]]:
     }
 
 
-def differences(found: Key, wanted: Key) -> list[str]:
-    """Why an engine with the key `found` is not the one `wanted`, in words; empty if it is."""
+def differences(built: Key, current: Key) -> list[str]:
+    """Say why an engine has to be built again.
+
+    Args:
+        built: The key that it was built with.
+        current: The key that it would be built with now.
+
+    Returns:
+        A phrase per difference; empty where there is none.
+    """
 
     def words(key: Key) -> dict[str, str]:
         sizes = [
@@ -116,8 +123,8 @@ def differences(found: Key, wanted: Key) -> list[str]:
             "flags": " ".join(key.flags) or "none",
         }
 
-    changed = ["its graph changed"] if found.graph != wanted.graph else []
-    before, now = words(found), words(wanted)
+    changed = ["its graph changed"] if built.graph != current.graph else []
+    before, now = words(built), words(current)
     return changed + [
         f"{part} {'were' if part.endswith('s') else 'was'} {before[part]}, now {now[part]}"
         for part in now
@@ -126,15 +133,20 @@ def differences(found: Key, wanted: Key) -> list[str]:
 
 
 def encode_record(record: EngineRecord) -> bytes:
-    """What an engine's JSON file holds: the record and its own SHA-256."""
+    """Encode a record as JSON with a checksum."""
     return seal_json("engine", msgspec.json.format(msgspec.json.encode(record), indent=1))
 
 
 def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord | None:
-    """The record of an engine, or None where none is built; the engine is not looked at.
+    """Read the record of an engine; the engine itself is not read.
 
-    One of an older version is brought up to this one where `UPGRADES` can. Raises `BackendError`
-    for a damaged record or one of a version that is not read.
+    `UPGRADES` brings a record of an older version up to this one.
+
+    Returns:
+        The record, or None where no engine is built.
+
+    Raises:
+        BackendError: The record is damaged, or has a version that this release does not read.
     """
     path = record_file(directory, backend, graph)
     try:
@@ -151,20 +163,25 @@ def read_record(directory: str | Path, backend: str, graph: str) -> EngineRecord
 
 
 def check_engine(directory: str | Path, backend: str, graph: str, record: EngineRecord) -> None:
-    """Reads the whole engine; raises `BackendError` unless it is the one the record describes."""
+    """Read an engine and compare it with its record.
+
+    Raises:
+        BackendError: It is missing, or not the file that the record describes.
+    """
     path = engine_file(directory, backend, graph)
     try:
-        found = file_record(path)
+        engine = file_record(path)
     except OSError as error:
         raise BackendError(f"cannot read {path} ({error.strerror}): {_build(directory)}") from error
-    if found != record.file:
+    if engine != record.file:
         raise BackendError(f"{path} is damaged (its SHA-256 differs): {_build(directory)}")
 
 
 def read_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]:
-    """The records of a bundle's engines, all of them built from its graphs and intact.
+    """Read the records of a bundle's engines, and every engine once.
 
-    Reads every engine once. Raises `BackendError` naming the first that cannot be used.
+    Raises:
+        BackendError: An engine is missing, damaged or built from another graph.
     """
     records = current_records(directory, backend)
     for graph, record in records.items():
@@ -173,9 +190,10 @@ def read_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]
 
 
 def current_records(directory: str | Path, backend: str) -> dict[str, EngineRecord]:
-    """The records of a bundle's engines, all of them built from its graphs.
+    """Read the records of a bundle's engines; the engines themselves are not read.
 
-    The engines are not looked at. Raises `BackendError` naming the first that cannot be used.
+    Raises:
+        BackendError: A record is missing, damaged or of another graph.
     """
     manifest = read_manifest(directory)
     records: dict[str, EngineRecord] = {}

@@ -1,8 +1,8 @@
-"""What the engines of a model take on a card, from its config alone: weights, scratch and work.
+"""Estimate what the engines of a model need on a GPU, from the config alone.
 
-Weights and operations follow from the layers, exactly. Scratch is what a builder plans for the
-tensors alive at the worst moment; `scratch_bytes` says which these are. Times are a roofline:
-no kernel reaches it, so they are lower bounds and predictions, never measurements.
+Weights and operations follow exactly from the layers. Scratch is what a builder plans for the
+tensors that are alive at the worst moment; `scratch_bytes` says which these are. Times are a
+roofline, which no kernel reaches: lower bounds and predictions, never measurements.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from packforcing.runtime.bundle import DTYPES, GPU_CALLS, GPU_GRAPHS, TensorSpec
 
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 ARRAY_ITEM = {"int64": 8} | {DTYPES[kind]: size for kind, size in ITEM.items()}
-FEWEST_STRIPS = 5  # of the decoder that TensorRT-RTX works through in turn; fewer it keeps at once
+FEWEST_STRIPS = 5  # TensorRT-RTX runs so many strips of the decoder in turn, fewer at once
 WAN_STAGES = 5  # tensors of Wan's stage at full size that are alive at once
 INT4_BLOCK = 128  # weights that share a scale
 
 
 class GpuFigures(NamedTuple):
-    """A card's figures, as NVIDIA publishes them."""
+    """A GPU's figures, as NVIDIA publishes them."""
 
     target: str
     memory: int  # GiB
@@ -33,7 +33,7 @@ class GpuFigures(NamedTuple):
 
 
 # Dense fp16 on the tensor cores, accumulated in fp32, is twice the fp32 rate on all of these:
-# GeForce cards halve what the same chips do with fp16 accumulation.
+# with fp32 accumulation, GeForce GPUs run at half the rate of fp16 accumulation.
 GPUS = {
     "RTX 3060": GpuFigures("sm86", 12, 12.7, 360),
     "RTX 3080": GpuFigures("sm86", 10, 29.8, 760),
@@ -45,21 +45,25 @@ GPUS = {
 
 
 def find_gpu(name: str) -> GpuFigures:
-    """The card of this name; spaces and case do not matter. Raises `ConfigError`."""
-    plain = {known.replace(" ", "").lower(): card for known, card in GPUS.items()}
-    wanted = name.replace(" ", "").replace("-", "").lower().removeprefix("geforce")
-    if wanted not in plain:
+    """Return the figures of a GPU by its name; spaces and case do not matter.
+
+    Raises:
+        ConfigError: There are no figures for it.
+    """
+    by_key = {full_name.replace(" ", "").lower(): gpu for full_name, gpu in GPUS.items()}
+    key = name.replace(" ", "").replace("-", "").lower().removeprefix("geforce")
+    if key not in by_key:
         raise ConfigError(
             f"no figures for a GPU '{name}'; known: {', '.join(GPUS)}. "
-            "For others give --budget and --target"
+            "For others use --budget and --target"
         )
-    return plain[wanted]
+    return by_key[key]
 
 
 def matrix_bytes(config: Config) -> list[int]:
-    """Bytes of each matrix of a layer of the denoiser, in the format of the weights.
+    """Return the bytes of each matrix of a denoiser layer, in the dtype of the weights.
 
-    Quantised ones come with scales, as computed: `weight_block` says how many.
+    Quantized ones come with scales in the dtype of the computation: `weight_block` says how many.
     """
     kind, full = config.precision.weights, ITEM[config.precision.compute]
     sizes = []
@@ -74,11 +78,16 @@ def matrix_bytes(config: Config) -> list[int]:
 
 
 def weight_block(kind: str, inputs: int, outputs: int) -> int:
-    """Weights of an output channel that share a scale, in a matrix of int8, fp8 or int4.
+    """Return how many weights of an output channel share a scale.
 
-    int4: 128 of them, or the largest power of two below that divides them. 8 bits: all of them;
-    in int8 half where a matrix widens, since TensorRT-RTX 1.7 writes such a one out in fp16, into
-    scratch, if a channel has one scale. In fp8 it takes no more than one.
+    int4: 128, or the largest power of two below that divides them. fp8: all. int8: all, but half
+    of them in a matrix that widens: with one scale per channel, TensorRT-RTX 1.7 would write such
+    a matrix out in fp16, into scratch.
+
+    Args:
+        kind: "int8", "fp8" or "int4".
+        inputs: Rows of the matrix.
+        outputs: Its columns.
     """
     if kind == "int4":
         return math.gcd(inputs, INT4_BLOCK)
@@ -86,11 +95,11 @@ def weight_block(kind: str, inputs: int, outputs: int) -> int:
 
 
 def weight_bytes(config: Config) -> dict[str, int]:
-    """Bytes of each graph's weights when loaded.
+    """Return the bytes of each graph's weights when loaded.
 
-    Quantised are the matrices of the denoiser's layers but for the first and the last. All else
-    stays as computed: biases, norms, modulation, embeddings, head, and the other graphs. Of those
-    on the host, ONNX Runtime keeps the fp16 of the file beside the fp32 that it makes of it.
+    Only the matrices of the denoiser's inner layers are quantized. The first and the last layer,
+    biases, norms, modulation, embeddings, head and the other graphs have the dtype of the
+    computation. For graphs on the host, ONNX Runtime has the file's fp16 and its fp32 copy.
     """
     full = ITEM[config.precision.compute]
     counts = parameters(config)
@@ -98,7 +107,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
     sizes = {name: count * on_host for name, count in counts.items()}
     sizes |= {name: counts[name] * full for name in GPU_GRAPHS}
     plain = sum(inputs * outputs * full for inputs, outputs in layer_matrices(config))
-    # TensorRT writes down what each value of the compressor's average pool is divided by
+    # TensorRT stores the divisor of each value of the compressor's average pool
     sizes["compressor"] += full * math.prod(low_branch_clip(config))
     sizes["denoiser"] += max(0, config.layers - 2) * (sum(matrix_bytes(config)) - plain)
     return sizes
@@ -106,7 +115,7 @@ def weight_bytes(config: Config) -> dict[str, int]:
 
 @lru_cache(8)
 def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
-    """Bytes of each input and output of the calls, and of the graphs that run on the host."""
+    """Return the bytes of each input and output, by call and, on the host, by graph."""
     graphs, context = contract(config), config.context_tokens
     axes = {
         "denoiser.block": {"N": config.block_tokens, "C": context},
@@ -130,7 +139,7 @@ def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
 
 
 def calls_per_block(config: Config) -> dict[str, int]:
-    """How often each call is made for a block: steps and commit, mid pass, and decoding."""
+    """Return how often each call runs for a block: steps and commit, mid pass, decoding."""
     compresses = int(config.policy.mid > 0)
     return {
         "denoiser.block": len(config.timesteps) + 1,
@@ -140,15 +149,19 @@ def calls_per_block(config: Config) -> dict[str, int]:
     }
 
 
-def seconds_per_block(config: Config, card: GpuFigures) -> float:
-    """The roofline of a block once the context is full: a lower bound, predicted.
+def seconds_per_block(config: Config, gpu: GpuFigures) -> float:
+    """Predict the seconds of a block once the context is full, by a roofline: a lower bound.
 
-    Per call the larger of operations / peak rate and bytes / bandwidth, where bytes are weights,
-    inputs and outputs, each moved once. Weights of whole numbers are multiplied as fp16; where they
-    are fp8, all of the denoiser is counted at fp8's rate, which is twice that. Left out: the host's
-    part, copies to and from the card, streamed weights.
+    Per call, it is the larger of operations / peak rate and bytes / bandwidth. Bytes are weights,
+    inputs and outputs, each moved once. Integer weights are multiplied in fp16; with fp8 weights,
+    all of the denoiser counts at fp8's rate, which is twice fp16's. The host's work, transfers to
+    and from the GPU and streamed weights are left out.
+
+    Args:
+        config: The model, its policy and precision.
+        gpu: The GPU's figures.
     """
-    rate = card.tflops * 1e12 * (2 if config.precision.compute == "fp16" else 1)
+    rate = gpu.tflops * 1e12 * (2 if config.precision.compute == "fp16" else 1)
     work, moved, weights = operations(config), tensor_bytes(config), weight_bytes(config)
     if config.precision.weights == "fp8":
         work = {
@@ -159,22 +172,24 @@ def seconds_per_block(config: Config, card: GpuFigures) -> float:
         times
         * max(
             work[call] / rate,
-            (sum(moved[call].values()) + weights[GPU_CALLS[call]]) / (card.bandwidth * 1e9),
+            (sum(moved[call].values()) + weights[GPU_CALLS[call]]) / (gpu.bandwidth * 1e9),
         )
         for call, times in calls_per_block(config).items()
     )
 
 
 def scratch_bytes(config: Config) -> dict[str, int]:
-    """Bytes of scratch of each call: the tensors alive at the worst moment, as TensorRT-RTX plans
-    it, found by comparing with its figures (`tests/runtime/test_plan.py` has the bounds).
+    """Estimate the scratch bytes of each call: the tensors alive at the worst moment.
 
-    denoiser: one layer's keys and values, new and context joined; inside the feed-forward layer,
-    what it expands the new tokens to and two tensors of the model's width. compressor: three
-    tensors of the encoder's first stage over the small clip. vae_decoder: what the last 3x3
-    convolution reads and writes at full size, and three tensors of the stage before it; in
-    strips, six of those. Wan's, decoder and encoder: `WAN_STAGES` tensors of the stage at full
-    size, over four frames. Each with a workspace.
+    The rules were fitted to what TensorRT-RTX reports; `tests/runtime/test_plan.py` has the bounds.
+    Each call has a workspace besides.
+
+    - denoiser: one layer's keys and values, new and context joined; in the feed-forward layer, the
+      expanded new tokens and two tensors of the model's width.
+    - compressor: three tensors of the encoder's first stage over the small clip.
+    - vae_decoder: input and output of the last 3x3 convolution at full size and three tensors of
+      the stage before it; in strips, six of those.
+    - Wan's decoder and encoder: `WAN_STAGES` tensors of the stage at full size, over four frames.
     """
     workspace, item = 4 << 20, ITEM[config.precision.compute]
 

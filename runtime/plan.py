@@ -1,21 +1,20 @@
-"""The memory of a rollout, known before anything is exported, built or loaded.
+"""Plan the memory of a rollout before anything is exported, built or loaded.
 
-A plan lists every allocation on the card, in bytes, for one config and one target: weights of
-the engines that run there, one scratch that they share because they take turns, and the fixed
-buffers. All of it follows from the config; what a builder measured takes the place of an
-estimate where it is given. The CUDA context is the driver's, not ours to plan, and stays
-outside every budget.
+A plan lists every allocation on the GPU, in bytes, for one config and one target: weights of the
+engines, one scratch memory that they share because they take turns, and the fixed buffers. All of
+it follows from the config. What a builder measured replaces the estimates. The CUDA context
+belongs to the driver and is outside every budget.
 
-`choose_plan` finds the plan for a budget: the first that fits of `plans`, so more memory never gives
-a worse plan. What is given up, in this order:
+`choose_plan` returns the first of `plans` that fits into a budget, so more memory never gives a
+worse plan. This is given up, in this order:
 
 0. Wan's autoencoder for the tiny one, where both are allowed: its state alone is larger than what
    any of the next steps saves, and it does 25 times the work.
-1. a little time, results being the same: at most a tenth of the denoiser's weights stays in host
-   memory and is streamed in. (The decoder works in strips already, where the config says so.)
-2. precision: an 8-bit cache, then 8-bit weights, then 4-bit weights, at each of them 1 before the
-   next. The cache goes first because it is the largest part.
-3. context: mid blocks one by one, then a sink block, all mids back. Never the recent blocks.
+1. A little time, with the same results: at most a tenth of the denoiser's weights stay in host
+   memory and are streamed in. (The decoder runs in strips already, where the config says so.)
+2. Precision: an 8-bit cache, then 8-bit weights, then 4-bit weights, each first without and then
+   with streaming. The cache comes first because it is the largest part.
+3. Context: mid blocks one by one, then a sink block with all mids back. Never the recent blocks.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ from packforcing.runtime.estimate import (
 from packforcing.units import format_gib
 
 LONGEST = 24 * 3600.0  # seconds of video; beyond a day a typing error is likelier than a wish
-# Kept free of everything below: kernels compiled on the card may want more scratch than the
-# builder foresaw, and allocators round up.
+# Stays free: kernels compiled on the GPU may need more scratch than the builder planned, and
+# allocators round up.
 RESERVE = 128 << 20
-# What the driver takes for itself, beside the budget. A prediction.
+# Predicted: what the driver takes for itself, beside the budget.
 CUDA_CONTEXT = 400 << 20
 STREAMED = 0.1  # the largest part of the denoiser's weights that a plan streams
 IN_WORDS = {  # autoencoders
@@ -55,7 +54,7 @@ IN_WORDS = {  # autoencoders
     "lighttae": "the tiny autoencoder",
     "wan": "Wan's autoencoder",
 }
-# Number formats beyond fp32 and fp16 that engines for a target may hold (TensorRT-RTX 1.7)
+# dtypes beyond fp32 and fp16 that engines for a target may have (TensorRT-RTX 1.7)
 TARGETS: dict[str, tuple[str, ...]] = {
     "sm75": (),
     "sm80": ("int8", "int4"),
@@ -68,23 +67,32 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose for `config`, with the policy and precision that it is to run with."""
+    """The memory of one config.
+
+    Attributes:
+        config: The config, with the policy and precision that it runs with.
+        target: The GPU architecture, like "sm89".
+        device: Bytes on the GPU by purpose, allocated once.
+        host: Bytes of host memory by purpose, beside Python and its libraries.
+        host_loading: Largest host memory while engines are loaded, before `host` is allocated.
+        streamed: Bytes of the denoiser's weights that are on the host and not on the GPU.
+    """
 
     config: Config
     target: str
-    device: dict[str, int]  # allocated on the card once, never grows
-    host: dict[str, int]  # beside Python and its libraries
-    host_loading: int  # at most, while engines are loaded, before copies and archive exist
-    streamed: int = 0  # of the denoiser's weights: on the host, not on the card
+    device: dict[str, int]
+    host: dict[str, int]
+    host_loading: int
+    streamed: int = 0
 
     @property
     def total(self) -> int:
-        """Bytes on the card, the reserve included and the CUDA context not."""
+        """Bytes on the GPU, with the reserve and without the CUDA context."""
         return sum(self.device.values())
 
 
 def estimates(config: Config) -> dict[str, int]:
-    """Bytes that engines take: weights.<engine>, and scratch.<call> for each shape of a call."""
+    """Estimate the bytes of engines: weights.<engine>, and scratch.<call> for each call."""
     weights = weight_bytes(config)
     return {
         **{f"weights.{name}": weights[name] for name in GPU_GRAPHS},
@@ -95,10 +103,16 @@ def estimates(config: Config) -> dict[str, int]:
 def make_plan(
     config: Config, target: str, *, seconds: float = 60, built: Mapping[str, int] | None = None
 ) -> Plan:
-    """Every allocation for a config as it is.
+    """Plan a config as it is.
 
-    seconds: of video, for the archive. built: what a builder measured, under the names of
-    `estimates`. Raises `ConfigError` for a target that is unknown or lacks a number format.
+    Args:
+        config: The model, its policy and precision.
+        target: The GPU architecture, like "sm89".
+        seconds: Length of the video, for the archive.
+        built: What a builder measured, under the names of `estimates`.
+
+    Raises:
+        ConfigError: The target is unknown or lacks a dtype, or `seconds` is out of range.
     """
     if not 0 < seconds <= LONGEST:
         raise ConfigError(f"seconds must be above 0 and at most {LONGEST:.0f}; it is {seconds:g}")
@@ -127,7 +141,11 @@ def make_plan(
 
 
 def check_target(precision: Precision, target: str) -> None:
-    """Raises `ConfigError` for a target that is unknown or lacks one of the number formats."""
+    """Check that engines for a target can have a precision.
+
+    Raises:
+        ConfigError: The target is unknown or lacks a dtype.
+    """
     if target not in TARGETS:
         raise ConfigError(f"unknown target '{target}'; known targets: {', '.join(TARGETS)}")
     has = ("fp32", "fp16", *TARGETS[target])
@@ -147,11 +165,20 @@ def choose_plan(
     built: Mapping[str, int] | None = None,
     any_autoencoder: bool = False,
 ) -> Plan:
-    """The first of `plans` that fits into `budget` bytes, streaming as little as it needs.
+    """Return the first of `plans` that fits into a budget, with as little streaming as it needs.
 
-    Without a budget, or with engines that are built, nothing is given up. any_autoencoder: given a
-    budget, Wan's comes before the config's own, but only where nothing else has to go. Raises
-    `PlanError` naming the smallest budget that can be met, and `ConfigError` as `make_plan` does.
+    Args:
+        config: The model; its policy is the most context that is planned.
+        target: The GPU architecture, like "sm89".
+        budget: Bytes. None: give nothing up.
+        precision: Consider only this one; None: all of the target.
+        seconds: Length of the video, for the archive.
+        built: What a builder measured. Only streaming is then left to give up.
+        any_autoencoder: Prefer Wan's autoencoder, where nothing else has to be given up for it.
+
+    Raises:
+        PlanError: Nothing fits; the message has the smallest budget that does.
+        ConfigError: As `make_plan`.
     """
     whole = msgspec.structs.replace(config, precision=precision or config.precision)
     best = make_plan(whole, target, seconds=seconds, built=built)
@@ -177,7 +204,7 @@ def choose_plan(
 
 
 def _tiny(plan: Plan) -> str:
-    """What a plan that does not fit would take without Wan's autoencoder."""
+    """Name the budget that would do without Wan's autoencoder."""
     if plan.config.vae != "wan":
         return ""
     tiny = make_plan(with_autoencoder(plan.config, "taehv"), plan.target)
@@ -191,10 +218,16 @@ def plans(
     precision: Precision | None = None,
     seconds: float = 60,
 ) -> Iterator[Plan]:
-    """The plans that `choose_plan` considers, best first; the module's docstring has the order.
+    """Yield the plans that `choose_plan` considers, best first, in the order given at the top.
 
-    The config's own policy is the most that is kept; sinks that cannot fit with any number of
-    mids are passed over, but for the fewest. precision: consider only this one.
+    Numbers of sinks that fit with no number of mids are skipped, except the smallest.
+
+    Args:
+        config: The model; its policy is the most context that is planned.
+        target: The GPU architecture.
+        budget: Bytes.
+        precision: Consider only this one; None: all of the target.
+        seconds: Length of the video, for the archive.
     """
     levels = [precision] if precision else precisions(config, target)
     sinks, mids = _down(config.policy.sink), _down(config.policy.mid)
@@ -212,8 +245,11 @@ def plans(
 
 
 def smallest(config: Config, target: str) -> tuple[Plan, Plan]:
-    """The whole context in the fewest bytes with nothing streamed: with the decoder whole, and as
-    the config has it."""
+    """Return the smallest plans of the whole context with nothing streamed.
+
+    Returns:
+        With the decoder on whole frames, and with the decoder as the config has it.
+    """
     level = precisions(config, target)[-1]
     least = msgspec.structs.replace(config, precision=level)
     whole = msgspec.structs.replace(least, vae_strips=1)
@@ -221,14 +257,14 @@ def smallest(config: Config, target: str) -> tuple[Plan, Plan]:
 
 
 def _down(count: int) -> range:
-    """From `count` to the last block of a partition; 0 alone where there is none."""
+    """Return `count` down to 1, or 0 alone."""
     return range(count, min(count, 1) - 1, -1)
 
 
 def precisions(config: Config, target: str) -> list[Precision]:
-    """The number formats to go through on a target, from the config's own.
+    """Return the precisions to consider on a target, best first, from the config's own.
 
-    fp8 is not among them: it takes what int8 takes, which every target but sm75 has.
+    fp8 is not among them: it needs as much as int8, which every target but sm75 has.
     """
     full = config.precision.compute
     steps = [(full, full), (full, "int8"), ("int8", "int8"), ("int4", "int8")]
@@ -240,10 +276,10 @@ def precisions(config: Config, target: str) -> list[Precision]:
 
 
 def stream(plan: Plan, budget: int) -> Plan:
-    """The plan with as many of the denoiser's weights on the host as `budget` asks for.
+    """Return a plan with as many of the denoiser's weights on the host as a budget needs.
 
-    At most `STREAMED` of them. They pass through two buffers on the card, each as large as the
-    largest matrix; the host then holds all of the denoiser's weights.
+    At most the share `STREAMED` of them. They pass through two buffers on the GPU, each as large as
+    the largest matrix; the host then has all of the denoiser's weights.
     """
     weights = plan.device["weights.denoiser"]
     passing = 2 * max(matrix_bytes(plan.config))
@@ -259,7 +295,7 @@ def stream(plan: Plan, budget: int) -> Plan:
 
 
 def describe(plan: Plan) -> str:
-    """What a plan keeps and gives up, in words."""
+    """Describe the context, precision and autoencoder of a plan in a line."""
     policy, precision = plan.config.policy, plan.config.precision
     parts = [
         f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks",

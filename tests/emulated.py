@@ -1,9 +1,15 @@
-"""A GPU for machines without one: calls of CUDA and TensorRT-RTX on host memory, strictly kept.
+"""A GPU for machines without one: the calls of CUDA and TensorRT-RTX that the runtime makes.
 
-The runtime's device and engines work on them unchanged; graphs run in ONNX Runtime on the memory
-that is emulated. Memory begins as NaN, so an upload, a download or a fill that is missing is seen.
-Copies wait until the stream is synchronised or a graph runs, so a view that is overwritten too
-early is seen as well.
+`on_gpu(backend, Cuda())` puts a backend's graphs on an emulated GPU. `TensorRT(Cuda())` stands for
+the module `tensorrt_rtx`, and loads the engines that `build_engines` writes. The runtime's own
+device and engines work on them unchanged; graphs run in ONNX Runtime on the emulated memory.
+
+The emulation is stricter than a GPU:
+- Memory begins as NaN, so a missing upload, download or fill shows in the results.
+- Copies wait until the stream is synchronized or a graph runs, so a host view that is overwritten
+  too early shows as well.
+- An access outside of an allocation fails, and so does a graph that is bound to host memory.
+- `Cuda.log` has every allocation, load, copy, fill, binding and call, in order.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ class Kind(Enum):
 
 
 class Cuda:
-    """CUDA's runtime library; `log` has every allocation, load, copy, fill, binding and call."""
+    """CUDA's runtime library, on a GPU with `total` bytes of memory."""
 
     cudaError_t, cudaMemcpyKind = Status, Kind
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
@@ -65,7 +71,7 @@ class Cuda:
         return sum(memory.nbytes for memory in self.memory[where].values())
 
     def place(self, where, address, size):
-        """The memory of an allocation, from an address on; fails outside of all of them."""
+        """Return the memory at an address; fail where it is in no allocation."""
         for start, memory in self.memory[where].items():
             if start <= address and address + size <= start + memory.nbytes:
                 return memory[address - start : address - start + size]
@@ -149,7 +155,7 @@ class Cuda:
 
 
 class OnDevice:
-    """A graph that must be bound to device memory and follows the copies before it."""
+    """A graph that has to be bound to device memory, and runs after the copies before it."""
 
     def __init__(self, cuda: Cuda, name: str, graph):
         self.cuda, self.name, self.graph = cuda, name, graph
@@ -176,7 +182,7 @@ class OnDevice:
 
 
 def cuda_device(cuda: Cuda) -> CudaDevice:
-    """The runtime's own device, on this CUDA."""
+    """Make the runtime's own device on this CUDA."""
     with mock.patch("packforcing.runtime.device._cuda_runtime", lambda extra: cuda):
         return CudaDevice()
 
@@ -187,7 +193,7 @@ def gpu_session(session: Session, cuda: Cuda | None = None) -> Session:
 
 
 def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
-    """A backend's graphs on this CUDA; those of the host stay there."""
+    """Put a backend's graphs on this CUDA, except those that run on the host."""
     device = cuda_device(cuda)
     graphs = {
         name: OnDevice(cuda, name, graph) if name in GPU_GRAPHS else graph
@@ -197,15 +203,19 @@ def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
     return Backend(device, graphs, device.close, identity)
 
 
-SCRATCH = 4096  # bytes that every emulated engine wants
+SCRATCH = 4096  # bytes that every emulated engine needs
 
 
 def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **changes) -> None:
-    """Engines with records, as a build leaves them: for `TensorRT` below, which runs the graph
-    that they name in ONNX Runtime, and for tests that only read the records.
+    """Write engines with records, as a build does.
 
-    weights, scratch: the builder's figures, in bytes. changes: parts of the engines' keys that
-    differ from what the bundle calls for.
+    `TensorRT` loads them: it runs the graph that they name in ONNX Runtime.
+
+    Args:
+        bundle: The bundle to add them to.
+        weights: What the builder reports, in bytes.
+        scratch: What the builder reports, in bytes.
+        changes: Parts of the engines' keys that differ from those of the bundle.
     """
     manifest = read_manifest(bundle)
     for graph in GPU_GRAPHS:
@@ -227,7 +237,7 @@ def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **c
 
 
 class TensorRT:
-    """TensorRT-RTX's module, as far as the runtime calls it; `TensorRT(cuda)` is that module."""
+    """The module `tensorrt_rtx`, as far as the runtime calls it."""
 
     __version__ = "1.7.1.116"
 

@@ -238,7 +238,7 @@ RECORDS = {
     "render": r"checkpoint\.json",
 }  # fmt: skip
 REMEDIES = {
-    "bundle": "export the bundle anew",
+    "bundle": "export the bundle again",
     "engines": "run 'packforcing build",
     "model": "import the checkpoint again",
     "render": r"finish it with the release that began it, or remove \S*film\.mp4\.render to",

@@ -1,5 +1,5 @@
-"""Engines as the runtime loads and binds them, on an emulated GPU; and what stops a backend before
-any weight is loaded: one line that says what to do."""
+"""Engines as the runtime loads and binds them, on an emulated GPU; and what a backend refuses before
+any weight is loaded, in one line with a remedy."""
 
 import dataclasses
 import shutil
@@ -47,15 +47,13 @@ def video(backend, bundle, seconds=3):
         return np.concatenate(list(session.stream(PROMPT, seconds)))
 
 
-def test_engines_make_the_video_that_graphs_make(library, bundle):
-    found = video("tensorrt-rtx", bundle)
-    np.testing.assert_array_equal(found, video("onnxruntime", bundle))
+def test_engines_and_graphs_make_the_same_video(library, bundle):
+    frames = video("tensorrt-rtx", bundle)
+    np.testing.assert_array_equal(frames, video("onnxruntime", bundle))
     assert library.cuda.used("device") == library.cuda.used("host") == 0, "not given back"
 
 
-def test_a_render_goes_on_with_its_own_engines_and_card_only(
-    library, bundle, tmp_path, monkeypatch
-):
+def test_a_render_resumes_only_with_its_own_engines_and_gpu(library, bundle, tmp_path, monkeypatch):
     def render(directory, **changes):
         with Session.open(directory, backend="tensorrt-rtx", threads=1) as session:
             stop = changes or {"on_block": lambda info: session.stop()}
@@ -73,8 +71,8 @@ def test_a_render_goes_on_with_its_own_engines_and_card_only(
         render(bundle, resume=True)
 
 
-def test_engines_take_what_the_plan_says(library, bundle):
-    """To the byte: buffers, and one scratch for all engines; weights are the library's own."""
+def test_engines_allocate_what_the_plan_says(library, bundle):
+    """To the byte: the buffers and one scratch for all engines. The library allocates weights."""
     with Session.open(bundle, backend="tensorrt-rtx") as session:
         next(session.stream(PROMPT, 1))
         plan = make_plan(session.config, "sm89", built={"scratch.denoiser.block": SCRATCH})
@@ -83,7 +81,7 @@ def test_engines_take_what_the_plan_says(library, bundle):
         assert library.cuda.used("device") == sum(planned.values()) + SCRATCH
 
 
-def test_the_plan_of_a_bundle_shows_what_engines_take_when_loaded(library, bundle):
+def test_loaded_engines_report_their_scratch_to_the_plan(library, bundle):
     figures = load_figures("tensorrt-rtx", bundle, DEMO)
     assert figures == {
         "scratch.denoiser.block": SCRATCH,
@@ -93,20 +91,20 @@ def test_the_plan_of_a_bundle_shows_what_engines_take_when_loaded(library, bundl
     }
 
 
-def test_engines_make_videos_of_a_single_block_too(library, bundle):
-    """Which reads less than the engines' fixed shapes have room for."""
+def test_engines_make_a_video_of_a_single_block(library, bundle):
+    """It reads less context than the engines' fixed shapes have room for."""
     frames = DEMO.block_pixel_frames - DEMO.trimmed_frames
     assert len(video("tensorrt-rtx", bundle, seconds=frames / DEMO.fps)) == frames
 
 
-def test_compiled_kernels_are_kept_beside_the_engines(library, bundle):
-    kept = bundle / "engines" / "tensorrt-rtx" / "runtime.cache"
+def test_compiled_kernels_are_stored_beside_the_engines(library, bundle):
+    kernels = bundle / "engines" / "tensorrt-rtx" / "runtime.cache"
     video("tensorrt-rtx", bundle, seconds=1)
-    assert kept.read_bytes() == b"compiled kernels"
-    written = kept.stat().st_mtime_ns
+    assert kernels.read_bytes() == b"compiled kernels"
+    written = kernels.stat().st_mtime_ns
     video("tensorrt-rtx", bundle, seconds=1)
-    assert kept.stat().st_mtime_ns == written
-    assert not list(kept.parent.glob("*.partial"))
+    assert kernels.stat().st_mtime_ns == written
+    assert not list(kernels.parent.glob("*.partial*"))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +119,7 @@ def test_compiled_kernels_are_kept_beside_the_engines(library, bundle):
         ),
     ],
 )
-def test_engines_of_something_else_are_refused(library, bundle, changes, message):
+def test_engines_with_another_key_are_refused(library, bundle, changes, message):
     build_engines(bundle, **changes)
     refused(library, bundle, message)
 
@@ -141,14 +139,14 @@ def test_engines_that_are_missing_or_damaged_are_refused(library, bundle):
     refused(library, bundle, "not built for tensorrt-rtx: run 'packforcing build")
 
 
-def test_the_librarys_own_refusal_says_what_to_do(library, bundle):
+def test_a_refusal_of_the_library_has_a_remedy(library, bundle):
     library.validity = library.EngineValidity.INVALID, 4
     refused(library, bundle, "the NVIDIA driver is too old: update it")
     library.validity = library.EngineValidity.INVALID, 0
     refused(library, bundle, "cannot run .*denoiser.engine: no reason given")
 
 
-def test_a_card_that_is_too_small_is_refused(library, bundle):
+def test_a_gpu_with_too_little_memory_is_refused(library, bundle):
     library.cuda.total = RESERVE // 2
     refused(library, bundle, r"demo needs 0\.\d+ GiB of GPU memory; NVIDIA Nothing has 0\.06 of")
 
@@ -159,7 +157,7 @@ def test_more_scratch_than_planned_is_refused(library, bundle):
         Session.open(bundle, backend="tensorrt-rtx")
 
 
-def test_tensors_that_engines_cannot_take_are_refused(library, tiny_bundle, tmp_path):
+def test_unaligned_tensors_are_refused(library, tiny_bundle, tmp_path):
     """TensorRT takes addresses at multiples of 256 bytes; layers of the tiny model are smaller."""
     shutil.copytree(tiny_bundle, tmp_path / "tiny")
     build_engines(tmp_path / "tiny")
@@ -171,7 +169,7 @@ def test_tensors_that_engines_cannot_take_are_refused(library, tiny_bundle, tmp_
 
 
 def test_weights_are_streamed_as_the_plan_says(library, bundle, monkeypatch):
-    """The budget is what stays on the card; an engine that cannot stream is refused."""
+    """The budget is what stays on the GPU; an engine that cannot stream is refused."""
 
     def streamed(plan, budget):
         return dataclasses.replace(plan, streamed=300)
@@ -187,7 +185,7 @@ def test_weights_are_streamed_as_the_plan_says(library, bundle, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["Runtime", "ICudaEngine", "IExecutionContext", "IRuntimeConfig", "IRuntimeCache"]
 )
-def test_the_emulated_library_has_nothing_that_the_real_one_lacks(name):
+def test_the_emulated_library_is_a_subset_of_the_real_one(name):
     real = pytest.importorskip("tensorrt_rtx")
     own = {"trt", "logger", "config", "spec", "graph", "tensors", "profiles", "bound"}
     used = {n for n in vars(getattr(emulated, name)) if not n.startswith("_")}
@@ -218,14 +216,14 @@ def no_driver():
         ("onnxruntime", "onnxruntime", r"pip install .*\[cpu\].*\[gpu\]"),
     ],
 )
-def test_a_library_that_is_not_installed(monkeypatch, tmp_path, backend, module, message):
+def test_a_missing_library_names_its_extra(monkeypatch, tmp_path, backend, module, message):
     monkeypatch.setitem(sys.modules, module, None)
     result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", backend)
     assert_one_line(result.exit_code, result.stdout, result.stderr, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_an_onnxruntime_without_the_provider(tmp_path):
+def test_an_onnxruntime_without_the_cuda_provider_is_refused(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this is onnxruntime-gpu")
@@ -234,14 +232,14 @@ def test_an_onnxruntime_without_the_provider(tmp_path):
     assert_one_line(result.exit_code, result.stdout, result.stderr, message)
 
 
-def test_a_machine_without_driver(no_driver, tmp_path):
+def test_a_machine_without_a_driver_is_refused(no_driver, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("cuda.bindings.runtime")
     result = run("render", PROMPT, "--out", tmp_path / "a.mp4", "--backend", "tensorrt-rtx")
     assert_one_line(result.exit_code, result.stdout, result.stderr, "no NVIDIA driver .* install")
 
 
-def test_cuda_bindings_that_are_not_installed(monkeypatch):
+def test_missing_cuda_bindings_name_their_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(MissingDependency, match=r"needs cuda, .*\[gpu\]"):
         CudaDevice("gpu")
@@ -279,7 +277,7 @@ def test_the_cuda_provider_works_in_the_devices_stream():
     }
 
 
-def test_too_little_memory_is_told_in_figures():
+def test_too_little_free_memory_is_refused_with_its_figures():
     cuda = Cuda(total=3 << 30)
     cuda.used = lambda where: 1 << 30
     device = cuda_device(cuda)
@@ -288,7 +286,7 @@ def test_too_little_memory_is_told_in_figures():
     assert not device.allocated
 
 
-def test_a_failing_cuda_call_is_named():
+def test_a_failing_cuda_call_is_in_the_message():
     cuda = Cuda()
     device = cuda_device(cuda)
     cuda.cudaMalloc = lambda size: (cuda.cudaError_t.cudaErrorMemoryAllocation, None)

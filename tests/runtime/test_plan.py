@@ -60,7 +60,7 @@ def with_(config, **changes):
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8", "fp8", "int4"])
-def test_weights_take_their_format_and_their_scales(kind):
+def test_quantized_weights_count_their_scales(kind):
     """Matrices of all layers but the outer two are quantised: a fp16 scale per output channel,
     in int8 two where the matrix widens, or in int4 one per 128 weights. All else is fp16."""
     with torch.device("meta"):
@@ -142,7 +142,7 @@ def test_the_full_history_of_the_full_model():
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_rows_add_up(config):
+def test_the_total_is_the_sum_of_the_rows(config):
     plan = make_plan(config, "sm86", seconds=30)
     assert plan.total == sum(plan.device.values())
     assert plan.device["reserve"] == RESERVE
@@ -151,7 +151,7 @@ def test_rows_add_up(config):
     assert longer.device == plan.device and longer.host["archive"] > plan.host["archive"]
 
 
-def test_what_a_builder_measured_replaces_the_estimates():
+def test_measured_figures_replace_the_estimates():
     built = {"weights.denoiser": 7, "scratch.vae_decoder": 10**12}
     plan, estimated = make_plan(WAN, "sm86", built=built), make_plan(WAN, "sm86")
     assert plan.device == {**estimated.device, "weights.denoiser": 7, "scratch": 10**12}
@@ -229,7 +229,7 @@ def test_four_gib_hold_the_full_history(target):
     assert plan.config.policy == WAN.policy and not plan.streamed
 
 
-def test_only_formats_of_the_target_are_chosen():
+def test_only_dtypes_of_the_target_are_chosen():
     for target, formats in TARGETS.items():
         for precision in precisions(WAN, target):
             assert {precision.weights, precision.cache} <= {"fp16", *formats}
@@ -245,17 +245,17 @@ def test_only_formats_of_the_target_are_chosen():
         ("sm90", {}, "unknown target 'sm90'; known targets: sm75, sm80"),
     ],
 )
-def test_what_a_target_lacks_is_refused(target, formats, message):
+def test_a_dtype_that_the_target_lacks_is_refused(target, formats, message):
     with pytest.raises(ConfigError, match=message):
         make_plan(with_(WAN, **formats), target)
 
 
-def test_fp8_takes_what_int8_takes_but_for_the_second_scale_of_a_matrix_that_widens():
+def test_fp8_needs_as_much_as_int8_without_the_second_scale_of_widening_matrices():
     fp8, int8 = (make_plan(with_(WAN, weights=k, cache=k), "sm89").total for k in ("fp8", "int8"))
     assert int8 - fp8 == (WAN.layers - 2) * WAN.ffn_dim * 2  # bytes
 
 
-def test_times_are_the_roofline():
+def test_predicted_times_are_the_roofline():
     """Everything at full size is bound by arithmetic; five calls of the denoiser dominate."""
     card = GPUS["RTX 3060"]
     work, calls = operations(WAN), calls_per_block(WAN)
@@ -275,11 +275,11 @@ def test_times_are_the_roofline():
 
 
 @pytest.mark.parametrize("name", ["RTX 4060", "rtx4060", "GeForce RTX 4060", "rtx-4060"])
-def test_cards_are_found_by_name(name):
+def test_gpu_names_ignore_case_and_spaces(name):
     assert find_gpu(name).target == "sm89"
 
 
-def test_an_unknown_card_is_refused():
+def test_an_unknown_gpu_is_refused():
     with pytest.raises(ConfigError, match="no figures for a GPU 'RTX 1'; known: RTX 3060"):
         find_gpu("RTX 1")
 
@@ -288,10 +288,10 @@ def test_estimates_are_close_to_what_the_builder_says(tmp_path):
     config = with_(WAN, layers=2, dim=512, heads=4, ffn_dim=2048, height=256, width=256)
     expected = estimates(config)
     for graph in GPU_GRAPHS:
-        (found,) = builder_figures(config, tmp_path, graph)
+        (figures,) = builder_figures(config, tmp_path, graph)
         assert all(
             is_close_estimate(f"small.{name}", expected[name], built, RESERVE)
-            for name, built in found.items()
+            for name, built in figures.items()
         )
 
 
@@ -307,13 +307,13 @@ def test_estimates_against_the_builder_at_full_size(tmp_path, layers):
     close = []
     first, *others = configs
     denoisers = builder_figures(first, tmp_path, "denoiser", *others)
-    for config, found in zip(configs, denoisers):
+    for config, figures in zip(configs, denoisers):
         expected = estimates(config)
         for graph in ("compressor", "vae_decoder"):
-            found |= builder_figures(config, tmp_path, graph)[0]
+            figures |= builder_figures(config, tmp_path, graph)[0]
         size = f"{layers}x{config.block_frames}.{config.width}x{config.height}"
         close += [
             is_close_estimate(f"{size}.{name}", expected[name], built, RESERVE)
-            for name, built in found.items()
+            for name, built in figures.items()
         ]
     assert all(close)
