@@ -1,5 +1,5 @@
-"""Engines as the runtime loads and binds them, on an emulated GPU; and what a backend refuses before
-any weight is loaded, in one line with a remedy."""
+"""Engines as the runtime loads and binds them, on an emulated GPU; and what a backend refuses
+before any weight is loaded, in one line with a remedy."""
 
 import dataclasses
 import shutil
