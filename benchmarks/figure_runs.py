@@ -69,13 +69,13 @@ SIZES = (
 # Of an environment that has NVIDIA ModelOpt; without it the table has no row for it.
 MODELOPT = os.environ.get("MODELOPT_PYTHON", "")
 QUANTIZED = (
-    ("cache8", "fp32", "--cache int8"),
-    ("int8", "fp32", "--weights int8"),
-    ("int8-cache8", "fp32", "--weights int8 --cache int8"),
-    ("int4", "fp32", "--weights int4"),
-    ("fp8", "fp32", "--weights fp8"),
-    ("fp8-cachefp8", "fp32", "--weights fp8 --cache fp8"),
-    ("fp16-cache8", "fp16", "--cache int8"),
+    ("cache8", "fp32", "--cache-dtype int8"),
+    ("int8", "fp32", "--weight-dtype int8"),
+    ("int8-cache8", "fp32", "--weight-dtype int8 --cache-dtype int8"),
+    ("int4", "fp32", "--weight-dtype int4"),
+    ("fp8", "fp32", "--weight-dtype fp8"),
+    ("fp8-cachefp8", "fp32", "--weight-dtype fp8 --cache-dtype fp8"),
+    ("fp16-cache8", "fp16", "--cache-dtype int8"),
 )
 
 RUNS = {
@@ -104,7 +104,7 @@ RUNS = {
     ),
     "policies": Run(
         (packforcing(
-            "compare --seconds 120 --prompts 16 --threads 1 --out {out} --policies "
+            "compare --seconds 120 --prompts 16 --threads 1 --out {out} --policy "
             "packforcing,packforcing-likeness,packforcing-recency,packforcing-random,"
             "sliding-window,sink-window"
         ),),
@@ -118,7 +118,7 @@ RUNS = {
     ),
     "spans": Run(
         (packforcing(
-            "compare --seconds 120 --prompts 8 --threads 1 --out {out} --policies "
+            "compare --seconds 120 --prompts 8 --threads 1 --out {out} --policy "
             "packforcing,packforcing-half-span,packforcing-quarter-span"
         ),),
         90,
@@ -126,7 +126,7 @@ RUNS = {
     ),
     "ten-minutes": Run(
         (packforcing(
-            "compare --seconds 600 --prompts 4 --threads 1 --out {out} --policies packforcing"
+            "compare --seconds 600 --prompts 4 --threads 1 --out {out} --policy packforcing"
         ),),
         90,
         values.ten_minutes_values,
@@ -140,18 +140,18 @@ RUNS = {
     "bundles": Run(
         (
             packforcing("export --out {out}/fp32"),
-            packforcing("export --precision fp16 --out {out}/fp16"),
+            packforcing("export --dtype fp16 --out {out}/fp16"),
             ("-c", DRAW_PROMPTS, "{out}/prompts.txt"),
             *(
                 packforcing(
-                    f"calibrate {{out}}/{exact} --prompts {{out}}/prompts.txt --seconds 5 "
+                    f"calibrate --bundle {{out}}/{exact} --prompts {{out}}/prompts.txt --seconds 5 "
                     f"--out {{out}}/{exact}.safetensors"
                 )
                 for exact in ("fp32", "fp16")
             ),
             *(
                 packforcing(
-                    f"quantize {{out}}/{exact} {options} "
+                    f"quantize --bundle {{out}}/{exact} {options} "
                     f"--calibration {{out}}/{exact}.safetensors --out {{out}}/{name}"
                 )
                 for name, exact, options in QUANTIZED
@@ -184,7 +184,7 @@ RUNS = {
     ),
     "quantized": Run(
         (packforcing(
-            "compare {bundles}/fp32 --with {bundles}/cache8 --with {bundles}/int8 "
+            "compare --bundle {bundles}/fp32 --with {bundles}/cache8 --with {bundles}/int8 "
             "--with {bundles}/int8-cache8 --with {bundles}/int4 --with {bundles}/fp8 "
             "--with {bundles}/fp8-cachefp8 --with {bundles}/fp16 "
             "--prompts 16 --seconds 5 --out {out}"
@@ -195,8 +195,8 @@ RUNS = {
     ),
     "cache": Run(
         (packforcing(
-            "compare {bundles}/fp16 --with {bundles}/fp16-cache8 --prompts 16 --seconds 120 "
-            "--out {out}"
+            "compare --bundle {bundles}/fp16 --with {bundles}/fp16-cache8 --prompts 16 "
+            "--seconds 120 --out {out}"
         ),),
         120,
         values.cache_values,
@@ -205,8 +205,8 @@ RUNS = {
     "full-size": Run(
         (
             packforcing("export --model wan-1.3b --random-weights --out {out}/wan"),
-            packforcing("build {out}/wan --targets sm86,sm89,sm120"),
-            packforcing("verify {out}/wan --out {out}/verify"),
+            packforcing("build --bundle {out}/wan --target sm86,sm89,sm120"),
+            packforcing("verify --bundle {out}/wan --out {out}/verify"),
         ),
         15,
         values.full_size_values,

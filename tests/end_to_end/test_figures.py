@@ -12,7 +12,8 @@ from benchmarks import figures
 from benchmarks.ablate_cache import SCHEMES
 from benchmarks.figure_runs import RUNS, Run
 from packforcing import model_config
-from packforcing.calibration.recipes import Loss
+from packforcing.app.cli import main
+from packforcing.calibration.recipes import OutputLoss
 from packforcing.errors import ConfigError
 from packforcing.evaluation.compare import Comparison, Costs, Pair, summarize
 from packforcing.evaluation.fidelity import Fidelity
@@ -192,7 +193,7 @@ def test_quantized_bundles_are_read_with_their_fidelity(tmp_path):
     result = msgspec.structs.replace(
         result,
         fidelity=dict.fromkeys(values.QUANTIZED, close),
-        outputs={"int8": {"flow": Loss(40.0, 0.01)}},
+        outputs={"int8": {"flow": OutputLoss(40.0, 0.01)}},
     )
     (tmp_path / "compare.json").write_bytes(msgspec.json.encode(result))
     texts = values.quantized_values(values.Results(tmp_path))
@@ -274,3 +275,12 @@ def test_values_are_read_from_what_the_commands_leave(run, file, content, expect
     texts = RUNS[run].extract(values.Results(tmp_path))
     assert texts.keys() == figures.read_records()[run].values.keys()
     assert any(expected in value for value in texts.values()), texts
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_option_of_the_commands_exists(run):
+    for module, program, *words in RUNS[run].commands:
+        if (module, program) == ("-m", "packforcing.app.cli"):
+            command = main.get_command(None, words[0])
+            with command.make_context(words[0], words[1:]):
+                pass

@@ -110,8 +110,8 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     assert small.bundle < whole.bundle and small.device < whole.device
     listed = json.loads((tmp_path / "four" / "snr.json").read_text())
     assert comparison.snr == {"four": listed}
-    quantised = {int(name.split(".")[1]) for name in listed}
-    assert quantised == set(
+    quantized = {int(name.split(".")[1]) for name in listed}
+    assert quantized == set(
         range(1, comparison.config.layers - 1)
     )  # all but the first and the last
     assert "snr.json" in read_manifest(tmp_path / "four").files
@@ -119,7 +119,7 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     losses = comparison.outputs["four"]
     flow = losses["flow"]
     assert flow.snr == pytest.approx(-20 * np.log10(flow.error))
-    assert losses["v_new.0"].snr is None  # before any quantised layer
+    assert losses["v_new.0"].snr is None  # before any quantized layer
     least = min(loss.snr for name, loss in losses.items() if name.startswith("v_new.") and loss.snr)
     assert f"flow {flow.snr:.1f} dB" in result.stdout and f"v_new {least:.1f} dB" in result.stdout
     page = (out / "compare.html").read_text()
