@@ -13,8 +13,14 @@ import onnx_ir as ir
 from packforcing.calibration.matmuls import not_none
 from packforcing.calibration.quantizer import DENOISER
 from packforcing.calibration.recipes import OutputLoss
-from packforcing.export.oracle import Oracle, Tensors, in_full, rehearsal, roll_out
-from packforcing.export.verify import check_memory
+from packforcing.export.oracle import (
+    Oracle,
+    Tensors,
+    oracle_config,
+    rehearsal_config,
+    roll_out_oracles,
+)
+from packforcing.export.verify import require_memory
 from packforcing.runtime.bundle import DTYPES, GraphSpec, contract, graph_file, read_manifest
 
 
@@ -39,11 +45,11 @@ def measure_output_losses(
     Raises:
         BackendError: Memory is missing.
     """
-    check_memory(exact, *quantized.values())
+    require_memory(exact, *quantized.values())
     config = read_manifest(exact).config
     oracles = {
         name: Oracle(exact / graph_file(name), spec)
-        for name, spec in contract(in_full(config)).items()
+        for name, spec in contract(oracle_config(config)).items()
     }
     exact_scales = read_cache_scales(exact)
     denoisers = {name: (_oracle(path), read_cache_scales(path)) for name, path in quantized.items()}
@@ -66,7 +72,7 @@ def measure_output_losses(
                 error = np.square(results[name] - array, dtype=np.float64).sum()
                 noise[bundle][name] = noise[bundle].get(name, 0) + error
 
-    roll_out(rehearsal(config), oracles, on_call)
+    roll_out_oracles(rehearsal_config(config), oracles, on_call)
     return {
         bundle: {
             name: OutputLoss(
@@ -81,7 +87,7 @@ def measure_output_losses(
 
 
 def _oracle(bundle: Path) -> Oracle:
-    spec = contract(in_full(read_manifest(bundle).config))["denoiser"]
+    spec = contract(oracle_config(read_manifest(bundle).config))["denoiser"]
     return Oracle(bundle / DENOISER, spec)
 
 

@@ -1,8 +1,17 @@
-"""Every graph and engine of a bundle against its oracle, on recorded inputs, output by output.
+"""Compare every graph and engine of a bundle with its oracle, output by output.
 
-What lies in the context beyond `kv_len` must not matter. So each is given garbage there, twice,
-and has to give the same bits both times; the oracle is given a context that ends there.
-`packforcing.export.oracle` has the oracle and the inputs.
+`packforcing.export.oracle` has the oracle and the recorded inputs. Context beyond `kv_len` must not
+matter: each graph gets garbage there, twice, and has to return the same bits both times. The oracle
+gets a context that ends at `kv_len`.
+
+Polygraphy's comparator measures and decides. The outputs of a call become `RunResults`, and
+`Comparator.compare_accuracy` compares them by the largest absolute error, with a tolerance per
+output that is its limit times its scale; a `SimpleThreshold` decides on the mean error of the same
+result. Polygraphy's runners are not used, since they would verify something else than what renders:
+`TrtRunner` allocates buffers and scratch memory of its own, where the runtime binds engines to
+fixed buffers that share scratch, and it needs a GPU, where the runtime's path runs on the emulated
+one too. `OnnxrtRunner` cannot be fed the fp8 arrays of an fp8 cache, and `Comparator.run` gives
+every runner the same inputs, where the oracle must not see the garbage.
 """
 
 from __future__ import annotations
@@ -23,18 +32,19 @@ from packforcing.config import Config, Precision
 from packforcing.errors import BackendError, MissingDependency
 from packforcing.export.oracle import (
     SEED,
-    Call,
     Oracle,
+    RecordedCall,
     Tensors,
-    as_stored,
-    has_rest,
-    in_full,
-    record,
-    rehearsal,
-    sized,
-    with_garbage,
-    without_rest,
+    add_garbage,
+    cast_inputs,
+    has_unused_context,
+    oracle_config,
+    record_calls,
+    rehearsal_config,
+    resize_call,
+    truncate_context,
 )
+from packforcing.extras import optional_imports
 from packforcing.runtime.backends import ENGINE_BACKENDS, LoadedGraph
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.backends.tensorrt import Engines
@@ -50,37 +60,60 @@ from packforcing.runtime.bundle import (
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import read_records, record_file
 from packforcing.runtime.nvml import gpus
+from packforcing.units import format_memory
 
-Run = Callable[[Tensors], Tensors]
+GraphFunction = Callable[[Tensors], Tensors]  # inputs to outputs, by name
 
 
-class Limit(msgspec.Struct, frozen=True):
-    """Errors that rounding explains, relative to an output's RMS: of an element, and the mean."""
+class ErrorLimit(msgspec.Struct, frozen=True):
+    """Errors that rounding explains, relative to an output's RMS.
+
+    Attributes:
+        largest: The absolute error of any element.
+        mean: The mean absolute error of all elements.
+    """
 
     largest: float
     mean: float
 
 
-# By the precision that a graph computes in: about three times the worst that was measured on sound
-# bundles, of 2 to 30 layers. Rounding every result to fp16 (by up to 2^-11 of it) gives 1.6e-2 and
-# 1.8e-3 there; fp32 sums in another order give 2e-5 and 7e-7. A fault gives far more.
+# By the precision that a graph computes in: about three times the largest errors measured on sound
+# bundles, of 2 to 30 layers. There, rounding every result to fp16 (by up to 2^-11 of it) gives
+# 1.6e-2 and 1.8e-3; fp32 sums in another order give 2e-5 and 7e-7. A fault gives far more.
 #
-# Where products are made in fp8, what they take is rounded to one of 8 numbers per octave, and the
-# last bit of what comes in decides between two. After a few layers nothing is left in common but
-# the noise's size: 0.24 and 3.8e-2 on a sound bundle, in the flow at t = 0.
-LIMITS = {"fp32": Limit(6e-5, 2e-6), "fp16": Limit(5e-2, 5e-3), "fp8": Limit(0.75, 0.12)}
-# What rounding to 8 bits adds, in steps: another neighbour, now and then
-STEP = Limit(1.0, 1e-3)
-# Of memory: bytes for each byte of the largest graph, and beside that
-MEMORY, SPARE = 3, 1 << 30
+# fp8 products round their inputs to one of 8 values per octave, and the last bit of an input
+# decides between two. After a few layers two sound implementations have nothing in common but the
+# size of the noise: 0.24 and 3.8e-2 on a sound bundle, in the flow at t = 0.
+LIMITS = {
+    "fp32": ErrorLimit(6e-5, 2e-6),
+    "fp16": ErrorLimit(5e-2, 5e-3),
+    "fp8": ErrorLimit(0.75, 0.12),
+}
+# What rounding to a quantized dtype adds, in units of its spacing: now and then the next value
+QUANTIZED_LIMIT = ErrorLimit(1.0, 1e-3)
+# Bytes of memory for each byte of the largest graph, and bytes besides
+MEMORY_FACTOR, MEMORY_RESERVE = 3, 1 << 30
 
 
-class Check(msgspec.Struct, frozen=True):
-    """An output of one call. Errors are relative to `scale`, the oracle's RMS; `share` is the
-    worse of the two as a share of what is allowed."""
+class OutputCheck(msgspec.Struct, frozen=True):
+    """How far an output of one call is from the oracle's.
+
+    Attributes:
+        graph: Name in the contract.
+        run: What computed it: a key of `execution_paths`, or the backend of an engine.
+        call: Name of the recorded call.
+        output: Name of the output.
+        shape: Of the output.
+        scale: RMS of the oracle's output.
+        largest: Largest absolute error relative to `scale`.
+        mean: Mean absolute error relative to `scale`.
+        share: The worse of the two errors, as a share of its limit.
+        independent: The bits are the same whatever is beyond `kv_len`.
+        passed: Whether the output is within its limits and independent.
+    """
 
     graph: str
-    run: str  # how it was run: one of `ways`, or the backend of an engine
+    run: str
     call: str
     output: str
     shape: tuple[int, ...]
@@ -88,96 +121,114 @@ class Check(msgspec.Struct, frozen=True):
     largest: float
     mean: float
     share: float
-    independent: bool  # the same bits whatever lies beyond kv_len
+    independent: bool
     passed: bool
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """What `verify` found; the worst output comes first."""
+    """The result of `verify_bundle`; checks that failed come first, then the largest shares."""
 
     bundle: str
     model: str
     precision: Precision
     inputs: str
-    limits: dict[str, Limit]
-    checks: list[Check]
+    limits: dict[str, ErrorLimit]
+    checks: list[OutputCheck]
     engines: str
     tools: dict[str, str]
     seconds: float
 
     @property
-    def missed(self) -> list[Check]:
+    def missed(self) -> list[OutputCheck]:
+        """The checks that failed."""
         return [check for check in self.checks if not check.passed]
 
 
-def verify(
+def verify_bundle(
     directory: str | Path, on_graph: Callable[[str, int, int], None] | None = None
 ) -> Verification:
-    """Compares every graph of a bundle with its oracle, and its engines where there is a GPU.
+    """Compare every graph of a bundle with its oracle, and its engines where there is a GPU.
 
-    `on_graph` is told each graph's name, its number and how many there are, before it is
-    compared. Raises `BundleError` for a damaged bundle and `BackendError` for engines that are
-    damaged or of other graphs, or where a library or the memory is missing. An output that
-    misses is no error, but in the result.
+    Args:
+        directory: The bundle.
+        on_graph: Called before each graph with its name, its index and their number.
+
+    Returns:
+        A check per output. An output beyond its limit is no error, but a failed check.
+
+    Raises:
+        BundleError: The bundle is damaged.
+        BackendError: Engines are damaged or of other graphs, or memory is missing.
+        MissingDependency: Polygraphy is not installed.
     """
-    began = time.perf_counter()
+    with optional_imports("verifying", "verify"):
+        import polygraphy.comparator  # noqa: F401
+    start = time.perf_counter()
     directory = Path(directory)
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     config = manifest.config
-    check_memory(directory)
-    about_engines, runnable = built_engines(directory)
-    small = rehearsal(config)
-    plain = contract(in_full(config))
-    oracles = {name: Oracle(directory / graph_file(name), spec) for name, spec in plain.items()}
-    calls = record(small, oracles)
-    checks: list[Check] = []
-    kinds = {name: computes(name, spec, config) for name, spec in manifest.graphs.items()}
-    for_engines: dict[str, list[Expected]] = {}
-    for number, (name, spec) in enumerate(manifest.graphs.items()):
+    require_memory(directory)
+    engines_text, backends = describe_engines(directory)
+    small = rehearsal_config(config)
+    oracle_specs = contract(oracle_config(config))
+    oracles = {
+        name: Oracle(directory / graph_file(name), spec) for name, spec in oracle_specs.items()
+    }
+    calls = record_calls(small, oracles)
+    checks: list[OutputCheck] = []
+    dtypes = {name: compute_dtype(name, spec, config) for name, spec in manifest.graphs.items()}
+    engine_calls: dict[str, list[ExpectedCall]] = {}
+    for index, (name, spec) in enumerate(manifest.graphs.items()):
         if on_graph:
-            on_graph(name, number, len(manifest.graphs))
+            on_graph(name, index, len(manifest.graphs))
         oracle, recorded = oracles.pop(name), calls.pop(name)
-        expected = [Expected(oracle, spec, call) for call in recorded]
-        if runnable and name in GPU_GRAPHS:
-            wide = [sized(spec, call, small, config) for call in recorded]
-            fitting = [call for call in wide if score_bytes(config, call) < free_memory()]
-            for_engines[name] = [Expected(oracle, spec, call) for call in fitting]
-            if len(fitting) < len(wide):
-                about_engines += f"; {len(fitting)} of {len(wide)} calls of {name}, for memory"
-        del oracle, recorded  # one set of a graph's weights at a time
-        for way, load in ways(directory / graph_file(name), spec, plain[name]).items():
-            checks += judge(name, way, spec, LIMITS[kinds[name]], load(), expected)
-    for backend in runnable:
+        expected = [ExpectedCall(oracle, spec, call) for call in recorded]
+        if backends and name in GPU_GRAPHS:
+            resized = [resize_call(spec, call, small, config) for call in recorded]
+            fitting = [call for call in resized if score_bytes(config, call) < free_memory()]
+            engine_calls[name] = [ExpectedCall(oracle, spec, call) for call in fitting]
+            if len(fitting) < len(resized):
+                engines_text += f"; {len(fitting)} of {len(resized)} calls of {name}, for memory"
+        del oracle, recorded  # so that one set of a graph's weights is in memory at a time
+        paths = execution_paths(directory / graph_file(name), spec, oracle_specs[name])
+        for path_name, load in paths.items():
+            checks += check_calls(name, path_name, spec, LIMITS[dtypes[name]], load(), expected)
+    for backend in backends:
         try:
-            opened = Engines(backend, directory, config)
-        except (BackendError, MissingDependency) as error:  # of another GPU, too little memory
-            about_engines += f"; not run on {backend}: {error}"
+            loaded = Engines(backend, directory, config)
+        except (BackendError, MissingDependency) as error:  # another GPU, too little memory
+            engines_text += f"; not run on {backend}: {error}"
             continue
-        with closing(opened) as engines:
+        with closing(loaded) as engines:
             for name, engine in engines.load(manifest.graphs).items():
-                spec, limit = manifest.graphs[name], LIMITS[kinds[name]]
-                runs = partial(run, engine, spec, engines.device)
-                checks += judge(name, backend, spec, limit, runs, for_engines[name])
+                spec, limit = manifest.graphs[name], LIMITS[dtypes[name]]
+                function = partial(run_graph, engine, spec, engines.device)
+                checks += check_calls(name, backend, spec, limit, function, engine_calls[name])
     checks.sort(key=lambda check: (check.passed, -check.share))
     return Verification(
         bundle=str(directory),
         model=config.name,
         precision=config.precision,
-        inputs=about_inputs(small, config),
-        limits={kind: LIMITS[kind] for kind in sorted({*kinds.values()})},
+        inputs=describe_inputs(small, config),
+        limits={dtype: LIMITS[dtype] for dtype in sorted({*dtypes.values()})},
         checks=checks,
-        engines=about_engines,
+        engines=engines_text,
         tools={
             name: importlib.metadata.version(name)
             for name in ("packforcing", "onnxruntime", "polygraphy", "onnx-ir")
         },
-        seconds=time.perf_counter() - began,
+        seconds=time.perf_counter() - start,
     )
 
 
-def about_inputs(small: Config, config: Config) -> str:
-    """What the inputs stand for, and what they do not."""
+def describe_inputs(small: Config, config: Config) -> str:
+    """Describe the recorded inputs, and how they differ from the model's own.
+
+    Args:
+        small: The config of the recorded rollout.
+        config: The model's.
+    """
 
     def sizes(config: Config) -> str:
         return (
@@ -185,62 +236,76 @@ def about_inputs(small: Config, config: Config) -> str:
             f"{config.context_tokens:,} of context"
         )
 
-    said = f"recorded from a rollout with {sizes(small)}"
+    text = f"recorded from a rollout with {sizes(small)}"
     if small.context_tokens != config.context_tokens:
-        said += (
-            f", since a CPU stores attention scores in full; the model's own are {sizes(config)}"
+        text += (
+            f", since a CPU stores all attention scores of a layer; the model's own are "
+            f"{sizes(config)}"
         )
     if config.text_encoder != "words":
-        said += "; the prompt's embedding is a seeded draw"
-    return said
+        text += "; the prompt's embedding is random"
+    return text
 
 
-class Expected:
-    """A call in the types that the bundle's graph takes, and what the oracle gives for it."""
+class ExpectedCall:
+    """A recorded call in the dtypes of the bundle's graph, and the oracle's outputs for it."""
 
-    def __init__(self, oracle: Oracle, spec: GraphSpec, call: Call) -> None:
-        self.call, self.inputs = call.name, as_stored(spec, call.inputs)
-        self.outputs = oracle.run(without_rest(spec, self.inputs))
+    def __init__(self, oracle: Oracle, spec: GraphSpec, call: RecordedCall) -> None:
+        self.name, self.inputs = call.name, cast_inputs(spec, call.inputs)
+        self.outputs = oracle.run(truncate_context(spec, self.inputs))
 
 
-def check_memory(*directories: Path) -> None:
-    """Refuses bundles, loaded at once, whose weights are too much for the memory that is free."""
-    largest = sum(
+def require_memory(*directories: Path) -> None:
+    """Check that bundles can be verified, loaded at once, in the memory that is free.
+
+    Raises:
+        BackendError: Their weights need more.
+    """
+    largest_bytes = sum(
         max(
             sum(file.stat().st_size for file in directory.glob(f"{path.name}*"))
             for path in directory.glob("*.onnx")
         )
         for directory in directories
     )
-    needed, free = MEMORY * largest + SPARE, free_memory()
+    needed, free = MEMORY_FACTOR * largest_bytes + MEMORY_RESERVE, free_memory()
     if needed > free:
         raise BackendError(
-            f"verifying {' and '.join(map(str, directories))} needs {needed / 1e9:.1f} GB of "
-            f"memory, {free / 1e9:.1f} GB are free: close other programs, or use a machine with "
-            "more"
+            f"verifying {' and '.join(map(str, directories))} needs {format_memory(needed)} of "
+            f"memory and {format_memory(free)} is free: close other programs, or use a machine "
+            "with more"
         )
 
 
 def free_memory() -> int:
-    """Bytes of host memory that can be had without swapping."""
+    """Return the bytes of host memory that are available without swapping."""
     import psutil
 
     return psutil.virtual_memory().available
 
 
-def score_bytes(config: Config, call: Call) -> int:
-    """What the oracle takes for the attention scores of a layer, before and after softmax."""
+def score_bytes(config: Config, call: RecordedCall) -> int:
+    """Estimate the bytes that an oracle needs for the attention scores of a layer.
+
+    They are stored before and after softmax, in fp32.
+    """
     if "kv_len" not in call.inputs:
         return 0
-    new, read = call.inputs["tokens"].shape[1], int(call.inputs["kv_len"][0])
-    return 2 * np.dtype(np.float32).itemsize * config.heads * new * read
+    new, keys = call.inputs["tokens"].shape[1], int(call.inputs["kv_len"][0])
+    return 2 * np.dtype(np.float32).itemsize * config.heads * new * keys
 
 
-def built_engines(directory: Path) -> tuple[str, list[str]]:
-    """What to say of a bundle's engines, and the backends whose engines are to be run.
+def describe_engines(directory: Path) -> tuple[str, list[str]]:
+    """Check a bundle's engines.
 
-    Where there is no GPU these are none. Raises `BackendError` for engines that are damaged or
-    were built from other graphs.
+    Args:
+        directory: The bundle.
+
+    Returns:
+        A text about them, and the backends whose engines can run here: none without a GPU.
+
+    Raises:
+        BackendError: Engines are damaged, or were built from other graphs.
     """
     built = {
         backend: read_records(directory, backend)
@@ -249,48 +314,80 @@ def built_engines(directory: Path) -> tuple[str, list[str]]:
     }
     if not built:
         return "none built, or not all of them", []
-    targets = {backend: sorted({t for r in records.values() for t in r.key.targets})
-               for backend, records in built.items()}  # fmt: skip
-    said = ", ".join(f"{backend} for {' '.join(targets[backend])}" for backend in built)
+    targets = {
+        backend: sorted({target for record in records.values() for target in record.key.targets})
+        for backend, records in built.items()
+    }
+    text = ", ".join(f"{backend} for {' '.join(targets[backend])}" for backend in built)
     try:
         gpus()
     except (BackendError, MissingDependency) as error:
-        return f"{said}: built from these graphs and intact, not run here ({error})", []
-    return f"{said}: run here, on their own shapes", list(built)
+        return f"{text}: built from these graphs and intact, not run here ({error})", []
+    return f"{text}: run here, on their own shapes", list(built)
 
 
-def judge(
-    graph: str, way: str, spec: GraphSpec, limit: Limit, runs: Run, expected: list[Expected]
-) -> list[Check]:
-    """Runs every call with garbage beyond `kv_len`, twice if there is room for it, and compares
-    each output."""
+def check_calls(
+    graph: str,
+    path: str,
+    spec: GraphSpec,
+    limit: ErrorLimit,
+    function: GraphFunction,
+    calls: list[ExpectedCall],
+) -> list[OutputCheck]:
+    """Run calls with garbage beyond `kv_len`, twice where there is any, and check the outputs.
+
+    Args:
+        graph: Name in the contract.
+        path: What computes the graph, as in `OutputCheck.run`.
+        spec: The graph's inputs and outputs.
+        limit: Of its errors.
+        function: Computes it.
+        calls: Inputs, and the oracle's outputs.
+    """
     checks = []
-    for wanted in expected:
-        found = again = runs(with_garbage(spec, wanted.inputs, SEED))
-        if has_rest(spec, wanted.inputs):
-            again = runs(with_garbage(spec, wanted.inputs, SEED + 1))
-        label = (graph, way, wanted.call)
-        checks += compare(label, limit, wanted.outputs, found, again)
+    for call in calls:
+        outputs = repeated = function(add_garbage(spec, call.inputs, SEED))
+        if has_unused_context(spec, call.inputs):
+            repeated = function(add_garbage(spec, call.inputs, SEED + 1))
+        label = (graph, path, call.name)
+        checks += compare_outputs(label, limit, call.outputs, outputs, repeated)
     return checks
 
 
-def ways(path: Path, spec: GraphSpec, plain: GraphSpec) -> dict[str, Callable[[], Run]]:
-    """How a graph is run to be compared: what loads it, by name.
+def execution_paths(
+    path: Path, spec: GraphSpec, oracle_spec: GraphSpec
+) -> dict[str, Callable[[], GraphFunction]]:
+    """Return what computes a graph on the CPU, loaded when it is called, by name.
 
-    ONNX Runtime's CPU provider computes most of an fp16 graph in fp32 and rounds rarely. So the
-    fp32 graph that rounds every result to fp16 is compared too: what goes beyond the range of
-    fp16, or cannot bear its rounding, shows there.
+    ONNX Runtime's CPU provider computes most of an fp16 graph in fp32 and rounds rarely. "rounded"
+    is the fp32 graph with every result rounded to fp16: a value beyond the range of fp16, or an
+    operation that fp16 is too coarse for, shows there.
+
+    Args:
+        path: The ONNX file.
+        spec: Its inputs and outputs.
+        oracle_spec: The same in fp32.
     """
-    ways: dict[str, Callable[[], Run]] = {
-        "onnxruntime": lambda: partial(run, OnnxGraph(path, spec, None), spec, HostDevice())
+    paths: dict[str, Callable[[], GraphFunction]] = {
+        "onnxruntime": lambda: partial(run_graph, OnnxGraph(path, spec, None), spec, HostDevice())
     }
-    if halved(spec):
-        ways["rounded"] = lambda: Oracle(path, plain, rounded=True).run
-    return ways
+    if is_fp16(spec):
+        paths["rounded"] = lambda: Oracle(path, oracle_spec, round_to_fp16=True).run
+    return paths
 
 
-def run(graph: LoadedGraph, spec: GraphSpec, device: HostDevice, inputs: Tensors) -> Tensors:
-    """Outputs of a loaded graph by name, through arrays as the runtime binds them."""
+def run_graph(graph: LoadedGraph, spec: GraphSpec, device: HostDevice, inputs: Tensors) -> Tensors:
+    """Run a loaded graph through arrays that are bound as in the runtime.
+
+    Args:
+        graph: A graph or an engine.
+        spec: Its inputs and outputs.
+        device: Allocates the arrays.
+        inputs: By name.
+
+    Returns:
+        Outputs by name.
+    """
     open_axes = {
         size: inputs[tensor.name].shape[axis]
         for tensor in spec.inputs
@@ -306,86 +403,108 @@ def run(graph: LoadedGraph, spec: GraphSpec, device: HostDevice, inputs: Tensors
         )
         for tensor in (*spec.inputs, *spec.outputs)
     }
-    for name, given in inputs.items():
-        arrays[name].host[...] = given
+    for name, values in inputs.items():
+        arrays[name].host[...] = values
     device.upload(*(arrays[tensor.name] for tensor in spec.inputs))
     graph.bind(arrays)()
     device.download(*(arrays[tensor.name] for tensor in spec.outputs))
     return {tensor.name: arrays[tensor.name].host.copy() for tensor in spec.outputs}
 
 
-def compare(
-    call: tuple[str, str, str], limit: Limit, wanted: Tensors, found: Tensors, again: Tensors
-) -> list[Check]:
-    """Checks of a call's outputs; `again` are those with other garbage beyond `kv_len`.
+def compare_outputs(
+    label: tuple[str, str, str],
+    limit: ErrorLimit,
+    expected: Tensors,
+    outputs: Tensors,
+    repeated: Tensors,
+) -> list[OutputCheck]:
+    """Compare the outputs of a call with the oracle's.
 
-    call: of which graph, how it was run, and which call of it.
+    Args:
+        label: The graph, what computed it, and the call.
+        limit: Of the graph's errors.
+        expected: The oracle's outputs by name.
+        outputs: The graph's.
+        repeated: The graph's with other garbage beyond `kv_len`.
     """
     from polygraphy.comparator import Comparator, RunResults, SimpleCompareFunc, SimpleThreshold
     from polygraphy.logger import G_LOGGER
 
-    scales = {name: float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
-              for name, array in wanted.items()}  # fmt: skip
-    allowed = {name: at_most(limit, scales[name], array) for name, array in wanted.items()}
-    found, again, wanted = ({name: out.astype(np.float32) for name, out in outputs.items()}
-                            for outputs in (found, again, wanted))  # fmt: skip
+    scales = {
+        name: float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
+        for name, array in expected.items()
+    }
+    limits = {name: output_limit(limit, scales[name], array) for name, array in expected.items()}
+    outputs, repeated, expected = (
+        {name: array.astype(np.float32) for name, array in tensors.items()}
+        for tensors in (outputs, repeated, expected)
+    )
     results = RunResults()
-    results.add([found], runner_name="graph")
-    results.add([wanted], runner_name="oracle")
-    # without a relative tolerance the absolute one, stated in the output's own scale, decides
-    by_largest = SimpleCompareFunc(
+    results.add([outputs], runner_name="graph")
+    results.add([expected], runner_name="oracle")
+    compare_largest = SimpleCompareFunc(
         check_error_stat="max",
-        atol={name: allowed[name].largest * scale for name, scale in scales.items()},
-        rtol=0.0,
+        atol={name: limits[name].largest * scale for name, scale in scales.items()},
+        rtol=0.0,  # so that the absolute tolerance decides
     )
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), np.errstate(all="ignore"):
-        (accuracy,) = Comparator.compare_accuracy(results, compare_func=by_largest)
-    ((compared,),) = accuracy.values()
+        (accuracy,) = Comparator.compare_accuracy(results, compare_func=compare_largest)
+    ((by_output,),) = accuracy.values()
     checks = []
-    for name, result in compared.items():
-        scale, limit = scales[name], allowed[name]
-        on_average = SimpleThreshold("mean", limit.mean * scale, 0.0)
-        same = np.array_equal(found[name], again[name])
+    for name, result in by_output.items():
+        scale, limit = scales[name], limits[name]
+        mean_threshold = SimpleThreshold("mean", limit.mean * scale, 0.0)
+        independent = np.array_equal(outputs[name], repeated[name])
         largest, mean = (
             error / (scale or 1.0) if np.isfinite(error) else math.inf
             for error in (result.max_absdiff, result.mean_absdiff)
         )
+        within_limits = bool(result) and mean_threshold.passed(result.metric_values())
         checks.append(
-            Check(
-                graph=call[0],
-                run=call[1],
-                call=call[2],
+            OutputCheck(
+                graph=label[0],
+                run=label[1],
+                call=label[2],
                 output=name,
-                shape=wanted[name].shape,
+                shape=expected[name].shape,
                 scale=scale,
                 largest=largest,
                 mean=mean,
                 share=max(largest / limit.largest, mean / limit.mean),
-                independent=same,
-                passed=bool(result) and on_average.passed(result.metric_values()) and same,
+                independent=independent,
+                passed=within_limits and independent,
             )
         )
     return checks
 
 
-def at_most(limit: Limit, scale: float, wanted: np.ndarray) -> Limit:
-    """The errors that an output may have: one in 8 bits may differ by a step besides."""
-    if wanted.dtype.itemsize > 1 or not scale:
+def output_limit(limit: ErrorLimit, scale: float, expected: np.ndarray) -> ErrorLimit:
+    """Return the errors that an output may have; a quantized one may differ by rounding besides.
+
+    Args:
+        limit: Of the graph.
+        scale: RMS of the oracle's output.
+        expected: The oracle's output.
+    """
+    if expected.dtype.itemsize > 1 or not scale:
         return limit
-    step = 1.0
-    if wanted.dtype == DTYPES["fp8"]:  # its steps grow with the numbers
-        _, exponent = math.frexp(np.abs(wanted).max())
-        step = 2.0 ** (exponent - 1 - ml_dtypes.finfo(wanted.dtype).nmant)
-    return Limit(limit.largest + step * STEP.largest / scale, limit.mean + step * STEP.mean / scale)
+    spacing = 1.0
+    if expected.dtype == DTYPES["fp8"]:  # grows with the values
+        _, exponent = math.frexp(np.abs(expected).max())
+        spacing = 2.0 ** (exponent - 1 - ml_dtypes.finfo(expected.dtype).nmant)
+    return ErrorLimit(
+        limit.largest + spacing * QUANTIZED_LIMIT.largest / scale,
+        limit.mean + spacing * QUANTIZED_LIMIT.mean / scale,
+    )
 
 
-def computes(graph: str, spec: GraphSpec, config: Config) -> str:
-    """The precision that a graph computes in: those on the host stay in fp32."""
+def compute_dtype(graph: str, spec: GraphSpec, config: Config) -> str:
+    """Return the dtype that a graph computes in, a key of `LIMITS`; host graphs stay in fp32."""
     if graph == "denoiser" and config.precision.weights == "fp8":
         return "fp8"
-    return "fp16" if halved(spec) else "fp32"
+    return "fp16" if is_fp16(spec) else "fp32"
 
 
-def halved(spec: GraphSpec) -> bool:
-    """Whether a graph computes in fp16."""
+def is_fp16(spec: GraphSpec) -> bool:
+    """Tell whether a graph computes in fp16."""
     return DTYPES["fp16"] in {tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}

@@ -321,10 +321,10 @@ def verify(ctx: click.Context, bundle: Path | None, out: Path, as_json: bool) ->
     from packforcing.runtime import demo_bundle
 
     with optional_imports("verifying", "cpu", "verify"):
-        from packforcing.export.verify import verify
+        from packforcing.export.verify import verify_bundle
     folder = make_folder(out)
     with graph_meter("verifying", quiet=as_json) as on_graph:
-        verification = verify(bundle or demo_bundle(), on_graph)
+        verification = verify_bundle(bundle or demo_bundle(), on_graph)
     page = report.write_reports(folder, verification)
     if as_json:
         click.echo(report.as_json(verification), nl=False)

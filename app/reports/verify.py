@@ -13,7 +13,7 @@ from packforcing.app.reports.page import save_page
 from packforcing.files import write_file
 
 if TYPE_CHECKING:
-    from packforcing.export.verify import Check, Verification
+    from packforcing.export.verify import OutputCheck, Verification
 
 DECADES = (-4, 2)  # of the chart: errors as powers of ten of the tolerance
 
@@ -70,20 +70,20 @@ def summary(verification: Verification) -> Iterator[str]:
     yield f"{verification.model}: {verdict(verification)}"
 
 
-def _name(check: Check) -> str:
+def _name(check: OutputCheck) -> str:
     return f"{check.graph}, {check.run}, {check.call}, {check.output}"
 
 
-def _error(check: Check) -> str:
+def _error(check: OutputCheck) -> str:
     return (
         f"largest error {check.largest:.1e}, mean {check.mean:.1e}, "
         f"{check.share:.0%} of the tolerance"
     )
 
 
-def _by_graph(verification: Verification) -> dict[str, list[Check]]:
+def _by_graph(verification: Verification) -> dict[str, list[OutputCheck]]:
     """Group checks by graph, the worst first."""
-    groups: dict[str, list[Check]] = {}
+    groups: dict[str, list[OutputCheck]] = {}
     for check in verification.checks:
         groups.setdefault(check.graph, []).append(check)
     return groups
@@ -107,7 +107,7 @@ def _about(verification: Verification) -> dict[str, str]:
     }
 
 
-def _marks(checks: list[Check]) -> dict[str, str]:
+def _marks(checks: list[OutputCheck]) -> dict[str, str]:
     """Draw a mark per output at its error, on a logarithmic scale."""
     low, high = DECADES
     paths = {True: "", False: ""}

@@ -11,8 +11,8 @@ from packforcing.calibration.quantizer import DENOISER
 from packforcing.calibration.recipes import CACHE_RECIPES
 from packforcing.calibration.scales import fit_cache_scales
 from packforcing.errors import CalibrationError, RenderStopped
-from packforcing.export.oracle import Oracle, in_full
-from packforcing.export.verify import verify
+from packforcing.export.oracle import Oracle, oracle_config
+from packforcing.export.verify import verify_bundle
 from packforcing.runtime import Session
 from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.bundle import DTYPES, contract, read_manifest
@@ -70,9 +70,9 @@ def test_a_quantized_cache_is_the_rounded_one(half_bundle, quantized_cache, cali
     from a quantized context is the exact flow from that context dequantized."""
     config = read_manifest(quantized_cache).config
     dtype, recipe = np.dtype(DTYPES[config.precision.cache]), CACHE_RECIPES[config.precision.cache]
-    exact_spec, inputs_spec = contract(in_full(DEEP)), contract(config)["denoiser"]
+    exact_spec, inputs_spec = contract(oracle_config(DEEP)), contract(config)["denoiser"]
     exact = Oracle(half_bundle / DENOISER, exact_spec["denoiser"])
-    quantized = Oracle(quantized_cache / DENOISER, contract(in_full(config))["denoiser"])
+    quantized = Oracle(quantized_cache / DENOISER, contract(oracle_config(config))["denoiser"])
     rng = np.random.default_rng(1)
     sizes = {"N": DEEP.block_tokens, "C": 20}
     scales = fit_cache_scales(load_statistics(calibrated, read_manifest(half_bundle)), recipe)
@@ -166,7 +166,7 @@ def test_the_runtime_stores_a_quantized_cache_and_archive(half_bundle, quantized
         assert rollout.archive.key_values.view(np.int8).any()
         assert rollout.buffers.context.dtype == dtype
     assert len(np.concatenate(frames)) == config.frames(4)
-    assert verify(quantized_cache).missed == []
+    assert verify_bundle(quantized_cache).missed == []
 
 
 def test_a_render_with_a_quantized_cache_resumes_to_the_same_bytes(quantized_cache, tmp_path):

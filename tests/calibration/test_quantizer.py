@@ -18,7 +18,7 @@ from packforcing.calibration.recipes import WEIGHT_RECIPES, quantized_layers
 from packforcing.config import Precision
 from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export import export_bundle
-from packforcing.export.verify import verify
+from packforcing.export.verify import verify_bundle
 from packforcing.files import file_record
 from packforcing.geometry import layer_matrices
 from packforcing.model import random_weights
@@ -57,7 +57,7 @@ def test_the_demo_model_renders_with_quantized_weights(dtype, least_psnr, tmp_pa
 @pytest.mark.parametrize(("weights", "cache"), [("int4", "int8"), ("int8", "fp8"), ("fp8", "fp8")])
 def test_quantized_weights_and_cache_combine(weights, cache, half_bundle, calibrated, tmp_path):
     quantize_bundle(half_bundle, tmp_path / "both", weights, cache, calibrated)
-    verification = verify(tmp_path / "both")
+    verification = verify_bundle(tmp_path / "both")
     write_reports(tmp_path, verification)
     assert (verification.precision.weights, verification.precision.cache) == (weights, cache)
     assert verification.missed == []

@@ -14,8 +14,8 @@ from packforcing.calibration.matmuls import layer_matmuls, stored_weight
 from packforcing.calibration.quantizer import DENOISER, quantize_bundle
 from packforcing.calibration.recipes import WEIGHT_RECIPES, quantized_layers
 from packforcing.calibration.scales import fit_weight_scales, round_to_scales
-from packforcing.export.oracle import Oracle, in_full, record
-from packforcing.export.verify import verify
+from packforcing.export.oracle import Oracle, oracle_config, record_calls
+from packforcing.export.verify import verify_bundle
 from packforcing.runtime.bundle import contract, graph_file, read_manifest
 from packforcing.runtime.estimate import weight_block
 from tests.helpers import DEEP, quantized_matrices
@@ -70,10 +70,10 @@ def test_quantizing_weights_changes_nothing_else(half_bundle, quantized):
 
 
 def test_split_feed_forward_layers_compute_what_whole_ones_do(half_bundle, tmp_path, monkeypatch):
-    config = in_full(read_manifest(half_bundle).config)
+    config = oracle_config(read_manifest(half_bundle).config)
     specs = contract(config)
     oracles = {name: Oracle(half_bundle / graph_file(name), spec) for name, spec in specs.items()}
-    call = record(config, oracles)["denoiser"][0]
+    call = record_calls(config, oracles)["denoiser"][0]
     quantize_bundle(half_bundle, tmp_path / "split", "int4")
     monkeypatch.setattr("packforcing.calibration.weights.split_feed_forward", lambda nodes: nodes)
     quantize_bundle(half_bundle, tmp_path / "whole", "int4")
@@ -90,7 +90,7 @@ def test_split_feed_forward_layers_compute_what_whole_ones_do(half_bundle, tmp_p
 def test_the_runtime_leaves_activations_of_quantized_weights_in_fp16(quantized):
     """ONNX Runtime's own default rounds inputs of quantized weights to int8, an error far above
     the limits; the oracle is the quantized graph in fp32."""
-    verification = verify(quantized)
+    verification = verify_bundle(quantized)
     assert verification.precision == read_manifest(quantized).config.precision
     assert verification.missed == []
 

@@ -20,13 +20,13 @@ from packforcing.export import oracle as oracles
 from packforcing.export import verify as verifying
 from packforcing.export.oracle import (
     Oracle,
-    rehearsal,
-    sized,
-    widen,
-    with_garbage,
-    without_rest,
+    add_garbage,
+    rehearsal_config,
+    resize_call,
+    truncate_context,
+    widen_graph,
 )
-from packforcing.export.verify import Verification, run, verify
+from packforcing.export.verify import Verification, run_graph, verify_bundle
 from packforcing.files import file_record
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import contract, graph_file, read_manifest, write_manifest
@@ -70,12 +70,12 @@ def unplug(graph: ir.Graph) -> None:
 
 @pytest.fixture(scope="module")
 def sound(tiny_bundle):
-    return verify(tiny_bundle)
+    return verify_bundle(tiny_bundle)
 
 
 @pytest.fixture(scope="module")
 def sound_half(tiny_half_bundle):
-    return verify(tiny_half_bundle)
+    return verify_bundle(tiny_half_bundle)
 
 
 # Sound bundles
@@ -85,82 +85,84 @@ def sound_half(tiny_half_bundle):
     "kind, runs", [("sound", {"onnxruntime"}), ("sound_half", {"onnxruntime", "rounded"})]
 )
 def test_every_output_of_a_sound_bundle_is_verified(kind, runs, request, tiny_config):
-    found = request.getfixturevalue(kind)
-    assert found.missed == []
+    verification = request.getfixturevalue(kind)
+    assert verification.missed == []
     specs = contract(tiny_config)
     for way in runs:
-        compared = {(check.graph, check.output) for check in found.checks if check.run == way}
+        compared = {
+            (check.graph, check.output) for check in verification.checks if check.run == way
+        }
         # encoding a start clip is for the host, and stays in fp32 there
         graphs = specs.keys() - ({"vae_encoder"} if way == "rounded" else set())
         assert compared == {(name, out.name) for name in graphs for out in specs[name].outputs}
     full = tiny_config.policy.capacity
-    calls = {check.call for check in found.checks if check.graph == "denoiser"}
+    calls = {check.call for check in verification.checks if check.graph == "denoiser"}
     assert calls == {f"block {b}{kind}" for b in (full // 2, full) for kind in ("", ", mid pass")}
     # the worst first, and something to see: nothing here is exact
-    shares = [check.share for check in found.checks]
+    shares = [check.share for check in verification.checks]
     assert shares == sorted(shares, reverse=True) and shares[0] > 1e-3
 
 
-def test_the_oracle_of_an_fp16_graph_is_the_fp32_model_on_the_weights_that_fp16_keeps(
+def test_the_oracle_of_an_fp16_graph_is_the_fp32_model_with_weights_in_fp16(
     tiny_half_bundle, tiny_model
 ):
     config = tiny_model.config
     text = encode_words("a red star", config)
     oracle = Oracle(tiny_half_bundle / graph_file("prompt"), contract(config)["prompt"])
-    found = oracle.run({"text": text})
+    verification = oracle.run({"text": text})
     transformer = type(tiny_model.transformer)(config)
     state = tiny_model.transformer.state_dict()
     transformer.load_state_dict({name: t.half().float() for name, t in state.items()})
     with torch.inference_mode():
-        wanted = [t for pair in transformer.cross_kv(torch.from_numpy(text)) for t in pair]
-    for name, tensor in zip(found, wanted):
-        np.testing.assert_allclose(found[name], tensor.numpy(), rtol=1e-4, atol=1e-5)
+        expected = [t for pair in transformer.cross_kv(torch.from_numpy(text)) for t in pair]
+    for name, tensor in zip(verification, expected):
+        np.testing.assert_allclose(verification[name], tensor.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_widening_leaves_no_half_but_the_stored_weights(tiny_half_bundle):
+def test_a_widened_graph_has_no_fp16_but_its_stored_weights(tiny_half_bundle):
     model = ir.load(tiny_half_bundle / graph_file("denoiser"))
     stored = {name: value.const_value for name, value in model.graph.initializers.items()}
-    widen(model)
+    widen_graph(model)
     assert {name: v.const_value for name, v in model.graph.initializers.items()} == stored
     assert any(tensor.dtype == ir.DataType.FLOAT16 for tensor in stored.values())
     values = [out for node in model.graph for out in node.outputs]
     assert ir.DataType.FLOAT16 not in {v.dtype for v in (*model.graph.inputs, *values)}
 
 
-def test_garbage_is_finite_and_lies_beyond_the_length_alone(tiny_config):
+def test_garbage_is_finite_and_beyond_kv_len_alone(tiny_config):
     spec = contract(tiny_config)["denoiser"]
     sizes = {"N": 5, "C": 9}
     inputs = {
         t.name: np.ones([sizes.get(str(n), n) for n in t.shape], t.dtype) for t in spec.inputs
     }
     inputs["kv_len"][0] = sizes["N"] + 4
-    one, two = (with_garbage(spec, inputs, seed) for seed in (0, 1))
-    for name, array in without_rest(spec, one).items():
+    one, two = (add_garbage(spec, inputs, seed) for seed in (0, 1))
+    for name, array in truncate_context(spec, one).items():
         np.testing.assert_array_equal(array, inputs[name][tuple(map(slice, array.shape))])
     for name in ("k_ctx.0", "v_ctx.1"):
-        assert without_rest(spec, one)[name].shape[2] == 4
+        assert truncate_context(spec, one)[name].shape[2] == 4
         assert np.isfinite(one[name]).all()
         assert (one[name][:, :, 4:] != two[name][:, :, 4:]).all()
 
 
-def test_the_full_size_model_is_rehearsed_on_a_grid_whose_scores_fit():
+def test_the_full_model_is_rolled_out_on_a_grid_whose_scores_fit():
     wan, demo = MODELS["wan-1.3b"], MODELS["demo"]
-    small = rehearsal(wan)
+    small = rehearsal_config(wan)
     scores = 4 * small.heads * small.block_tokens * (small.block_tokens + small.context_tokens)
-    assert scores <= oracles.SCORES
+    assert scores <= oracles.SCORE_BYTES
     policy = small.policy
     assert (policy.sink, policy.mid, policy.recent) == (1, 1, 1) and small.compressed_tokens > 0
     assert (small.layers, small.dim, small.text_len) == (wan.layers, wan.dim, wan.text_len)
-    assert rehearsal(demo).context_tokens == demo.context_tokens
-    said = verifying.about_inputs(small, wan)
-    assert "64 and 2 new tokens" in said and "6,240 and 182 new tokens" in said
-    assert "seeded draw" in said and "since" not in verifying.about_inputs(demo, demo)
+    assert rehearsal_config(demo).context_tokens == demo.context_tokens
+    text = verifying.describe_inputs(small, wan)
+    assert "64 and 2 new tokens" in text and "6,240 and 182 new tokens" in text
+    assert "random" in text and "since" not in verifying.describe_inputs(demo, demo)
 
 
 # What is missed
 
 
-def test_an_attention_without_its_length_is_missed(tiny_bundle, tiny_config, changed, tmp_path):
+def test_an_attention_without_kv_len_fails(tiny_bundle, tiny_config, changed, tmp_path):
     bundle, folder = changed(tiny_bundle, "denoiser", unplug), tmp_path / "new" / "folder"
     result = CliRunner().invoke(main, ["verify", str(bundle), "--out", str(folder)])
     assert result.exit_code == 1, result.output
@@ -173,7 +175,7 @@ def test_an_attention_without_its_length_is_missed(tiny_bundle, tiny_config, cha
     assert f"{len(missed)} of " in (folder / "verify.html").read_text()
 
 
-def test_a_leak_too_small_for_any_tolerance_is_missed(tiny_bundle, changed):
+def test_a_leak_below_every_tolerance_fails(tiny_bundle, changed):
     def leak(graph: ir.Graph) -> None:
         flow = graph.outputs[0]
         values = next(value for value in graph.inputs if value.name == "v_ctx.0")
@@ -188,38 +190,36 @@ def test_a_leak_too_small_for_any_tolerance_is_missed(tiny_bundle, changed):
         graph.extend([mean, part, leaky])
         graph.outputs[0] = leaky.outputs[0]
 
-    missed = verify(changed(tiny_bundle, "denoiser", leak)).missed
+    missed = verify_bundle(changed(tiny_bundle, "denoiser", leak)).missed
     assert {(check.graph, check.output) for check in missed} == {("denoiser", "flow")}
     assert all(check.share < 1 and not check.independent for check in missed)
 
 
-def test_what_leaves_the_range_of_fp16_is_missed(tiny_half_bundle, changed):
+def test_a_value_beyond_the_range_of_fp16_fails(tiny_half_bundle, changed):
     def enlarge(graph: ir.Graph) -> None:
         value, array = weight(graph, "blocks.0.ffn.2.weight")
         value.const_value = ir.tensor(array * np.float16(2e4), name=value.name)
 
-    found = verify(changed(tiny_half_bundle, "denoiser", enlarge))
-    missed = {(check.graph, check.output): check for check in found.missed}
+    verification = verify_bundle(changed(tiny_half_bundle, "denoiser", enlarge))
+    missed = {(check.graph, check.output): check for check in verification.missed}
     assert math.isinf(missed["denoiser", "flow"].share)
     assert ("denoiser", "k_new.0") not in missed  # it comes before the feed-forward
     # ONNX Runtime alone would not notice: it keeps to fp32 on a CPU
     assert {(check.graph, check.run) for check in missed.values()} == {("denoiser", "rounded")}
 
 
-def test_a_graph_whose_weights_are_not_the_oracles_is_missed(
-    tiny_half_bundle, changed, monkeypatch
-):
+def test_a_graph_with_other_weights_than_the_oracle_fails(tiny_half_bundle, changed, monkeypatch):
     def negate_one_row(graph: ir.Graph) -> None:
         value, array = weight(graph, "blocks.1.self_attn.k.weight")
         array[:, 5] *= -1
         value.const_value = ir.tensor(array, name=value.name)
 
     bundle = changed(tiny_half_bundle, "denoiser", negate_one_row)
-    sound = lambda path, spec, rounded=False: Oracle(  # noqa: E731
-        (path if rounded else tiny_half_bundle / path.name), spec, rounded
+    sound = lambda path, spec, round_to_fp16=False: Oracle(  # noqa: E731
+        (path if round_to_fp16 else tiny_half_bundle / path.name), spec, round_to_fp16
     )
     monkeypatch.setattr(verifying, "Oracle", sound)
-    missed = {(check.graph, check.output) for check in verify(bundle).missed}
+    missed = {(check.graph, check.output) for check in verify_bundle(bundle).missed}
     assert {("denoiser", "k_new.1"), ("denoiser", "k_pool")} <= missed
     assert ("denoiser", "k_new.0") not in missed
 
@@ -239,18 +239,18 @@ def no_gpu():
     raise BackendError("no NVIDIA driver answers")
 
 
-def test_engines_that_cannot_run_here_are_said_to_be_built_not_run(built, monkeypatch):
+def test_engines_without_a_gpu_are_reported_as_built_and_not_run(built, monkeypatch):
     monkeypatch.setattr(verifying, "gpus", no_gpu)
-    said, runnable = verifying.built_engines(built)
-    assert runnable == []
-    assert said == (
+    text, backends = verifying.describe_engines(built)
+    assert backends == []
+    assert text == (
         "tensorrt-rtx for sm86 sm89: built from these graphs and intact, not run here "
         "(no NVIDIA driver answers)"
     )
 
 
 @pytest.mark.parametrize("fault", ["damaged", "another graph"])
-def test_engines_that_are_not_the_bundles_are_refused(built, fault, monkeypatch):
+def test_damaged_engines_and_those_of_other_graphs_are_refused(built, fault, monkeypatch):
     monkeypatch.setattr(verifying, "gpus", no_gpu)
     if fault == "damaged":
         engine_file(built, "tensorrt-rtx", "compressor").write_bytes(b"an engime")
@@ -263,10 +263,10 @@ def test_engines_that_are_not_the_bundles_are_refused(built, fault, monkeypatch)
         manifest.files[path.name] = file_record(path)
         write_manifest(built, manifest)
     with pytest.raises(BackendError, match=f"compressor.engine.*{fault}.*packforcing build"):
-        verify(built)
+        verify_bundle(built)
 
 
-def test_engines_are_run_and_compared_where_there_is_a_gpu(built, tiny_bundle, monkeypatch):
+def test_engines_are_run_and_compared_on_a_gpu(built, tiny_bundle, monkeypatch):
     """With ONNX Runtime in the place of engines, one of them built from other weights."""
 
     class Stand:
@@ -289,27 +289,29 @@ def test_engines_are_run_and_compared_where_there_is_a_gpu(built, tiny_bundle, m
 
     monkeypatch.setattr(verifying, "gpus", lambda: ["a card"])
     monkeypatch.setattr(verifying, "Engines", Stand)
-    found = verify(built)
-    assert {(check.graph, check.run) for check in found.missed} == {("compressor", "tensorrt-rtx")}
-    ran = {check.graph for check in found.checks if check.run == "tensorrt-rtx"}
+    verification = verify_bundle(built)
+    assert {(check.graph, check.run) for check in verification.missed} == {
+        ("compressor", "tensorrt-rtx")
+    }
+    ran = {check.graph for check in verification.checks if check.run == "tensorrt-rtx"}
     assert ran == set(verifying.GPU_GRAPHS)
 
 
-def test_calls_recorded_on_a_small_grid_are_repeated_to_the_shapes_of_engines(tiny_bundle):
+def test_calls_of_a_small_grid_are_repeated_to_the_shapes_of_engines(tiny_bundle):
     """A context of three full blocks stays one of three, a full context stays full."""
     small, specs = TINY, contract(TINY)
     config = msgspec.structs.replace(small, width=2 * small.width)
     graphs = {name: Oracle(tiny_bundle / graph_file(name), specs[name]) for name in specs}
     calls = [
-        sized(specs["denoiser"], call, small, config)
-        for call in oracles.record(small, graphs)["denoiser"]
+        resize_call(specs["denoiser"], call, small, config)
+        for call in oracles.record_calls(small, graphs)["denoiser"]
     ]
     new, half, context = config.block_tokens, config.compressed_tokens, config.context_tokens
     sizes = [(call.inputs["tokens"].shape[1], int(call.inputs["kv_len"][0])) for call in calls]
     assert sizes == [(n, n + valid) for valid in (3 * new, context) for n in (new, half)]
     graph = OnnxGraph(tiny_bundle / graph_file("denoiser"), specs["denoiser"], None)
     for call in calls:
-        outputs = run(graph, specs["denoiser"], HostDevice(), call.inputs)
+        outputs = run_graph(graph, specs["denoiser"], HostDevice(), call.inputs)
         assert call.inputs["k_ctx.0"].shape[2] == context
         assert all(np.isfinite(array).all() for array in outputs.values())
 
@@ -342,7 +344,7 @@ def test_an_infinite_error_is_null_in_json(sound, tmp_path):
 def test_mistakes_end_in_one_line(what, tiny_bundle, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     if what == "memory":
-        monkeypatch.setattr(verifying, "SPARE", 1 << 60)
+        monkeypatch.setattr(verifying, "MEMORY_RESERVE", 1 << 60)
     bundle = tmp_path / "absent" if what == "bundle" else tiny_bundle
     out = tmp_path / "file" / "out" if what == "folder" else tmp_path / "out"
     result = CliRunner().invoke(main, ["verify", str(bundle), "--out", str(out)])
