@@ -94,8 +94,11 @@ def test_switches_fall_where_longlive_has_them():
     """Published: switches asked for at latent frames 40, 80, 120, 160 and 200 happen at 42, 81,
     120, 162 and 201, the next multiples of three. Latent frame n begins with frame 4 n - 3."""
     config = MODELS["longlive"]
-    asked = [Switch(0, STAR), *(Switch((4 * n - 3) / 16, CIRCLE) for n in (40, 80, 120, 160, 200))]
-    blocks, switches = plan_switches(asked, config, frames=957)  # 240 latent frames
+    schedule = [
+        Switch(0, STAR),
+        *(Switch((4 * n - 3) / 16, CIRCLE) for n in (40, 80, 120, 160, 200)),
+    ]
+    blocks, switches = plan_switches(schedule, config, frames=957)  # 240 latent frames
     assert [3 * block for block in switches] == [0, 42, 81, 120, 162, 201]
     assert blocks == 80
 
@@ -155,20 +158,20 @@ def test_rolling_windows_hold_the_published_frames(name, capacity, sink, by_hand
     Self-Forcing's rule, in frames: if a block does not fit, the oldest entries behind the sink
     are dropped; then it is appended, and read together with what is there."""
     config = MODELS[name]
-    cache, held = Cache(config), []
+    cache, blocks_read = Cache(config), []
     for block in range(40):
         own = [*range(3 * block, 3 * block + 3)]
-        over = len(held) + 3 - capacity
+        over = len(blocks_read) + 3 - capacity
         if over > 0:
-            held = held[:sink] + held[sink + over :]
+            blocks_read = blocks_read[:sink] + blocks_read[sink + over :]
         layout = cache.layout()
         read = [int(slot.start) + frame for slot in layout.slots for frame in range(3)]
-        assert read == held and layout.start == own[0]
+        assert read == blocks_read and layout.start == own[0]
         assert all(slot.start == 3 * slot.block for slot in layout.slots)
         if block in by_hand:
             spans = [range(first, last + 1) for first, last in by_hand[block]]
             assert read == [frame for span in spans for frame in span]
-        held += own
+        blocks_read += own
         cache.commit()
 
 
@@ -214,13 +217,13 @@ def test_recompute_is_one_pass_with_a_causal_mask(tiny_model, positions):
     ), 1)  # fmt: skip
 
     def one_pass(mask):
-        layers, found = iter(range(config.layers)), []
+        layers, layers_seen = iter(range(config.layers)), []
 
         def attend(q, k, v):
             layer = next(layers)
             old = [before[0][layer], *(block[layer] for block in before[1])]
             old_k, old_v = (torch.cat([kv[i] for kv in old], 2) for i in range(2))
-            found.append((k, v))
+            layers_seen.append((k, v))
             keys = torch.cat((rotate(old_k, context_rope), rotate(k, new_rope)), 2)
             values = torch.cat((old_v, v), 2)
             return F.scaled_dot_product_attention(rotate(q, new_rope), keys, values, mask)
@@ -228,14 +231,14 @@ def test_recompute_is_one_pass_with_a_causal_mask(tiny_model, positions):
         tokens = torch.cat([history[block].clean for block in (5, 6)], 1)
         times = model.transformer.embed_time(torch.zeros(1, 1))
         model.transformer.run(tokens, None, *times, cross, attend)
-        return found
+        return layers_seen
 
     masked, unmasked = one_pass(causal), one_pass(None)
     recompute_recent(model, cross, history, [1, 2, 4])
     for layer in range(config.layers):
         for i in range(2):
-            found = torch.cat([history[block].full[layer][i] for block in (5, 6)], 2)
-            torch.testing.assert_close(found, masked[layer][i], atol=1e-5, rtol=0)
+            cached = torch.cat([history[block].full[layer][i] for block in (5, 6)], 2)
+            torch.testing.assert_close(cached, masked[layer][i], atol=1e-5, rtol=0)
     assert not torch.allclose(masked[-1][0], unmasked[-1][0], atol=1e-2)
 
 
@@ -276,14 +279,14 @@ def test_a_scheduled_video_is_the_references(session, tiny_model):
     noise = lambda block, step: draw_noise(TINY, SEED, block, step)  # noqa: E731
     switches = {1: (circle, "recompute"), 3: (square, "cut")}
     blocks = list(rollout(tiny_model, star, 6, noise, seed=SEED, switches=switches))
-    wanted = [block.frames[3 if block.index in (0, 3) else 0 :] for block in blocks]
-    wanted = torch.cat(wanted)[:60].permute(0, 2, 3, 1).numpy()
-    told = []
-    found = np.concatenate(list(session.stream(schedule, 7.5, SEED, on_block=told.append)))
-    assert found.shape == wanted.shape
-    assert np.abs(found / 255 - wanted).max() < 0.01
-    assert [info.read for info in told] == [block.read for block in blocks]
-    assert {info.index: info.switch for info in told if info.switch} == {
+    expected = [block.frames[3 if block.index in (0, 3) else 0 :] for block in blocks]
+    expected = torch.cat(expected)[:60].permute(0, 2, 3, 1).numpy()
+    infos = []
+    frames = np.concatenate(list(session.stream(schedule, 7.5, SEED, on_block=infos.append)))
+    assert frames.shape == expected.shape
+    assert np.abs(frames / 255 - expected).max() < 0.01
+    assert [info.read for info in infos] == [block.read for block in blocks]
+    assert {info.index: info.switch for info in infos if info.switch} == {
         0: schedule[0], 1: schedule[1], 3: schedule[2],
     }  # fmt: skip
 
@@ -304,16 +307,16 @@ def test_any_schedule_is_followed_and_repeats(session, prompts, seed, data):
     schedule = [Switch(0, STAR), *(Switch(t, *prompt) for t, prompt in zip(times, prompts))]
     frames = sum(gaps) + 20
     timeline = plan_prompts(schedule, TINY, frames)
-    stream, found = session.stream(schedule, frames / TINY.fps, seed), []
-    for block, made in enumerate(stream):
+    stream, parts = session.stream(schedule, frames / TINY.fps, seed), []
+    for block, part in enumerate(stream):
         switch = timeline.switches[max(at for at in timeline.switches if at <= block)]
         text = session.rollout.buffers.text.host
         np.testing.assert_array_equal(text, encode_words(switch.prompt, TINY))
-        found.append(made)
+        parts.append(part)
     assert block + 1 == timeline.blocks
-    found = np.concatenate(found)
-    assert len(found) == frames
-    np.testing.assert_array_equal(found, video(session, schedule, frames / TINY.fps, seed))
+    made = np.concatenate(parts)
+    assert len(made) == frames
+    np.testing.assert_array_equal(made, video(session, schedule, frames / TINY.fps, seed))
 
 
 def test_keeping_all_under_the_same_prompt_changes_nothing(session):
@@ -351,23 +354,23 @@ def test_recomputing_leaves_every_mid_where_it_is_read(session):
     for _ in range(41):
         run.next_block(clean=rng.standard_normal(run.buffers.latents.shape[1:], np.float32))
     run.switch(encode_words(CIRCLE, config), "recompute")
-    held = history(run)
+    stored = history(run)
     slots = [slot for slot in run.cache.layout().slots if slot.compressed]
     assert [slot.block for slot in slots] == list(range(40))
     for slot in slots:
-        found = held[..., slot.first : slot.first + config.compressed_tokens, :]
-        np.testing.assert_array_equal(found, run.archive.get(slot.block))
+        mid = stored[..., slot.first : slot.first + config.compressed_tokens, :]
+        np.testing.assert_array_equal(mid, run.archive.get(slot.block))
 
 
 def test_a_cut_begins_a_video_of_its_own(session, monkeypatch):
     """From the cut on, every byte is that of the new prompt's own video, with noise counted on."""
     schedule = [Switch(0, STAR), Switch(4, CIRCLE, "cut")]
-    found = video(session, schedule, 12)  # the cut is at block 3, frame 33
+    frames = video(session, schedule, 12)  # the cut is at block 3, frame 33
     monkeypatch.setattr(
         packforcing.runtime.rollout, "draw_noise",
         lambda config, seed, block, step: draw_noise(config, seed, block + 3, step),
     )  # fmt: skip
-    np.testing.assert_array_equal(found[33:], video(session, CIRCLE, (96 - 33) / 8))
+    np.testing.assert_array_equal(frames[33:], video(session, CIRCLE, (96 - 33) / 8))
 
 
 # What people get wrong
@@ -416,10 +419,10 @@ def test_what_is_no_prompt_is_refused(prompt, message):
 def test_an_embedding_that_changes_later_is_the_one_that_was_given(session):
     rows = encode_words(CIRCLE, TINY)[0]
     schedule = [Switch(0, STAR), Switch(2, rows)]
-    wanted = video(session, [Switch(0, STAR), Switch(2, CIRCLE)], 4)
+    expected = video(session, [Switch(0, STAR), Switch(2, CIRCLE)], 4)
     stream = session.stream(schedule, 4, SEED)
     rows[:] = np.nan
-    np.testing.assert_array_equal(np.concatenate(list(stream)), wanted)
+    np.testing.assert_array_equal(np.concatenate(list(stream)), expected)
 
 
 @pytest.fixture

@@ -65,12 +65,12 @@ def test_a_damaged_bundle_is_refused(tiny_bundle, tmp_path, cases):
         try:
             manifest = read_manifest(folder)
             check_files(folder, manifest)
-            found = read_records(folder, "tensorrt-rtx")
+            engine_records = read_records(folder, "tensorrt-rtx")
         except (BundleError, BackendError) as error:
             assert str(folder) in str(error)
         else:  # the same file, from elsewhere
             assert name.endswith((".json", ".engine")) and damage is link
-            assert manifest == read_manifest(sound) and found == records
+            assert manifest == read_manifest(sound) and engine_records == records
         shutil.rmtree(tmp_path / "a")
 
 
@@ -162,12 +162,12 @@ VALUES = st.recursive(
 def places(value: object, path: tuple = ()) -> list[tuple]:
     """Where something stands in what JSON holds."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
-    found = []
+    paths = []
     for key, inner in items:
-        found.append((*path, key))
+        paths.append((*path, key))
         if isinstance(inner, dict | list):
-            found += places(inner, (*path, key))
-    return found
+            paths += places(inner, (*path, key))
+    return paths
 
 
 def changed(value: object, changes: list[tuple[int, object]]) -> object:
@@ -230,8 +230,8 @@ def test_any_request_is_one_or_is_refused(tmp_path, examples):
     """Prompts, lengths, seeds, embeddings, and schedules read from a file."""
     schedule, embedding = tmp_path / "a.toml", tmp_path / "a.safetensors"
 
-    def check(given):
-        prompt, seconds, seed, data = given
+    def check(request):
+        prompt, seconds, seed, data = request
         schedule.write_text(
             f"[[switch]]\ntime = 0\nprompt = {json.dumps(prompt)}\n"
             f"[[switch]]\ntime = {seconds}\nprompt = 'a red star'\n",
@@ -294,11 +294,11 @@ def test_any_command_line_ends_in_a_result_or_one_line(
     word = (st.sampled_from(options) | values | WORDS).map(argument) | st.just("a \udcff")
     words = st.lists(word, max_size=6)
 
-    def check(given):
-        command, args = given
+    def check(arguments):
+        command, args = arguments
         first = ["--bundle", str(tiny_bundle), "--out", "a.mp4"] if command == "render" else []
         result = CliRunner().invoke(main, [command, *first, *args])
-        assert result.exception is None or isinstance(result.exception, SystemExit), given
+        assert result.exception is None or isinstance(result.exception, SystemExit), arguments
         assert result.exit_code in (0, 2)
         if result.exit_code == 2:
             assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

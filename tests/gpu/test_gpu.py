@@ -91,13 +91,13 @@ def test_blocks_equal_the_cpu_given_the_same_history(sessions):
     for _ in range(BLOCKS):
         run.select = lambda *_: np.array(sorted(expected.cache.mids), int)
         expected.next_block()
-        wanted = expected.buffers.latents.host[0]
+        truth = expected.buffers.latents.host[0]
         run.place()
         run.denoise()
         run.buffers.latents_as_patches[...] = run.buffers.tokens_as_latents
-        error = np.abs(run.buffers.latents.host[0] - wanted).max()
-        assert error <= 0.01 * np.abs(wanted).max()
-        run.next_block(clean=wanted)
+        error = np.abs(run.buffers.latents.host[0] - truth).max()
+        assert error <= 0.01 * np.abs(truth).max()
+        run.next_block(clean=truth)
         frames = expected.buffers.pixels.host
         np.testing.assert_allclose(run.buffers.pixels.host, frames, atol=0.02)
 
@@ -144,9 +144,9 @@ def test_compiled_kernels_are_kept_for_the_next_start(ready, request):
     """The second start finds all kernels in the cache and leaves it as it was."""
     ready("tensorrt-rtx")
     bundle = request.getfixturevalue("bundle")
-    kept = []
+    caches = []
     for _ in range(2):
         with Session.open(bundle, backend="tensorrt-rtx") as session:
             begin(session).next_block()
-        kept.append((bundle / "engines" / "tensorrt-rtx" / "runtime.cache").read_bytes())
-    assert kept[0] and kept[0] == kept[1]
+        caches.append((bundle / "engines" / "tensorrt-rtx" / "runtime.cache").read_bytes())
+    assert caches[0] and caches[0] == caches[1]

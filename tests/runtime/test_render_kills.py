@@ -185,7 +185,9 @@ class Disk:
         return watched
 
     def look(self):
-        self.states += [(kept, self._left(kept)) for kept in ("flushed", "renamed", "all")]
+        self.states += [
+            (names_left, self._left(names_left)) for names_left in ("flushed", "renamed", "all")
+        ]
 
     def _id(self, path):
         return self._ids.setdefault(path.stat().st_ino, object())
@@ -203,24 +205,24 @@ class Disk:
     def _listed(self, folder):
         return {path.name: (self._id(path), path.is_dir()) for path in folder.iterdir()}
 
-    def _left(self, kept):
-        found = {}
+    def _left(self, names_left):
+        state = {}
 
         def walk(folder, number, path):
-            names = self._listed(path) if kept == "all" else dict(self._names.get(number, {}))
-            if kept == "renamed" and self._renamed:
+            names = self._listed(path) if names_left == "all" else dict(self._names.get(number, {}))
+            if names_left == "renamed" and self._renamed:
                 old, new, entry = self._renamed
                 if old.parent == path:
                     names.pop(old.name, None)
                 if new.parent == path:
                     names[new.name] = entry
             for name, (inner, is_folder) in names.items():
-                found[folder / name] = None if is_folder else self._data.get(inner, b"")
+                state[folder / name] = None if is_folder else self._data.get(inner, b"")
                 if is_folder:
                     walk(folder / name, inner, path / name)
 
         walk(Path(), self._id(self.root), self.root)
-        return found
+        return state
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks names up in /proc")
@@ -228,19 +230,19 @@ class Disk:
 def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target):
     """Nothing broken has a final name, and the render goes on from its last checkpoint, whichever
     names are kept: what counts is on the disk before it is relied on."""
-    asked = {"seconds": 4.5, "checkpoint_seconds": 1.5}  # four blocks, each with a checkpoint
-    wanted = np.concatenate(list(plain.stream(PROMPT, 4.5, SEED)))
+    options = {"seconds": 4.5, "checkpoint_seconds": 1.5}  # four blocks, each with a checkpoint
+    expected = np.concatenate(list(plain.stream(PROMPT, 4.5, SEED)))
     (tmp_path / "disk").mkdir()
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path / "disk", patch)
-        render(plain, f"{disk.root}/{target}", **asked)
+        render(plain, f"{disk.root}/{target}", **options)
         disk.look()
     place, known = tmp_path / "after", {}
     resumed = {"flushed": [], "renamed": [], "all": []}  # frames, in the order of failures
-    for kept, state in disk.states:
+    for names_left, state in disk.states:
         key = tuple(sorted(state.items()))
         if key in known:
-            resumed[kept] += known[key]
+            resumed[names_left] += known[key]
             continue
         for path, data in state.items():
             (place / path).parent.mkdir(parents=True, exist_ok=True)
@@ -250,13 +252,13 @@ def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target):
             assert len(frames_of(segment))
         path = place / Path(target).name
         if path.exists():
-            np.testing.assert_array_equal(frames_of(path), wanted)
+            np.testing.assert_array_equal(frames_of(path), expected)
         known[key] = []
         if not path.exists() or resume_module.finished(path):
-            summary = render(plain, f"{place}/{target}", resume=True, **asked)
+            summary = render(plain, f"{place}/{target}", resume=True, **options)
             known[key] = [summary.frames_resumed]
-        resumed[kept] += known[key]
-        np.testing.assert_array_equal(frames_of(path), wanted)
+        resumed[names_left] += known[key]
+        np.testing.assert_array_equal(frames_of(path), expected)
         shutil.rmtree(place)
     for frames in resumed.values():  # what was kept once is kept
         assert frames == sorted(frames) and set(frames) == {0, 9, 21, 33, 36}
@@ -307,7 +309,7 @@ def test_a_render_that_filled_the_disk_resumes_when_there_is_room(
                 plain, f"{small_disk}/{target}",
                 on_block=lambda info: fill(info) if info.index == block else None,
             )  # fmt: skip
-    assert {found.name for found in small_disk.iterdir()} == {"other", f"{path.name}.render"}
+    assert {entry.name for entry in small_disk.iterdir()} == {"other", f"{path.name}.render"}
     for segment in small_disk.glob("*.render/segment-*"):
         assert len(frames_of(segment))
     with pytest.raises(OutputError, match=r"needs .* left"):  # nothing has changed
@@ -315,7 +317,7 @@ def test_a_render_that_filled_the_disk_resumes_when_there_is_room(
     other.unlink()
     summary = render(plain, f"{small_disk}/{target}", resume=True)
     assert summary.frames_resumed == {1: 0, 3: 21, "joins": 117}[block]
-    assert [found.name for found in small_disk.iterdir()] == [path.name]
+    assert [entry.name for entry in small_disk.iterdir()] == [path.name]
     if path.suffix == ".mp4":
         render(plain, tmp_path / "b.mp4")
         assert path.read_bytes() == (tmp_path / "b.mp4").read_bytes()

@@ -170,13 +170,13 @@ def test_a_render_of_another_request_is_not_resumed(plain, stopped, tmp_path):
     before = sorted(path.name for path in (tmp_path / "a.mkv.render").iterdir())
     with pytest.raises(OutputError, match=r"unfinished render.*resume it"):
         render(plain, tmp_path / "a.mkv")
-    for change, said in (
+    for change, field in (
         ({"seed": 6}, "seed was 5, now 6"),
         ({"prompt": "a white circle"}, "prompts was"),
         ({"seconds": 14}, "frames was 120, now 112"),
         ({"checkpoint_seconds": 6}, "interval was 2, now 4"),
     ):
-        with pytest.raises(ResumeError, match=f"has another request: .*{said}"):
+        with pytest.raises(ResumeError, match=f"has another request: .*{field}"):
             render(plain, tmp_path / "a.mkv", resume=True, **change)
     assert sorted(path.name for path in (tmp_path / "a.mkv.render").iterdir()) == before
 
@@ -283,7 +283,7 @@ def test_a_snapshot_takes_the_memory_that_the_plan_states(plain, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("tensor", "call", "said"),
+    ("tensor", "call", "message"),
     [
         ("flow", 20, "block 3, step 4 of 4: the graph 'denoiser'"),
         ("q_pool", 21, "block 3, its commit: the graph 'denoiser'"),
@@ -293,7 +293,7 @@ def test_a_snapshot_takes_the_memory_that_the_plan_states(plain, tmp_path, monke
     ],
 )
 def test_nan_stops_the_render_and_its_graph_is_named(
-    tiny_bundle, truth, tmp_path, tensor, call, said
+    tiny_bundle, truth, tmp_path, tensor, call, message
 ):
     """Block 0 has 4 steps and a commit, later ones a mid pass besides; the first of two calls
     that could have made it is named, and the render goes on once the cause is gone."""
@@ -314,7 +314,7 @@ def test_nan_stops_the_render_and_its_graph_is_named(
             return poisoned
 
         graph.bind = bind_poisoned
-        with pytest.raises(BackendError, match=said):
+        with pytest.raises(BackendError, match=message):
             render(session, tmp_path / "a.mkv")
         assert not (tmp_path / "a.mkv").exists()
     with Session.open(tiny_bundle) as session:
@@ -413,7 +413,7 @@ def test_what_is_in_the_way_of_the_folder_is_refused(plain, tmp_path):
 
 
 def test_a_pause_holds_between_two_blocks_until_another_thread_ends_it(plain, truth):
-    found, paused = [], threading.Event()
+    frames, paused = [], threading.Event()
 
     def pause(info):
         if info.index == 2:
@@ -421,15 +421,15 @@ def test_a_pause_holds_between_two_blocks_until_another_thread_ends_it(plain, tr
             paused.set()
 
     def watch():
-        found.extend(plain.stream(PROMPT, SECONDS, SEED, on_block=pause))
+        frames.extend(plain.stream(PROMPT, SECONDS, SEED, on_block=pause))
 
     thread = threading.Thread(target=watch)
     thread.start()
     paused.wait()
-    assert len(found) <= 3 and thread.is_alive()
+    assert len(frames) <= 3 and thread.is_alive()
     plain.proceed()
     thread.join()
-    np.testing.assert_array_equal(np.concatenate(found), truth)
+    np.testing.assert_array_equal(np.concatenate(frames), truth)
 
 
 @pytest.mark.parametrize("end", [Session.stop, Session.close])
@@ -477,13 +477,13 @@ def test_damaged_latents_are_generated_again(plain, truth, stopped, tmp_path, wh
 def test_links_in_a_render_folder_are_neither_read_nor_written_through(
     plain, truth, stopped, tmp_path
 ):
-    kept = [path.name for path in sorted(stopped.glob("*/*-000*")) if "latents" not in path.name]
-    for name in (*kept, "checkpoint.json"):
+    names = [path.name for path in sorted(stopped.glob("*/*-000*")) if "latents" not in path.name]
+    for name in (*names, "checkpoint.json"):
         folder = Path(shutil.copytree(stopped, tmp_path / f"for {name}"))
         link(folder / "a.mkv.render" / name, folder, random.Random())
         with pytest.raises(ResumeError, match=f"{name} is damaged"):
             render(plain, folder / "a.mkv", resume=True)
-    assert len(kept) == 8  # three segments, three parts of the archive, sink and state
+    assert len(names) == 8  # three segments, three parts of the archive, sink and state
     folder, outside = Path(shutil.copytree(stopped, tmp_path / "new")), tmp_path / "outside"
     outside.write_text("mine")
     (folder / "a.mkv.render" / "latents-000006.bin").unlink()

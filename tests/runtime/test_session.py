@@ -71,9 +71,9 @@ def test_sixty_blocks_stay_with_the_reference(session, reference):
     run.select = lambda block, _: np.array(expected[min(block + 1, 59)].read, int)
     for block in expected:
         run.next_block()
-        wanted = block.latents.numpy()
+        truth = block.latents.numpy()
         latents = run.buffers.latents.host[0]
-        error = np.square(latents - wanted).mean() / np.square(wanted).mean()
+        error = np.square(latents - truth).mean() / np.square(truth).mean()
         assert error < 1e-8, f"block {block.index}: latents {-10 * np.log10(error):.1f} dB"
         error = np.square(run.buffers.pixels.host[0] - block.frames.numpy()).mean()
         assert error < 1e-4, f"block {block.index}: {-10 * np.log10(error):.1f} dB"
@@ -132,18 +132,22 @@ def test_start_from_frames_equals_the_reference(
     rng = np.random.default_rng(0)
     start = rng.integers(0, 256, (frames, 64, 96, 3), np.uint8)
     latents = given_blocks * session.config.block_frames
-    held = np.clip(np.arange(latents * 4) - 3, 0, frames - 1)
-    pixels = torch.from_numpy(start[held]).permute(0, 3, 1, 2)[None] / 255
+    sources = np.clip(np.arange(latents * 4) - 3, 0, frames - 1)
+    pixels = torch.from_numpy(start[sources]).permute(0, 3, 1, 2)[None] / 255
     with torch.inference_mode():
         clip = tiny_model.autoencoder.encode(pixels)[0]
     expected = reference(given_blocks + 1, clip=clip)
-    wanted = torch.cat([block.frames for block in expected])[3:].permute(0, 2, 3, 1).numpy()
+    expected_frames = (
+        torch.cat([block.frames for block in expected])[3:].permute(0, 2, 3, 1).numpy()
+    )
     seconds = (12 * (given_blocks + 1) - 3) / session.config.fps
-    found = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
-    assert found.shape == wanted.shape
-    assert np.abs(found / 255 - wanted).max() < 0.01
+    frames_made = np.concatenate(list(session.stream(PROMPT, seconds, SEED, start=start)))
+    assert frames_made.shape == expected_frames.shape
+    assert np.abs(frames_made / 255 - expected_frames).max() < 0.01
     other = np.concatenate(list(session.stream(PROMPT, seconds, SEED)))
-    assert np.abs(found[-1].astype(int) - other[-1]).max() > 10, "the start made no difference"
+    assert np.abs(frames_made[-1].astype(int) - other[-1]).max() > 10, (
+        "the start made no difference"
+    )
 
 
 @pytest.mark.parametrize("device", ["host", "gpu"])
@@ -164,42 +168,42 @@ def test_causvids_long_video_is_rollouts_in_a_row(tiny_bundle, tiny_model, devic
         msgspec.structs.replace(TINY, policy=endless), tiny_model.transformer,
         tiny_model.autoencoder, tiny_model.compressor,
     )  # fmt: skip
-    wanted, clip = [], None  # every rollout's frames
+    published, clip = [], None  # every rollout's frames
     for first, count in ((0, 7), (6, 7), (12, 3)):
         noise = lambda block, step, first=first: draw_noise(TINY, SEED, first + block, step)  # noqa: E731
         blocks = list(rollout(model, text, count, noise, seed=SEED, clip=clip))
         frames = torch.cat([block.frames for block in blocks])[3:]
         latents = torch.cat([block.latents for block in blocks])
-        wanted.append(frames)
+        published.append(frames)
         if count == 7:
             again = model.autoencoder.encode(frames[72].repeat(4, 1, 1, 1)[None])[0]
             clip = torch.cat((again, latents[19:]))
-    assert [len(frames) for frames in wanted] == [81, 81, 33]
-    alone = wanted[0].permute(0, 2, 3, 1).numpy()
-    wanted = torch.cat((wanted[0][:72], wanted[1][:72], wanted[2]))
+    assert [len(frames) for frames in published] == [81, 81, 33]
+    alone = published[0].permute(0, 2, 3, 1).numpy()
+    published = torch.cat((published[0][:72], published[1][:72], published[2]))
 
     config = msgspec.structs.replace(TINY, policy=policy)
     model = Model(config, model.transformer, model.autoencoder, model.compressor)
     noise = lambda block, step: draw_noise(TINY, SEED, block, step)  # noqa: E731
     blocks = list(rollout(model, text, 15, noise, seed=SEED))
     reference = torch.cat([block.frames for block in blocks])[3:]
-    torch.testing.assert_close(reference, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reference, published, atol=1e-4, rtol=0)
 
     with Session.open(tiny_bundle, policy=policy) as session:
         if device == "gpu":
             gpu = on_gpu(session.backend, Cuda())
             session = Session(session.manifest, gpu, policy=policy)
-        told = []
-        found = np.concatenate(
-            list(session.stream(PROMPT, 177 / TINY.fps, SEED, on_block=told.append))
+        infos = []
+        frames_made = np.concatenate(
+            list(session.stream(PROMPT, 177 / TINY.fps, SEED, on_block=infos.append))
         )
-        assert [info.frames for info in told] == list(range(9, 178, 12))
-        assert found.shape == (177, 64, 96, 3)
-        assert np.abs(found / 255 - wanted.permute(0, 2, 3, 1).numpy()).max() < 0.01
+        assert [info.frames for info in infos] == list(range(9, 178, 12))
+        assert frames_made.shape == (177, 64, 96, 3)
+        assert np.abs(frames_made / 255 - published.permute(0, 2, 3, 1).numpy()).max() < 0.01
         # a video of one rollout ends as that one does
         short = np.concatenate(list(session.stream(PROMPT, 81 / TINY.fps, SEED)))
         assert np.abs(short / 255 - alone).max() < 0.01
-        assert np.abs(found[72:81] / 255 - alone[72:]).max() > 0.05
+        assert np.abs(frames_made[72:81] / 255 - alone[72:]).max() > 0.05
 
 
 RESTARTING = Policy(sink=1, mid=2, recent=1, restart=3, selection="recency")
@@ -217,21 +221,24 @@ def test_rollouts_in_a_row_remember_and_follow_prompts(tiny_bundle, tiny_model):
     noise = lambda block, step: draw_noise(config, SEED, block, step)  # noqa: E731
     switches = {at: (embedded[at % 3], effect) for at, effect in effects.items()}
     blocks = list(rollout(model, embedded[0], 12, noise, seed=SEED, switches=switches))
-    wanted = [block.frames[3 if block.index in (0, 7) else 0 :] for block in blocks]
+    expected_frames = [block.frames[3 if block.index in (0, 7) else 0 :] for block in blocks]
     schedule = [Switch(0, PROMPT)]
     for at, effect in effects.items():  # the frame with which a block begins
         frame = 12 * at - 3 * (1 + (at > 7))
         schedule.append(Switch(frame / TINY.fps, words[at % 3], effect))
-    frames, told = 12 * 12 - 6, []
+    frames, infos = 12 * 12 - 6, []
     with Session.open(tiny_bundle, policy=RESTARTING) as session:
-        stream = session.stream(schedule, frames / TINY.fps, SEED, on_block=told.append)
-        found = np.concatenate(list(stream))
+        stream = session.stream(schedule, frames / TINY.fps, SEED, on_block=infos.append)
+        frames_made = np.concatenate(list(stream))
         before = list(session.stream(schedule[:4], 81 / TINY.fps, SEED))
-    assert [info.read for info in told] == [block.read for block in blocks]
+    assert [info.read for info in infos] == [block.read for block in blocks]
     # block 9 of the scene from 7 is the next rollout's first: its own sink, so nothing archived
-    assert [info.read for info in told[7:]] == [[], [], [], [], []]
-    assert np.abs(found / 255 - torch.cat(wanted).permute(0, 2, 3, 1).numpy()).max() < 0.01
-    np.testing.assert_array_equal(np.concatenate(before), found[:81])
+    assert [info.read for info in infos[7:]] == [[], [], [], [], []]
+    assert (
+        np.abs(frames_made / 255 - torch.cat(expected_frames).permute(0, 2, 3, 1).numpy()).max()
+        < 0.01
+    )
+    np.testing.assert_array_equal(np.concatenate(before), frames_made[:81])
 
 
 def test_a_single_image_starts_a_video(session):
@@ -369,8 +376,8 @@ def test_memory_is_what_is_allocated(restart, widths, precision):
     assert plan.host["copies"] == card.host.allocated.total()
     encoder = sum(array.nbytes for array in (buffers[1].encoder or {}).values())
     assert (encoder > 0) == (restart > 0)
-    kept = buffers[1].text.nbytes + buffers[1].recent.nbytes + encoder
-    assert plan.host["copies"] == cuda.used("host") + kept
+    host_bytes = buffers[1].text.nbytes + buffers[1].recent.nbytes + encoder
+    assert plan.host["copies"] == cuda.used("host") + host_bytes
     del buffers
     assert host.allocated.total() == card.allocated.total() == card.host.allocated.total() == 0
     assert cuda.used("device") == cuda.used("host") == 0
@@ -456,9 +463,9 @@ def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
     with torch.inference_mode():
         inputs = [torch.from_numpy(arrays[tensor.name].host) for tensor in spec.inputs]
         expected = Denoiser(tiny_model)(*inputs)
-    for tensor, wanted in zip(spec.outputs, expected):
+    for tensor, truth in zip(spec.outputs, expected):
         np.testing.assert_allclose(
-            arrays[tensor.name].host, wanted.numpy(), atol=2e-5, err_msg=tensor.name
+            arrays[tensor.name].host, truth.numpy(), atol=2e-5, err_msg=tensor.name
         )
 
 

@@ -58,8 +58,8 @@ def test_a_clip_of_another_rate_is_read_at_the_models(tmp_path, fps, expected):
     clip = noise(8)
     write(tmp_path / "clip.mkv", clip)
     start = read_start(tmp_path / "clip.mkv", WIDTH, HEIGHT, fps, limit=100)
-    found = [int(np.argmax((clip == frame).all((1, 2, 3)))) for frame in start]
-    assert found == expected
+    positions = [int(np.argmax((clip == frame).all((1, 2, 3)))) for frame in start]
+    assert positions == expected
 
 
 def claiming_png(width: int, height: int) -> bytes:
