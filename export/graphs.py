@@ -1,7 +1,7 @@
-"""The reference model as five ONNX graphs, with the I/O table of `packforcing.runtime.bundle`.
+"""Export the reference model as five ONNX graphs, by the contract in `runtime.bundle`.
 
-Each wrapper takes and gives flat tensors in the contract's order; the contract itself names
-them and says which axes stay symbolic.
+Each wrapper has flat tensors as inputs and outputs, in the contract's order; the contract names
+them and states which axes stay symbolic.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from packforcing.transformer import head_rows
 OPSET = 24  # the first with Attention's nonpad_kv_seqlen, which carries kv_len
 
 
-# Run on the host whatever the backend: once per prompt, and for a clip to start from. They
-# compute in fp32; only what they hand over is in the bundle's precision.
+# Run on the host with every backend: once per prompt, and for a start clip. They compute in fp32;
+# only their outputs are in the bundle's precision.
 HOST_GRAPHS = ("prompt", "vae_encoder")
 
 
@@ -109,13 +109,19 @@ WRAPPERS = {
 
 
 def export_graph(config: Config, weights: Weights, name: str) -> ir.Model:
-    """One graph of the contract as an ONNX model, linted; its weights are read when it is saved.
+    """Export one graph of the contract; its weights are read when it is saved.
 
-    Raises `ExportError` if the graph breaks the contract.
+    Args:
+        config: The model.
+        weights: Tensors by checkpoint name.
+        name: The graph's name, a key of `WRAPPERS`.
+
+    Raises:
+        ExportError: The graph breaks the contract.
     """
     spec = contract(config)[name]
     dtype = torch.float32 if name in HOST_GRAPHS else _compute_dtype(config)
-    # Traced on tensors without memory: a full-size model would need several times its own size.
+    # Fake tensors: tracing a full-size model would need several times its memory
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _default(dtype):
         warnings.simplefilter("ignore")  # the exporter warns of its own insides
         program = torch.onnx.export(
@@ -126,23 +132,23 @@ def export_graph(config: Config, weights: Weights, name: str) -> ir.Model:
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=_dynamic_shapes(name, spec),
-            optimize=False,  # see `simplify`
+            optimize=False,  # see `simplify_graph`
             verbose=False,
         )
     assert program is not None
     model = program.model
-    simplify(model)
-    fill(model.graph, config, weights, dtype)
+    simplify_graph(model)
+    attach_weights(model.graph, config, weights, dtype)
     if dtype == torch.float32:
-        halve_weights(model)
+        store_weights_in_fp16(model)
     lint(name, model, spec)
     return model
 
 
-def simplify(model: ir.Model) -> None:
-    """Folds what tracing leaves behind: sizes that are known, lists that are taken apart again.
+def simplify_graph(model: ir.Model) -> None:
+    """Fold constant sizes, and lists that tracing packs and unpacks, in place.
 
-    Of the exporter's own optimiser the part that our graphs need; the whole of it takes three
+    This is the part of the exporter's own optimizer that these graphs need; all of it takes three
     times as long as tracing, and reads every weight.
     """
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of each weight left unread
@@ -171,10 +177,16 @@ def simplify(model: ir.Model) -> None:
         tidy(model)
 
 
-def fill(graph: ir.Graph, config: Config, weights: Weights, dtype: torch.dtype) -> None:
-    """Gives every initializer its weight in `dtype`, to be read only when it is written.
+def attach_weights(graph: ir.Graph, config: Config, weights: Weights, dtype: torch.dtype) -> None:
+    """Attach to every initializer its weight, which is read when the graph is written.
 
-    A linear layer's weight is stored as its product needs it: the transpose goes from the graph.
+    The weight of a linear layer is stored transposed, and the Transpose node removed.
+
+    Args:
+        graph: Changed in place.
+        config: The model.
+        weights: Tensors by checkpoint name.
+        dtype: The dtype to store; values are rounded to the model's compute dtype first.
     """
     for value in list(graph.initializers.values()):
         name = str(value.name)
@@ -199,7 +211,7 @@ def fill(graph: ir.Graph, config: Config, weights: Weights, dtype: torch.dtype) 
 
 
 def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
-    """Zeros of the graph's shapes, open axes at their tracing sizes; they take no memory."""
+    """Return zeros as a graph's inputs, symbolic axes in `TRACE_SIZES`; they use no memory."""
     return tuple(
         torch.zeros((), dtype=getattr(torch, tensor.dtype)).expand(
             [TRACE_SIZES[n] if isinstance(n, str) else n for n in tensor.shape]
@@ -208,10 +220,10 @@ def example_inputs(spec: GraphSpec) -> tuple[Tensor, ...]:
     )
 
 
-def halve_weights(model: ir.Model) -> None:
-    """Stores every weight that float16 holds exactly as float16, cast back where it is read.
+def store_weights_in_fp16(model: ir.Model) -> None:
+    """Store every weight that fp16 represents exactly in fp16, with a cast to fp32, in place.
 
-    Nothing changes in the arithmetic: a runtime folds the casts when it loads the graph.
+    The arithmetic is the same: a runtime folds the casts when it loads the graph.
     """
     graph = model.graph
     for name, value in list(graph.initializers.items()):

@@ -1,4 +1,4 @@
-"""What an exported graph must not contain: the silent faults of exporters, made loud."""
+"""Check an exported graph against the contract: silent faults of exporters become errors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import onnx_ir as ir
 from packforcing.errors import ExportError
 from packforcing.runtime.bundle import GraphSpec, Shape, TensorSpec
 
-# The symbolic axes' sizes while tracing: primes that no model size equals, so that finding
-# one of them (or their sum) in a finished graph means that it was baked in.
+# Sizes of the symbolic axes while tracing: primes that no model size equals, so one of them (or
+# their sum) in a finished graph is a size that became a constant.
 TRACE_SIZES = {"N": 1009, "C": 2003}
 
-# What the five graphs are made of. All of it runs on ONNX Runtime's CPU provider and is taken by
-# TensorRT-RTX's parser (1.7); anything new has to be tried on both before it joins the list.
+# The ops of the five graphs. ONNX Runtime's CPU provider runs all of them, and TensorRT-RTX's
+# parser (1.7) accepts them; try a new one with both before it joins the list.
 OPS = frozenset({
     "Add", "Attention", "AveragePool", "Cast", "Clip", "Concat", "ConstantOfShape", "Conv", "Cos",
     "DepthToSpace", "DequantizeLinear", "Div", "Gather", "Gelu", "LayerNormalization", "MatMul",
@@ -23,15 +23,22 @@ OPS = frozenset({
 
 
 def lint(name: str, model: ir.Model, spec: GraphSpec) -> None:
-    """Raises `ExportError` unless the graph is what the contract says and nothing else.
+    """Check a graph against the contract.
 
-    Checked: names, order, shapes and dtypes of inputs and outputs (an axis the contract leaves
-    open must be symbolic), every input is read, every op is on the list, every operation works
-    at any size of the open axes.
+    Names, order, shapes and dtypes of inputs and outputs are the contract's, with its symbolic
+    axes; every input is read; every op is in `OPS`; no size of a symbolic axis is a constant.
+
+    Args:
+        name: The graph's name in the contract.
+        model: The graph.
+        spec: Its inputs and outputs by the contract.
+
+    Raises:
+        ExportError: The graph breaks the contract.
     """
     graph = model.graph
-    _compare(name, "input", graph.inputs, spec.inputs)
-    _compare(name, "output", graph.outputs, spec.outputs)
+    _check_tensors(name, "input", graph.inputs, spec.inputs)
+    _check_tensors(name, "output", graph.outputs, spec.outputs)
     unread = [str(value.name) for value in graph.inputs if not value.uses()]
     if unread:
         raise ExportError(f"graph '{name}': nothing reads input {', '.join(unread)}")
@@ -39,33 +46,35 @@ def lint(name: str, model: ir.Model, spec: GraphSpec) -> None:
                       for node in graph if node.domain or node.op_type not in OPS})  # fmt: skip
     if foreign:
         raise ExportError(f"graph '{name}' uses ops outside the list: {', '.join(foreign)}")
-    baked = _baked(graph)
-    if baked:
-        raise ExportError(f"graph '{name}' bakes in a size the contract leaves open: {baked[0]}")
+    constant_sizes = _constant_sizes(graph)
+    if constant_sizes:
+        raise ExportError(
+            f"graph '{name}' bakes in a size the contract leaves open: {constant_sizes[0]}"
+        )
 
 
-def _baked(graph: ir.Graph) -> list[str]:
-    """Values in which a size of the tracing run, or their sum, has become a constant."""
+def _constant_sizes(graph: ir.Graph) -> list[str]:
+    """List the values in which a size of the trace, or their sum, is a constant."""
     sizes = {*TRACE_SIZES.values(), sum(TRACE_SIZES.values())}
-    found = []
+    places = []
     for node in graph:
         for value in node.inputs:
             constant = None if value is None else ir.convenience.get_const_tensor(value)
             if constant is None or constant.dtype != ir.DataType.INT64:
                 continue
             if sizes & set(constant.numpy().ravel().tolist()):
-                found.append(f"an input of {node.op_type} {node.name}")
+                places.append(f"an input of {node.op_type} {node.name}")
         for value in node.outputs:
             if value.shape is not None and sizes & set(value.shape.dims):
-                found.append(f"the shape of {value.name}")
-    return found
+                places.append(f"the shape of {value.name}")
+    return places
 
 
-def _compare(name: str, kind: str, values, specs: tuple[TensorSpec, ...]) -> None:
-    found = [value.name for value in values]
-    wanted = [spec.name for spec in specs]
-    if found != wanted:
-        raise ExportError(f"graph '{name}': {kind}s are {found}, the contract has {wanted}")
+def _check_tensors(name: str, kind: str, values, specs: tuple[TensorSpec, ...]) -> None:
+    names = [value.name for value in values]
+    expected = [spec.name for spec in specs]
+    if names != expected:
+        raise ExportError(f"graph '{name}': {kind}s are {names}, the contract has {expected}")
     for value, spec in zip(values, specs):
         shape: Shape = tuple(n if isinstance(n, int) else str(n.value) for n in value.shape)
         dtype = value.dtype.numpy().name
