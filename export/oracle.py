@@ -324,6 +324,17 @@ def resize_call(spec: GraphSpec, call: RecordedCall, small: Config, config: Conf
     return RecordedCall(call.name, inputs)
 
 
+def score_bytes(config: Config, call: RecordedCall) -> int:
+    """Estimate the bytes that an oracle needs for the attention scores of a layer.
+
+    They are stored before and after softmax, in fp32.
+    """
+    if "kv_len" not in call.inputs:
+        return 0
+    new, keys = call.inputs["tokens"].shape[1], int(call.inputs["kv_len"][0])
+    return 2 * np.dtype(np.float32).itemsize * config.heads * new * keys
+
+
 def truncate_context(spec: GraphSpec, inputs: Tensors) -> Tensors:
     """Cut the context of a call's inputs at `kv_len`."""
     slices = context_slices(spec, inputs)

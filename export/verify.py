@@ -42,6 +42,7 @@ from packforcing.export.oracle import (
     record_calls,
     rehearsal_config,
     resize_call,
+    score_bytes,
     truncate_context,
 )
 from packforcing.extras import optional_imports
@@ -282,17 +283,6 @@ def free_memory() -> int:
     import psutil
 
     return psutil.virtual_memory().available
-
-
-def score_bytes(config: Config, call: RecordedCall) -> int:
-    """Estimate the bytes that an oracle needs for the attention scores of a layer.
-
-    They are stored before and after softmax, in fp32.
-    """
-    if "kv_len" not in call.inputs:
-        return 0
-    new, keys = call.inputs["tokens"].shape[1], int(call.inputs["kv_len"][0])
-    return 2 * np.dtype(np.float32).itemsize * config.heads * new * keys
 
 
 def describe_engines(directory: Path) -> tuple[str, list[str]]:

@@ -207,7 +207,7 @@ def test_a_target_without_a_dtype_inside_a_graph_is_refused(bundle):
         graph.node.insert(1, back)
 
     edit(bundle, "vae_decoder", change)
-    result = build(bundle, "--targets", "sm86,sm89")
+    result = build(bundle, "--target", "sm86,sm89")
     assert result.exit_code == 2
     assert "holds fp8, which sm86 lacks; it has fp32, fp16, int8, int4" in result.stderr
     path, config = bundle / "vae_decoder.onnx", read_manifest(bundle).config
@@ -251,11 +251,11 @@ def test_a_concurrent_build_is_refused(bundle):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--targets", "sm90"], "unknown target 'sm90'; known targets: sm75, "),
-        (["--targets", ""], "unknown target ''"),
+        (["--target", "sm90"], "unknown target 'sm90'; known targets: sm75, "),
+        (["--target", ""], "has an empty name"),
     ],
 )
-def test_mistakes_are_one_line_and_change_nothing(tiny_half_bundle, args, message):
+def test_a_target_that_does_not_exist_is_refused_in_one_line(tiny_half_bundle, args, message):
     result = build(tiny_half_bundle, *args)
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
@@ -342,7 +342,7 @@ def test_a_damaged_engine_is_refused_and_built_again(rebuilt, damage, message):
     with pytest.raises(BackendError, match=rf"{message}.*: run 'packforcing build"):
         read_records(rebuilt, RTX)
     reasons: list[tuple[str, str]] = []
-    engines.build_engines(rebuilt, on_engine=lambda *told: reasons.append(told))
+    engines.build_engines(rebuilt, on_engine=lambda *reason: reasons.append(reason))
     assert [graph for graph, text in reasons if text.startswith("building")] == ["compressor"]
     read_records(rebuilt, RTX)
 
@@ -402,19 +402,19 @@ def assert_old_or_new_or_none(directory: Path, built: Path) -> str:
 
 
 def test_a_kill_at_any_file_operation_leaves_no_wrong_engine(rebuilt, built):
-    found = []
+    states = []
     for number in range(1, 40):
         shutil.rmtree(rebuilt / "engines")
         shutil.copytree(built / "engines", rebuilt / "engines")
         process = start(rebuilt, number)
         process.communicate()
-        found.append(assert_old_or_new_or_none(rebuilt, built))
+        states.append(assert_old_or_new_or_none(rebuilt, built))
         if process.returncode == 0:  # there are no more changes than this
             break
         assert process.returncode == -signal.SIGKILL
-    assert {"old", "none", "new"} == set(found)
-    assert found == sorted(found, key=["old", "none", "new"].index)
-    assert len(found) > 8
+    assert {"old", "none", "new"} == set(states)
+    assert states == sorted(states, key=["old", "none", "new"].index)
+    assert len(states) > 8
 
 
 def test_a_child_ends_when_its_parent_is_gone(rebuilt):
@@ -450,8 +450,8 @@ def test_a_killed_child_is_reported(rebuilt, built):
     assert process.stdout and process.stdout.readline()
     (child,) = psutil.Process(process.pid).children()
     child.kill()
-    _, said = process.communicate()
-    assert "ended early, with exit code -9 (out of memory?)" in said
+    _, message = process.communicate()
+    assert "ended early, with exit code -9 (out of memory?)" in message
     assert assert_old_or_new_or_none(rebuilt, built) == "old"
     assert not list((rebuilt / "engines" / RTX).glob(".*"))
 
@@ -465,9 +465,9 @@ def test_an_interrupt_keeps_finished_engines_and_no_partial_file(bundle):
             break
     children = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGINT)
-    said = process.communicate()[1]
+    message = process.communicate()[1]
     assert process.returncode == 130
-    assert said.strip() == "interrupted: no unfinished file has its final name"
+    assert message.strip() == "interrupted: no unfinished file has its final name"
     assert not psutil.wait_procs(children, timeout=60)[1]
     folder = bundle / "engines" / RTX
     assert {path.name for path in folder.iterdir()} - {"compressor.log"} == {
@@ -490,7 +490,7 @@ def test_the_full_model_is_exported_and_built_within_its_memory(tmp_path, capsys
     _, seconds, peak = run_measured("export", *model, "--out", directory)
     lines = [f"export: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory"]
     assert peak <= 5e9
-    _, seconds, peak = run_measured("build", directory, "--targets", "sm86,sm89,sm120", "--json")
+    _, seconds, peak = run_measured("build", directory, "--target", "sm86,sm89,sm120", "--json")
     lines.append(f"build: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
     records = read_records(directory, RTX)
     for graph, record in records.items():
