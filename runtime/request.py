@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from dataclasses import dataclass
 
 import msgspec
 import numpy as np
+import psutil
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import ConfigError
@@ -16,6 +16,7 @@ from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.archive import IN_MEMORY
 from packforcing.runtime.plan import LONGEST
+from packforcing.units import format_memory
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,12 @@ def check_memory(config: Config, policy: Policy, blocks: int) -> None:
     config = msgspec.structs.replace(config, policy=policy.fit_to_video(blocks, config.policy))
     archive = min(archive_bytes(config, blocks), IN_MEMORY)
     needed_bytes = sum(memory_by_purpose(config).values()) + archive
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):  # elsewhere allocation itself fails
-        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed_bytes > machine_bytes:
-            raise ConfigError(
-                f"this video needs {needed_bytes / 1e9:.1f} GB under its policy, the machine has "
-                f"{machine_bytes / 1e9:.1f} GB; make it shorter or choose another policy"
-            )
+    machine_bytes = psutil.virtual_memory().total
+    if needed_bytes > machine_bytes:
+        raise ConfigError(
+            f"this video needs {format_memory(needed_bytes)} of memory under its policy, the "
+            f"machine has {format_memory(machine_bytes)}: shorten it or choose another policy"
+        )
 
 
 def check_start(config: Config, start: np.ndarray, timeline: Timeline) -> np.ndarray:

@@ -2,4 +2,4 @@
 
 from packforcing.app.cli import main
 
-main()
+main(prog_name="packforcing")

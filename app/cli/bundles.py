@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "--weights",
     type=PATH,
     metavar="PATH",
-    help="Folder of `import-checkpoint`, or a .safetensors file in this project's format.  "
+    help="Folder written by `import-checkpoint`, or a .safetensors file in this project's format.  "
     "[default for demo: the bundled weights]",
 )
 @option("--random-weights", is_flag=True, help="Use random weights, to test size and speed.")
@@ -123,7 +123,7 @@ def export(
     type=FILE,
     metavar="FILE",
     required=True,
-    help="Text with a prompt per line, or an embedding of `encode-prompt`.",
+    help="Text with a prompt per line, or an embedding produced by `encode-prompt`.",
 )
 @option("--out", metavar="FILE.safetensors", required=True, help="File for the statistics.")
 @seconds_option(5.0, "Length of each video.")
@@ -168,7 +168,7 @@ def calibrate(
     "--weight-dtype",
     aliases=["--weights"],
     type=click.Choice(["int8", "int4", "fp8"]),
-    help="Dtype of the matrices of all layers but the first and the last.",
+    help="Dtype of the matrices in all transformer layers but the first and last.",
 )
 @option(
     "--cache-dtype",
@@ -180,8 +180,8 @@ def calibrate(
     "--calibration",
     type=FILE,
     metavar="FILE",
-    help="Statistics of `calibrate` for this bundle. Required for --cache-dtype and fp8 weights; "
-    "int4 weights are more exact with it.",
+    help="Statistics that `calibrate` wrote for this bundle. Required for --cache-dtype and fp8 "
+    "weights; int4 weights are more exact with it.",
 )
 @option("--out", metavar="DIR", required=True, help="Folder for the quantized bundle.")
 @json_option
@@ -197,7 +197,7 @@ def quantize(
 
     Weights are stored as integers or fp8 with scales, in standard ONNX. They take half (int8, fp8)
     or a quarter (int4) of their fp16 size. An 8-bit cache halves the KV cache and its archive. All
-    else is copied. fp8 quantizes the inputs of the matrices as well, and needs an RTX 40 or later.
+    else is copied. fp8 also quantizes activations, and needs an RTX 40 or later.
 
     Needs `pip install "packforcing[calibration]"`; rendering does not.
 
@@ -308,8 +308,9 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 def verify(ctx: click.Context, bundle: Path | None, out: Path, as_json: bool) -> None:
     """Compare every output of a bundle with fp32.
 
-    Each graph runs on recorded inputs, with garbage in the slots that it must not read. Writes
-    verify.html and verify.json. Exit code 0 if all outputs are within tolerance, 1 if one is not.
+    Each graph runs on recorded inputs. Unused cache slots hold garbage, to detect invalid reads.
+    Engines are compared where a GPU for them is present. Writes verify.html and verify.json. Exit
+    code 0 if all outputs are within tolerance, 1 if one is not.
 
     Needs `pip install "packforcing[cpu,verify]"`.
 

@@ -93,7 +93,7 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
     default="4",
     show_default=True,
     help="Number of prompts to draw, for the demo model; or a file with a prompt, or the name of "
-    "an embedding of `encode-prompt`, per line.",
+    "an embedding produced by `encode-prompt`, per line.",
 )
 @seed_option
 @out_folder_option("out/compare")
@@ -111,12 +111,12 @@ def compare(
     backend: str,
     as_json: bool,
 ) -> None:
-    """Render the same prompts by policy or bundle, and measure.
+    """Compare policies or bundles on the same prompts.
 
-    Prompts and seeds are the same for all policies. With --with, bundles are compared instead: what
-    quantization costs. Writes the videos, compare.json and compare.html with tables, curves, frames
-    and what each block read. Finished videos are not rendered again: running the command again
-    resumes it, with further policies too.
+    Renders every prompt with the same seed under each policy and measures the videos. With --with,
+    compares bundles instead, for example to measure quantization loss. Writes the videos,
+    compare.json and compare.html with tables, curves, frames and what each block read. Finished
+    videos are not rendered again: running the command again resumes it, with further policies too.
 
     Needs `pip install "packforcing[cpu,evaluate,plot]"`.
 

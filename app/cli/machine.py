@@ -91,7 +91,8 @@ def doctor(as_json: bool) -> None:
     "--budget",
     type=BUDGETS,
     metavar="GIB[,GIB...]",
-    help="Device memory in GiB, without the CUDA context.  [default: as much as the model takes]",
+    help="Device memory in GiB. The CUDA context comes on top; --gpu subtracts it.  "
+    "[default: as much as the model takes]",
 )
 @option(
     "--target",
@@ -102,9 +103,9 @@ def doctor(as_json: bool) -> None:
 @option("--gpu", metavar="NAME", help='A GPU by name, like "RTX 4060": sets target and budget.')
 @shape_options
 @option("--weight-dtype", type=click.Choice(WEIGHT_DTYPES), help="Dtype of the weights.  "
-        "[default: the most exact that fits]")  # fmt: skip
+        "[default: the highest precision that fits]")  # fmt: skip
 @option("--cache-dtype", type=click.Choice(CACHE_DTYPES), help="Dtype of the KV cache.  "
-        "[default: the most exact that fits]")  # fmt: skip
+        "[default: the highest precision that fits]")  # fmt: skip
 @option("--precision", type=PRECISION, metavar="WEIGHTS,CACHE", hidden=True)
 @seconds_option(60.0, "Length of the video; the archive grows with it.")
 @option("--picture", type=FILE, metavar="FILE.png", help="Draw the plans as bars.")
@@ -125,10 +126,10 @@ def plan(
 ) -> None:
     """Show what takes memory on a GPU, and what fits.
 
-    Needs no weights, GPU or engine. For a budget, precision is given up before history until all
-    fits. Several budgets or targets make a table. For a bundle with engines, the builder's figures
-    replace the estimates; on a GPU, those of the loaded engines are shown as well. Exit code 2 if a
-    single budget is too small.
+    Needs no weights, GPU or engine. To fit a budget, plan lowers precision first, then shortens
+    history. Several budgets or targets make a table. For a bundle with engines, the builder's
+    figures replace the estimates; on a GPU, those of the loaded engines are shown as well. Exit
+    code 2 if a single budget is too small.
 
     \b
     Examples:

@@ -13,7 +13,7 @@
     --weight-dtype, --cache-dtype dtype of the weights, of the KV cache
     --size WxH                    pixels of a frame
     --history SINK,MID,RECENT     blocks of each partition
-    --policy NAME[,NAME...]       what is remembered of the past
+    --policy NAME[,NAME...]       history policy
     --seconds, --seed             length of a video, and its random numbers
     --out PATH                    the result
     --threads N, --json
@@ -268,14 +268,14 @@ shape_options = options(
     option(
         "--policy",
         metavar="NAME",
-        help="What is remembered of the past, like packforcing or sink-window. An unknown name "
-        "lists all.  [default: as published]",
+        help="History policy, like packforcing or sink-window. An unknown name lists all.  "
+        "[default: the one that the model was published with]",
     ),
     option(
         "--vae",
         type=click.Choice(list(AUTOENCODERS)),
         help="Autoencoder: a tiny one, or Wan's.  [default: the one in the weights, or the tiny "
-        "one; for a budget, Wan's where nothing else is given up for it]",
+        "one; `plan --budget` picks Wan's if everything else stays whole]",
     ),
 )
 run_options = options(

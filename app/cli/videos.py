@@ -97,7 +97,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     "--embedding",
     type=FILE,
     metavar="FILE",
-    help="Render from an embedding of `encode-prompt` instead of PROMPT.",
+    help="Render from an embedding produced by `encode-prompt` instead of PROMPT.",
 )
 @option(
     "--schedule",
@@ -123,13 +123,13 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 @option(
     "--start",
     metavar="FILE",
-    help=f"Picture or clip that the video begins with; of a clip, the last {START_SECONDS:g} s.",
+    help=f"Picture or clip to begin with; of a clip, only the last {START_SECONDS:g} s.",
 )
 @option(
     "--policy",
     metavar="NAME",
-    help="What is remembered of the past, like packforcing or full-history. An unknown name lists "
-    "all.  [default: the bundle's]",
+    help="History policy, like packforcing or full-history. An unknown name lists all. Engines fit "
+    "the bundle's policy alone.  [default: the bundle's]",
 )
 @option(
     "--resume",
@@ -173,10 +173,10 @@ def render(
       prompt = "a blue circle over sand"
       history = "cut"
 
-    The video gets its name when it is complete, and replaces a file of that name. A folder must be
-    new or empty. Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk,
-    the same command with --resume finishes it, with the same frames. The first Ctrl-C stops after
-    the current block, the second at once.
+    PATH is written only on completion and replaces an existing file. A folder must be new or empty.
+    Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk, the same
+    command with --resume finishes it, with the same frames. The first Ctrl-C stops after the
+    current block, the second at once.
 
     \b
     Examples:

@@ -135,7 +135,7 @@ def fetch(model: str, out: Path | None, folder: Path | None, as_json: bool) -> N
 @option(
     "--vae",
     type=click.Choice(TINY_AUTOENCODERS),
-    help="The tiny autoencoder among FILE.  [default: recognized by its file name]",
+    help="Which tiny autoencoder a FILE holds.  [default: recognized by its file name]",
 )
 @option(
     "--lora-alpha",
@@ -157,7 +157,7 @@ def import_checkpoint(
 
     `packforcing export --weights` reads the folder. FILE is a torch checkpoint, a safetensors file,
     or the index or folder of a sharded one. Add LoRAs to merge them. Add the weights of an
-    autoencoder, the tiny one's or Wan's, for export. The model is recognized. Nothing in a file is
+    autoencoder, the tiny one's or Wan's, for export. The model is recognized. Pickled code is never
     executed.
 
     Exit code 2 if a tensor is missing, extra or misshaped; nothing is written then. Needs
