@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from pathlib import Path
+
+# Models of the tests are tiny: a thread per core costs more than it gains, most on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

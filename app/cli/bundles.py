@@ -222,8 +222,8 @@ def quantize(
         return
     if cache_dtype:
         click.echo(f"{out}: KV cache in {cache_dtype}")
-    if result.snr:
-        name, lowest = next(iter(result.snr.items()))
+    if result.lowest_snr:
+        name, lowest = result.lowest_snr
         click.echo(
             f"{out}: quantized {len(result.snr)} matrices to {weight_dtype} "
             f"(lowest SQNR {lowest:.1f} dB, {name}); "

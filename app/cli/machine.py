@@ -213,8 +213,8 @@ def plan(
     type=click.Choice(["input", "mask"]),
     default="input",
     show_default=True,
-    help="How attention learns how much of the context is valid. Use mask where `packforcing "
-    "verify` fails on a GPU.",
+    help="How attention gets the length of the valid context. Use mask if `packforcing verify` "
+    "reports on your GPU that the denoiser reads beyond it.",
 )
 @option(
     "--stream-weights",

@@ -260,7 +260,7 @@ def test_any_request_is_one_or_is_refused(tmp_path, examples):
 
 
 def test_an_endless_prompt_is_refused():
-    with pytest.raises(PromptError, match="at most 10000 are read"):
+    with pytest.raises(PromptError, match="at most 10000 can be read"):
         check_request(TINY, "red " * 10_000, 1, 0)
 
 
@@ -274,11 +274,12 @@ def test_any_command_line_ends_in_a_result_or_one_line(
     def session(*args, **kwargs):
         raise OutputError("it would have been rendered")
 
-    monkeypatch.setattr("packforcing.app.cli._session", session)
+    monkeypatch.setattr("packforcing.app.cli.videos._open_session", session)
     monkeypatch.chdir(tmp_path)
     options = ("--seconds", "--seed", "--policy", "--threads", "--backend", "--out", "--start",
                "--embedding", "--resume", "--json", "--budget", "--size", "--history", "--gpu",
-               "--target", "--precision", "--model", "--block-frames", "--help")  # fmt: skip
+               "--target", "--precision", "--weight-dtype", "--cache-dtype", "--model",
+               "--block-frames", "--help")  # fmt: skip
     values = (
         NUMBERS.map(str)
         | st.sampled_from(

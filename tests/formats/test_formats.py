@@ -130,7 +130,7 @@ def test_an_interrupted_render_is_resumed(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", files_of("statistics"), ids=lambda path: path.name)
 def test_statistics_are_accepted(path, tmp_path):
     pytest.importorskip("onnx_ir")
-    from packforcing.calibration.weights import quantize_bundle
+    from packforcing.calibration.quantizer import quantize_bundle
 
     quantize_bundle(HERE / "bundle-3", tmp_path, cache="int8", calibration=path)
     precision = bundle.read_manifest(tmp_path).config.precision
