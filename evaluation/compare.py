@@ -33,6 +33,7 @@ from packforcing.evaluation.prompt_sets import Prompt
 from packforcing.extras import optional_imports
 from packforcing.files import write_file
 from packforcing.presets import model_config
+from packforcing.prompts import Timeline
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.plan import make_plan
@@ -153,8 +154,7 @@ def run_comparison(
         bundles |= others
         policies = {**policies, **{name: _alike(path, config) for name, path in others.items()}}
     suffix = ".mkv" if others else ".mp4"
-    for prompt in prompts:
-        check_request(config, prompt.content, seconds, prompt.seed)
+    timelines = [check_request(config, prompt.content, seconds, prompt.seed) for prompt in prompts]
     videos = folder / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,8 @@ def run_comparison(
         ) as session:
             for job in group:
                 on_share = partial(_report_share, progress, next(done), len(missing), frames)
-                pair = _render(session, job, prompts[job.number], seconds, on_share)
+                prompt, timeline = prompts[job.number], timelines[job.number]
+                pair = _render(session, job, prompt, timeline, seconds, on_share)
                 write_file(job.video.with_suffix(".json"), _json(pair))
                 finished[job] = pair
     pairs = [finished[job] for job in jobs]
@@ -266,7 +267,12 @@ def _report_share(
 
 
 def _render(
-    session: Session, job: Job, prompt: Prompt, seconds: float, on_share: Callable[[float], None]
+    session: Session,
+    job: Job,
+    prompt: Prompt,
+    timeline: Timeline,
+    seconds: float,
+    on_share: Callable[[float], None],
 ) -> Pair:
     """Render and measure one pair; the video stands under its name when it is whole."""
     process, config = psutil.Process(), session.config
@@ -281,7 +287,7 @@ def _render(
 
     video = job.video
     discard(video)  # of a comparison that was interrupted: every block is to be measured
-    session.render(prompt.content, seconds, video, prompt.seed, on_block=on_block)
+    session.render(timeline, seconds, video, prompt.seed, on_block=on_block)
     # the detectors are of the demo model's world
     words = prompt.text if session.manifest.config.name == model_config("demo").name else None
     evaluation = evaluate_video(video, words, lambda done, total: on_share(0.5 + done / total / 2))

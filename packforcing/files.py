@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,6 +115,8 @@ def new_folder(
     """
     try:
         target = Path(path).resolve()  # so that '.' has a name and a link stays a link
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # raises for a name that is too long, before the work and not after it
         if target.exists() and not (is_empty_folder(target) or (replaceable or _never)(target)):
             raise OutputError(
                 f"{target} exists and is not an empty folder; choose a new or an empty one"

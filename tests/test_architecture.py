@@ -186,6 +186,19 @@ def test_names_say_what_they_hold():
     assert not vague, "\n".join(vague)
 
 
+def test_tests_use_no_private_attributes():
+    """What a test needs is public: a constructor's argument, a documented attribute, a callback."""
+    private = [
+        f"{label(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in code_files("tests")
+        for node in ast.walk(syntax(path))
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr)
+        and node.attr not in ("_asdict", "_replace")  # public, of named tuples
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]  # fmt: skip
+    assert not private, "\n".join(private)
+
+
 def test_public_functions_can_be_searched_for():
     vague = [
         f"{label(path)}: {node.name}"

@@ -135,7 +135,7 @@ def encode_umt5(
                 if _is_valid(cached, prompt, encoder_kind, sha256, ids[prompt]):
                     embeddings[prompt] = cached
     if missing := [prompt for prompt in ids if prompt not in embeddings]:
-        model = _load_model(
+        model = load_umt5(
             encoder, weights, max(token for prompt in missing for token in ids[prompt])
         )
         for prompt in missing:
@@ -251,7 +251,7 @@ def _sha256(files: list[Path], bar: Callable[..., Any] | None) -> str:
 # The model
 
 
-def _load_model(encoder: Encoder, weights: WeightDtype, max_token: int) -> UMT5EncoderModel:
+def load_umt5(encoder: Encoder, weights: WeightDtype, max_token: int) -> UMT5EncoderModel:
     """Load the model; `max_token` is the highest token ID that it will read."""
     tensors = {
         name: stored

@@ -22,6 +22,7 @@ from packforcing.errors import PackForcingError
 from packforcing.files import file_sha256, unseal_json
 from packforcing.prompts import Switch
 from packforcing.runtime import Session, bundle, engine_records, render_record, resume
+from tests.helpers import frames_of
 
 HERE = Path(__file__).parent
 PROMPT = "a red star over navy stripes"
@@ -34,11 +35,6 @@ FORMATS = {
     "model": (published, "VERSION"),
     "render": (render_record, "VERSION"),
 }
-
-
-def frames_of(path: Path) -> np.ndarray:
-    with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def files_of(kind: str) -> list[Path]:

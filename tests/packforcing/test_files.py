@@ -71,6 +71,14 @@ def test_a_folder_appears_whole_and_replaces_only_what_it_may(tmp_path):
     assert names(target) == ["b"] and names(tmp_path) == ["out"]
 
 
+def test_a_folder_name_that_is_too_long_is_refused_before_the_work(tmp_path):
+    with (
+        pytest.raises(errors.OutputError, match="cannot write"),
+        files.new_folder(tmp_path / ("a" * 300)),
+    ):
+        pytest.fail("the work began")
+
+
 def test_sealed_json_is_read_back_and_shows_every_damage(tmp_path):
     sealed = files.seal_json("engine", b'{"a": 1}')
     assert files.unseal_json("engine", sealed) == b'{"a": 1}'

@@ -280,8 +280,8 @@ def test_a_prompt_is_encoded_once_by_each_encoder(umt5, tmp_path, monkeypatch):
     from packforcing.checkpoints import umt5 as module
 
     cache, loaded = tmp_path / "cache", []
-    load = module._load_model
-    monkeypatch.setattr(module, "_load_model", lambda *args: loaded.append(args) or load(*args))
+    load = module.load_umt5
+    monkeypatch.setattr(module, "load_umt5", lambda *args: loaded.append(args) or load(*args))
     first = encode("a fox", umt5, cache=cache)
     again = encode(" a  fox ", umt5, cache=cache)
     np.testing.assert_array_equal(first.text, again.text)
