@@ -23,6 +23,7 @@ from click.testing import CliRunner, Result
 
 from packforcing import Config, Policy
 from packforcing.app.cli import main
+from packforcing.presets import model_config
 from tests.golden import cases as golden
 
 PROMPT = "a red star over navy stripes"
@@ -31,6 +32,14 @@ SEED = 3
 TINY = Config(
     **golden.TINY, sampler="renoise", policy=Policy(sink=1, mid=3, recent=2, mid_span=2.5)
 )
+
+WAN = model_config("wan-1.3b")
+CONFIGS = {
+    "wan": WAN,
+    "demo": model_config("demo"),
+    "tiny": TINY,
+    "low branch": msgspec.structs.replace(TINY, compressor_widths=()),
+}
 
 DEEP = msgspec.structs.replace(TINY, name="deep", layers=4, ffn_dim=384)  # two can be quantized
 CALIBRATION_PROMPTS = ("a red star", "a blue square over sand")

@@ -18,17 +18,8 @@ from packforcing.geometry import (
     parameters,
 )
 from packforcing.model import weight_shapes
-from packforcing.presets import model_config
 from packforcing.transformer import Transformer
-from tests.helpers import TINY, is_prompt_weight
-
-WAN = model_config("wan-1.3b")
-CONFIGS = {
-    "wan": WAN,
-    "demo": model_config("demo"),
-    "tiny": TINY,
-    "low branch": msgspec.structs.replace(TINY, compressor_widths=()),
-}
+from tests.helpers import CONFIGS, WAN, is_prompt_weight
 
 
 def modules(config):

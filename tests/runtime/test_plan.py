@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packforcing import Policy, model_config
+from packforcing import Policy
 from packforcing.config import Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.geometry import operations
@@ -41,15 +41,7 @@ from packforcing.runtime.plan import (
 from packforcing.transformer import Transformer
 from packforcing.units import GIB
 from tests.emulated import Cuda, cuda_device
-from tests.helpers import TINY, builder_figures, is_close_estimate, is_prompt_weight
-
-WAN = model_config("wan-1.3b")
-CONFIGS = {
-    "wan": WAN,
-    "demo": model_config("demo"),
-    "tiny": TINY,
-    "low branch": msgspec.structs.replace(TINY, compressor_widths=()),
-}
+from tests.helpers import CONFIGS, TINY, WAN, builder_figures, is_close_estimate, is_prompt_weight
 
 
 def with_(config, **changes):

@@ -11,28 +11,8 @@ from PIL import Image
 
 from packforcing.errors import VideoError
 from packforcing.runtime.start_clip import read_start
-from packforcing.runtime.video_files import open_video
+from tests.clips import FPS, HEIGHT, WIDTH, flat, noise, write
 from tests.helpers import PROMPT, run_without
-
-WIDTH, HEIGHT, FPS = 48, 32, 16
-
-
-def noise(count: int, seed: int = 0) -> np.ndarray:
-    """The hardest frames to keep exactly, uint8 [count, HEIGHT, WIDTH, 3]."""
-    generator = np.random.default_rng(seed)
-    return generator.integers(0, 256, (count, HEIGHT, WIDTH, 3), np.uint8)
-
-
-def flat(*colours: tuple[int, int, int], repeat: int = 1) -> np.ndarray:
-    """Frames of one RGB colour each, every one `repeat` times."""
-    frames = np.repeat(np.array(colours, np.uint8), repeat, axis=0)
-    return np.broadcast_to(frames[:, None, None], (len(frames), HEIGHT, WIDTH, 3))
-
-
-def write(path: str | Path, *blocks: np.ndarray) -> None:
-    with open_video(path, WIDTH, HEIGHT, FPS) as video:
-        for block in blocks:
-            video.write(block)
 
 
 def test_a_picture_is_cropped_around_its_centre_and_resized(tmp_path):
