@@ -3,7 +3,6 @@
 import importlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,20 +87,32 @@ def test_a_batch_skips_what_is_done_and_renders_what_changed(tmp_path):
     assert changed.stdout.splitlines()[1].split()[1] == "failed" and "fox" in changed.stdout
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
+# Runs the program with Ctrl-C pressed after the first block of the second video.
+INTERRUPTED = """
+import runpy, signal, sys
+from packforcing.runtime import Session
+
+render = Session.render
+
+def interrupted_render(self, *args, seed, **options):
+    if seed == 1:
+        options["on_block"] = lambda block: signal.raise_signal(signal.SIGINT)
+    return render(self, *args, seed=seed, **options)
+
+Session.render = interrupted_render
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_an_interrupted_batch_continues_to_the_same_videos(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     batch = tmp_path / "prompts.txt", tmp_path / "videos", "--seconds", "3"
-    process = subprocess.Popen(
-        [sys.executable, EXAMPLES / "batch_render.py", *batch],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    first = process.stdout.readline()
-    process.send_signal(signal.SIGINT)  # in the second video
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1 and "the same command continues" in errors
+    command = [sys.executable, "-c", INTERRUPTED, EXAMPLES / "batch_render.py", *batch]
+    stopped = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert stopped.returncode == 1 and "the same command continues" in stopped.stderr
     (video,) = (tmp_path / "videos").glob("*.mp4")
-    assert first.startswith(video.name)
+    assert stopped.stdout.startswith(video.name)
     done = run("batch_render.py", *batch)
     assert done.returncode == 0, done.stderr
     assert [line.split()[1] == "was" for line in done.stdout.splitlines()] == [True, False]
