@@ -8,42 +8,16 @@ under which a file is published decides, or the caller.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from packforcing.checkpoints.lora import LONGLIVE_ENTRY, LORA_NAME
+from packforcing.checkpoints.names import wan_name
 from packforcing.checkpoints.published import AUTOENCODER_PARTS, PUBLISHED, published
 from packforcing.checkpoints.reading import StoredTensor, Tensors, list_tensors
 from packforcing.errors import CheckpointError
 from packforcing.model import weight_shapes
 from packforcing.presets import PAPER, TINY_AUTOENCODERS, with_autoencoder
-
-# prefixes and infixes that training and PEFT add to a name
-WRAPPING = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-PREFIX = re.compile(r"^(base_model\.model\.)?(model\.)?")
-
-# diffusers' names to Wan's; diffusers: scripts/convert_wan_to_diffusers.py goes the other way
-DIFFUSERS = [
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"^condition_embedder\.text_embedder\.linear_1\b", "text_embedding.0"),
-        (r"^condition_embedder\.text_embedder\.linear_2\b", "text_embedding.2"),
-        (r"^condition_embedder\.time_embedder\.linear_1\b", "time_embedding.0"),
-        (r"^condition_embedder\.time_embedder\.linear_2\b", "time_embedding.2"),
-        (r"^condition_embedder\.time_proj\b", "time_projection.1"),
-        (r"^scale_shift_table$", "head.modulation"),
-        (r"^proj_out\b", "head.head"),
-        (r"\.scale_shift_table$", ".modulation"),
-        (r"\.attn1\.", ".self_attn."),
-        (r"\.attn2\.", ".cross_attn."),
-        (r"_attn\.to_out\.0\b", "_attn.o"),
-        (r"_attn\.to_([qkv])\b", r"_attn.\1"),
-        (r"^(blocks\.\d+)\.norm2\b", r"\1.norm3"),
-        (r"\.ffn\.net\.0\.proj\b", ".ffn.0"),
-        (r"\.ffn\.net\.2\b", ".ffn.2"),
-    )
-]
 
 # The unofficial PackForcing's compressor makes 273 tokens per block, which every layer projects.
 # It fits neither the paper's compressor nor its mid pass: the low branch is used alone instead.
@@ -94,14 +68,6 @@ def survey_file(path: Path) -> CheckpointFile:
         f"{path} holds neither a Wan transformer, nor a LoRA for one, nor an autoencoder, but "
         f"{len(names)} other tensors: {', '.join(sorted(names)[:3])}, ..."
     )
-
-
-def wan_name(name: str) -> str:
-    """Translate a tensor's name to Wan's: without wrappers, from diffusers' names."""
-    name = PREFIX.sub("", WRAPPING.sub("", name))
-    for pattern, replacement in DIFFUSERS:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def has_diffusers_name(stored: StoredTensor) -> bool:

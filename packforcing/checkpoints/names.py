@@ -1,0 +1,85 @@
+"""Normalize tensors' names: without the wrappers that frameworks add, from diffusers' to Wan's.
+
+Everything that reads names of Wan's transformer goes through `split_name`: checkpoints and LoRAs.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Components that wrap modules anywhere in a name: torch.compile, FSDP, DDP, activation checkpoints,
+# Lightning
+_WRAPPING = re.compile(r"module|_\w*mod(?:ule)?")
+
+# Leading components that say nothing about which weights these are: attributes and dictionaries of
+# trainers and pipelines, PEFT, ComfyUI
+_NEUTRAL = {
+    "app", "backbone", "base_model", "checkpoint", "denoiser", "diffusion_model", "dit",
+    "inner_model", "model", "model_state_dict", "net", "network", "params", "pipe", "pipeline",
+    "sd", "state_dict", "transformer", "unet", "wan", "wan_model", "weights", "wrapped_model",
+}  # fmt: skip
+
+# First components of the names that models themselves give: Wan's transformer in Wan's and
+# diffusers' names, other models of Wan, autoencoders, UMT5
+_ROOTS = {
+    "blocks", "condition_embedder", "control_adapter", "face_adapter", "head", "img_emb",
+    "motion_encoder", "pack_compressor", "patch_embedding", "proj_out", "scale_shift_table",
+    "text_embedding", "time_embedding", "time_projection", "vace_blocks", "vace_patch_embedding",
+    "conv1", "conv2", "decoder", "encoder", "post_quant_conv", "quant_conv",
+    "shared", "token_embedding",
+}  # fmt: skip
+
+# diffusers' names to Wan's; diffusers: scripts/convert_wan_to_diffusers.py goes the other way
+_DIFFUSERS = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^condition_embedder\.text_embedder\.linear_1\b", "text_embedding.0"),
+        (r"^condition_embedder\.text_embedder\.linear_2\b", "text_embedding.2"),
+        (r"^condition_embedder\.time_embedder\.linear_1\b", "time_embedding.0"),
+        (r"^condition_embedder\.time_embedder\.linear_2\b", "time_embedding.2"),
+        (r"^condition_embedder\.time_proj\b", "time_projection.1"),
+        (r"^condition_embedder\.image_embedder\b", "img_emb"),
+        (r"^scale_shift_table$", "head.modulation"),
+        (r"^proj_out\b", "head.head"),
+        (r"\.scale_shift_table$", ".modulation"),
+        (r"\.attn1\.", ".self_attn."),
+        (r"\.attn2\.", ".cross_attn."),
+        (r"_attn\.to_out\.0\b", "_attn.o"),
+        (r"_attn\.to_([qkv])\b", r"_attn.\1"),
+        (r"_attn\.add_([kv])_proj\b", r"_attn.\1_img"),
+        (r"_attn\.norm_added_k\b", "_attn.norm_k_img"),
+        (r"^(blocks\.\d+)\.norm2\b", r"\1.norm3"),
+        (r"\.ffn\.net\.0\.proj\b", ".ffn.0"),
+        (r"\.ffn\.net\.2\b", ".ffn.2"),
+    )
+]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a tensor's name into the entry that it belongs to and Wan's name for it.
+
+    Args:
+        name: As in a file; the keys of nested dictionaries come first, joined with dots.
+
+    Returns:
+        The entry, which tells several sets of weights in one file apart ("generator_ema",
+        "critic", "first_stage_model"), "" for none; and the name without wrappers, from diffusers'
+        names. A name that is not of Wan's transformer only loses its wrappers.
+    """
+    components = [part for part in name.split(".") if not _WRAPPING.fullmatch(part)]
+    root = next((i for i, part in enumerate(components) if part in _ROOTS), None)
+    if root is None:
+        root = next((i for i, part in enumerate(components) if part not in _NEUTRAL), 0)
+    entry = ".".join(part for part in components[:root] if part not in _NEUTRAL)
+    return entry, _from_diffusers(".".join(components[root:]) or name)
+
+
+def wan_name(name: str) -> str:
+    """Translate a tensor's name to Wan's: without wrappers, from diffusers' names."""
+    return split_name(name)[1]
+
+
+def _from_diffusers(name: str) -> str:
+    for pattern, replacement in _DIFFUSERS:
+        name = pattern.sub(replacement, name)
+    return name
