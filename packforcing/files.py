@@ -1,8 +1,13 @@
 """Write files and folders that are whole or absent, seal JSON and upgrade it, hash files.
 
-Whatever is written gets its final name last: first a hidden partial name beside it, then the data
-flushed to the disk, then a rename, then the folder's entry flushed. A power cut leaves the older
-file or the new one.
+Whatever is written gets its final name last: first it lies in a hidden folder beside its target,
+then the data is flushed to the disk, then a rename, then the folder's entry flushed. A power cut
+leaves the older file or the new one.
+
+    .NAME.DIGEST.partial-TOKEN/   of one run that writes NAME; the digest is that of the whole name
+      .packforcing-lock           locked by the run; where it is free, a kill left the folder
+      NAME                        what is written
+      .packforcing-replaced       the older folder, between two renames
 """
 
 from __future__ import annotations
@@ -14,12 +19,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from packforcing.errors import OutputError
 from packforcing.units import format_file_size
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+_LOCK, _RETIRED = ".packforcing-lock", ".packforcing-replaced"  # beside what is written
 
 HASH_CHUNK = 1 << 18  # bytes read at a time
 
@@ -68,22 +78,22 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a partial name to write to; the file gets its name when the block ends.
 
     The data is on the disk before the name is. An exception, an interrupt included, removes the
-    partial file and leaves what stood under `path`.
+    partial file and leaves what stood under `path`. What a killed run left of the same file goes.
 
     Raises:
         OutputError: The file cannot be written.
     """
     target = Path(path)
-    partial = partial_path(target)
     try:
-        yield partial
-        flush(partial)
-        partial.replace(target)
-        flush_folder(target.parent)
+        sweep(target)
+        with _workplace(target) as folder:
+            partial = folder / target.name
+            yield partial
+            flush(partial)
+            partial.replace(target)
+            flush_folder(target.parent)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
@@ -103,7 +113,7 @@ def new_folder(
     """Yield an empty folder beside `path`, which takes its place when the block ends.
 
     Parent folders are made. An exception, an interrupt included, removes the partial folder and
-    leaves what stood under `path`.
+    leaves what stood under `path`. What a killed run left of the same folder goes.
 
     Args:
         path: The folder to write; a link is followed.
@@ -113,35 +123,105 @@ def new_folder(
     Raises:
         OutputError: The path is in use, or cannot be written.
     """
+    target = _free_folder(path, replaceable or _never)
+    try:
+        with _workplace(target) as folder:
+            partial = folder / target.name
+            partial.mkdir()
+            yield partial
+            flush(partial)
+            _replace_folder(target, partial)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error}") from error
+
+
+def _free_folder(path: str | os.PathLike[str], replaceable: Callable[[Path], bool]) -> Path:
+    """Return the folder that a path means, once it may be written; make its parents."""
     try:
         target = Path(path).resolve()  # so that '.' has a name and a link stays a link
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()  # raises for a name that is too long, before the work and not after it
-        if target.exists() and not (is_empty_folder(target) or (replaceable or _never)(target)):
+        sweep(target)
+        if target.exists() and not (is_empty_folder(target) or replaceable(target)):
             raise OutputError(
                 f"{target} exists and is not an empty folder; choose a new or an empty one"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_path(target)
-        partial.mkdir()
     except (OSError, RuntimeError, ValueError) as error:  # pathlib reports a loop of links so
         raise OutputError(f"cannot write {path}: {error}") from error
+    return target
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `target` to write in, locked while this run goes on."""
+    from filelock import FileLock, Timeout
+
+    while True:
+        folder = target.with_name(f"{_workplace_prefix(target)}{secrets.token_hex(4)}")
+        folder.mkdir()
+        lock = FileLock(folder / _LOCK)
+        # without the lock yet, the folder looks like one that a killed run left
+        with suppress(Timeout, FileNotFoundError):
+            with suppress(NotImplementedError):  # a disk without locks
+                lock.acquire(blocking=False)
+            if (folder / _LOCK).exists():
+                break
     try:
-        yield partial
-        flush(partial)
-        replace_folder(target, partial)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error}") from error
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_workplace(folder, lock)
 
 
-def replace_folder(target: Path, new: Path) -> None:
+def sweep(target: Path) -> None:
+    """Remove what killed runs left of `target`, and nothing of a run that goes on.
+
+    The lock in a run's folder tells them apart, so a process ID in use again misleads nobody. An
+    older folder that a killed run had set aside comes back.
+    """
+    from filelock import FileLock
+
+    folders: list[Path] = []
+    with suppress(OSError):  # no such folder, or one that cannot be listed
+        folders += target.parent.iterdir()
+    prefix = _workplace_prefix(target)
+    for folder in folders:
+        if not folder.name.startswith(prefix) or folder.is_symlink():
+            continue
+        lock = FileLock(folder / _LOCK)
+        with suppress(OSError, NotImplementedError):  # locked, another user's, or gone meanwhile
+            lock.acquire(blocking=False)
+            if (folder / _RETIRED).exists() and not target.exists():
+                (folder / _RETIRED).rename(target)
+            _remove_workplace(folder, lock)
+
+
+def _workplace_prefix(target: Path) -> str:
+    """Begin the name of a folder to write `target` in; no other target's begins so."""
+    digest = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    return f".{target.name[:40]}.{digest}.partial-"
+
+
+def _remove_workplace(folder: Path, lock: FileLock) -> None:
+    """Remove a locked folder; the lock goes last, as Windows removes no file that is open."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _LOCK:
+                path.unlink()
+    with suppress(OSError):
+        lock.release()
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _replace_folder(target: Path, new: Path) -> None:
     """Rename the folder `new` to `target`; on an error the older folder stays or comes back."""
     if not target.exists():
         new.rename(target)
     else:
-        retired = new.with_name(f"{new.name}.old")
+        retired = new.with_name(_RETIRED)
         target.rename(retired)
         try:
             new.rename(target)

@@ -31,6 +31,7 @@ RECORD, LOCK = "checkpoint.json", "lock"
 OWN_FILES = re.compile(
     r"segment-\d{6}\.(mp4|mkv)|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
     r"|checkpoint\.json(\.partial)?|\.checkpoint\.partial-[0-9a-f]{8}\.json"
+    r"|\.checkpoint\.json\.[0-9a-f]{8}\.partial-[0-9a-f]{8}"
     r"|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
     rf"|{JOINED}(\.(mp4|mkv))?"
 )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -36,17 +39,17 @@ def test_data_is_flushed_before_the_name_and_the_name_after_it(tmp_path, monkeyp
     for name in ("flush", "flush_folder"):
         original = getattr(files, name)
         monkeypatch.setattr(
-            files, name, lambda path, o=original, n=name: (steps.append((n, path.name)), o(path))
+            files, name, lambda path, o=original, n=name: (steps.append((n, path)), o(path))
         )
     replace = Path.replace
     monkeypatch.setattr(
         Path,
         "replace",
-        lambda self, to: (steps.append(("rename", Path(to).name)), replace(self, to))[1],
+        lambda self, to: (steps.append(("rename", to)), replace(self, to))[1],
     )
     files.write_file(tmp_path / "a.bin", b"data")
     assert [step for step, _ in steps] == ["flush", "rename", "flush_folder"]
-    assert steps[0][1].startswith(".a.partial-") and steps[1][1] == "a.bin"
+    assert steps[0][1].parent.parent == tmp_path and steps[1][1] == tmp_path / "a.bin"
 
 
 def test_a_name_that_cannot_be_written_is_an_output_error(tmp_path):
@@ -69,6 +72,77 @@ def test_a_folder_appears_whole_and_replaces_only_what_it_may(tmp_path):
     with files.new_folder(target, lambda path: True) as partial:
         (partial / "b").write_bytes(b"2")
     assert names(target) == ["b"] and names(tmp_path) == ["out"]
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+KILLED_WRITES = {  # where a process is killed: what it runs to write the file or folder `target`
+    "made": f"with files.new_folder(target): {KILL}",
+    "half": f"with files.new_folder(target) as p: (p / 'a').write_bytes(b'1'); {KILL}",
+    "flushed": f"files.flush = lambda path: {KILL}\nwith files.new_folder(target): pass",
+    "renamed": f"files.flush_folder = lambda path: {KILL}\nfiles.write_file(target, b'1')",
+    "file": f"with files.new_file(target) as p: p.write_bytes(b'1'); {KILL}",
+}  # fmt: skip
+
+
+def run_killed(target: Path, code: str) -> None:
+    """Run code that kills its own process at a known point."""
+    program = "import os, pathlib, signal, sys\nfrom packforcing import files\n"
+    program += f"target = pathlib.Path(sys.argv[1])\n{code}"
+    process = subprocess.run([sys.executable, "-c", program, target], capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize("code", KILLED_WRITES.values(), ids=KILLED_WRITES)
+def test_the_next_write_removes_what_a_kill_left_of_the_same_target(tmp_path, code):
+    target = tmp_path / f"{'n' * 60}1.v1"
+    others = [tmp_path / f"{'n' * 60}2.v1", tmp_path / "out.v1"]  # the first begins alike
+    for path in (target, *others):
+        run_killed(path, code)
+        path.unlink(missing_ok=True)  # killed after the rename
+    assert len(names(tmp_path)) == 3
+    files.write_file(target, b"whole")
+    assert target.read_bytes() == b"whole"
+    [first, second] = (name for name in names(tmp_path) if name != target.name)
+    assert {first[:6], second[:6]} == {".nnnnn", ".out.v"}
+    for path in others:
+        files.write_file(path, b"")
+    assert len(names(tmp_path)) == 3 and not any(name.startswith(".") for name in names(tmp_path))
+
+
+def test_a_run_that_goes_on_keeps_its_partial_folder(tmp_path):
+    target = tmp_path / "out"
+    with files.new_folder(target) as partial:
+        (partial / "a").write_bytes(b"1")
+        files.sweep(target)
+        code = "import sys; from packforcing import files; files.write_file(sys.argv[1], b'2')"
+        subprocess.run([sys.executable, "-c", code, target], check=True)  # another run, faster
+        assert names(partial) == ["a"]
+        target.unlink()
+    assert names(target) == ["a"] and names(tmp_path) == ["out"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_an_older_folder_that_a_killed_run_set_aside_comes_back(tmp_path):
+    target = tmp_path / "out"
+    with files.new_folder(target) as partial:
+        (partial / "old").write_bytes(b"1")
+    kill_second = f"""
+rename, renames = pathlib.Path.rename, []
+def patched(self, to):
+    renames.append(to)
+    rename(self, to) if len(renames) == 1 else {KILL}
+pathlib.Path.rename = patched
+with files.new_folder(target, lambda path: True) as p: (p / "new").touch()
+"""
+    run_killed(target, kill_second)
+    assert not target.exists()
+    with (
+        pytest.raises(errors.OutputError, match="not an empty folder"),
+        files.new_folder(target),
+    ):
+        pass
+    assert names(target) == ["old"] and names(tmp_path) == ["out"]
 
 
 def test_a_folder_name_that_is_too_long_is_refused_before_the_work(tmp_path):
