@@ -1,0 +1,1 @@
+import packforcing  # noqa: F401  before ONNX Runtime, which reports usage otherwise

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError
 from packforcing.runtime.backends import Backend
-from packforcing.runtime.backends.onnxruntime import FP8
+from packforcing.runtime.backends.onnxruntime import FP8, import_onnxruntime
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import DTYPES, GraphSpec, Shape
 from packforcing.runtime.device import HostDevice, view
@@ -65,8 +65,7 @@ class Oracle:
         Raises:
             BackendError: ONNX Runtime cannot load it.
         """
-        import onnxruntime as ort
-
+        ort = import_onnxruntime()
         model = ir.load(path)
         widen_graph(model, round_to_fp16)
         options = ort.SessionOptions()
@@ -95,12 +94,12 @@ class Oracle:
         Returns:
             Outputs by name, in the dtypes of the spec.
         """
-        from onnxruntime import OrtValue
+        values = import_onnxruntime().OrtValue
 
-        def ort_value(array: np.ndarray) -> OrtValue:
+        def ort_value(array: np.ndarray) -> Any:
             if array.dtype == DTYPES["fp8"]:  # the library takes its bytes alone
-                return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), FP8)
-            return OrtValue.ortvalue_from_numpy(array)
+                return values.ortvalue_from_numpy_with_onnx_type(array.view(np.uint8), FP8)
+            return values.ortvalue_from_numpy(array)
 
         feeds = {
             tensor.name: ort_value(np.ascontiguousarray(inputs[tensor.name], tensor.dtype))

@@ -2,6 +2,14 @@
 
 import os
 
+# Before any import below: libraries that report usage read these once, when they are imported.
+# Child processes inherit them.
+os.environ.update(
+    ORT_DISABLE_TELEMETRY="1",  # ONNX Runtime's uploader, identifier and event store; from 1.29
+    HF_HUB_DISABLE_TELEMETRY="1",  # huggingface_hub, hf_xet, diffusers and transformers
+    RAY_USAGE_STATS_ENABLED="0",  # Ray, where a program imports this package before it starts Ray
+)
+
 # In a checkout the other rooms (runtime, export, ...) lie beside this folder, not in it. Without
 # this line a program started there would find this folder before the installed package, and no
 # runtime.

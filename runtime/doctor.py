@@ -21,7 +21,7 @@ import msgspec
 from packforcing import __version__
 from packforcing.errors import BackendError, MissingDependency, PackForcingError
 from packforcing.extras import install_command, installed_version
-from packforcing.runtime.backends.onnxruntime import CUDA_PROVIDER
+from packforcing.runtime.backends.onnxruntime import CUDA_PROVIDER, import_onnxruntime
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
 
@@ -159,7 +159,8 @@ def _onnxruntime() -> tuple[str, list[str]]:
         )
     extra = next(iter(installed), "cpu")
     packages = require_packages(extra)
-    return packages, _load(ONNXRUNTIMES[extra], extra).get_available_providers()
+    _load(ONNXRUNTIMES[extra], extra)
+    return packages, import_onnxruntime().get_available_providers()
 
 
 def _run_onnxruntime() -> str:

@@ -185,9 +185,9 @@ def _request_fields(
 ) -> dict[str, str]:
     """Describe all that decides about the frames and their encoding, by name."""
     import av
-    import onnxruntime
 
     from packforcing import __version__
+    from packforcing.runtime.backends.onnxruntime import import_onnxruntime
     from packforcing.runtime.video_files import segment_suffix
 
     return {
@@ -200,7 +200,7 @@ def _request_fields(
         "bundle": hashlib.sha256(msgspec.json.encode(session.manifest)).hexdigest(),
         "policy": msgspec.json.encode(session.config.policy).decode(),
         "runs on": session.backend.identity,
-        "made with": f"packforcing {__version__}, onnxruntime {onnxruntime.__version__}, "
+        "made with": f"packforcing {__version__}, onnxruntime {import_onnxruntime().__version__}, "
         f"av {av.__version__}",
     }
 

@@ -100,6 +100,16 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
+def test_onnxruntime_is_imported_in_one_place():
+    """There its usage reports are turned off."""
+    importers = {
+        label(path)
+        for path in code_files(*ROOMS)
+        if any(name.split(".")[0] == "onnxruntime" for name in imports(syntax(path)))
+    }
+    assert importers == {"runtime/backends/onnxruntime.py"}
+
+
 def test_rooms_import_only_those_before_them():
     upward = [
         f"{module} imports {name}"

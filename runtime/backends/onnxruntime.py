@@ -145,7 +145,10 @@ def open_cuda_device(directory: Path, config: Config) -> CudaDevice:
 
 
 def import_onnxruntime() -> Any:
-    """Import ONNX Runtime.
+    """Import ONNX Runtime, which then reports nothing.
+
+    The environment variable that `packforcing` sets turns off the uploader of Linux and macOS, but
+    not the trace events of Windows, nor what a program began that imported ONNX Runtime first.
 
     Raises:
         BackendError: It is installed but does not load.
@@ -161,4 +164,5 @@ def import_onnxruntime() -> Any:
         ) from error
     except ImportError as error:
         raise BackendError(f"ONNX Runtime is installed but does not load: {error}") from error
+    onnxruntime.disable_telemetry_events()
     return onnxruntime
