@@ -60,6 +60,8 @@ class Compressor(nn.Module):
             pixels = _repeat_last(pixels, TEMPORAL_FACTOR)
         _, rows, columns = self.config.compressed_grid
         small = F.avg_pool3d(pixels.transpose(1, 2), (2, 4, 4)).transpose(1, 2)
+        if ahead := self.config.lookahead_frames:
+            small = _repeat_last(small[:, ahead:], ahead)
         patch = self.config.patch
         latents = self.encode(small)[..., : rows * patch, : columns * patch]
         return patchify(latents, patch)

@@ -166,7 +166,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     # few-step sampler: timesteps before the shift; "renoise" for distilled models, or "euler"
     sampler: Literal["renoise", "euler"] = "renoise"
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
-    first_timesteps: tuple[float, ...] = ()  # of the first block; empty: the same
+    first_timesteps: tuple[float, ...] = ()  # of the first block generated; empty: the same
     warp: bool = True  # whether the model's input is the shifted timestep, or the one listed
     shift: float = 5.0
     policy: Policy
@@ -305,6 +305,17 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if span is None or self.policy.positions == "absolute":
             return float(self.block_frames)
         return float(span)
+
+    @property
+    def lookahead_frames(self) -> int:
+        """Pixel frames past those of a latent frame that the encoder reads before it gives it.
+
+        Latent frame i stands for pixel frames 4i - 3 to 4i. Wan's VAE is given these. taew2_1 and
+        lighttaew2_1 are given 4i to 4i + 3: TAEHV pads a clip at its end, and trims what it
+        decodes at the start. Autoencoders with latents of their own, like the demo's, are trained
+        to return four frames where they were given them.
+        """
+        return self.trimmed_frames if self.vae != "wan" and self.wan_latents else 0
 
     def frames(self, seconds: float) -> int:
         """Return the pixel frames of a video of this length."""

@@ -89,7 +89,7 @@ def rollout(
     state = model.autoencoder.decoder_state()
     history: list[PastBlock] = []  # of the scene that began with block `scene`
     selected: list[int] = []
-    scene = 0
+    scene = generated = 0  # blocks that the scene's rollout generated
 
     for index in range(blocks):
         effect = None
@@ -98,6 +98,7 @@ def rollout(
             cross = model.transformer.cross_kv(text)
         if effect == "cut":
             state, history, selected, scene = model.autoencoder.decoder_state(), [], [], index
+            generated = 0
         if replay is not None:
             selected = [block - scene for block in replay[index]]
         if effect == "recompute":
@@ -110,7 +111,7 @@ def rollout(
             x = patchify(latents[None], config.patch)
         else:
             x = torch.from_numpy(noise(index, 0))[None]
-            for step, (timestep, now, then) in enumerate(denoising_steps(config, index - scene)):
+            for step, (timestep, now, then) in enumerate(denoising_steps(config, generated)):
                 flow, _, step_query, _ = call(x, timestep, block_positions(config, start))
                 first_flow = flow[0] if step == 0 else first_flow
                 if step == 0 and policy.selection == "first-step" and replay is None:
@@ -122,12 +123,14 @@ def rollout(
                 if config.sampler == "renoise" and then > 0:
                     fresh = torch.from_numpy(noise(index, step + 1))[None]
                 x = advance(config, x, flow, fresh, now, then)
+            generated += 1
 
         latents, read = unpatchify(x, config.grid, config.patch), [scene + mid for mid in selected]
         block, frames, query, state = commit_block(model, call, start, len(history), latents, state)
         goes_on = index + 1 < blocks and switches.get(index + 1, (text, "keep"))[1] != "cut"
         if goes_on and len(history) + 1 == policy.restart:
             state, history, selected, scene = model.autoencoder.decoder_state(), [], [], index
+            generated = 0
             call, start = denoiser_call(model, cross, history, selected)
             again = encode_first(model, latents, frames)
             block, later, query, state = commit_block(model, call, start, 0, again, state)

@@ -15,7 +15,7 @@ from packforcing.config import Config
 Array = Any  # numpy or torch
 
 
-def denoising_steps(config: Config, block: int) -> list[tuple[float, float, float]]:
+def denoising_steps(config: Config, generated: int) -> list[tuple[float, float, float]]:
     """Return the denoising steps of a block.
 
     Noise levels are shifted: shift s / (1 + (shift - 1) s) at s = timestep / 1000. The model's
@@ -24,7 +24,8 @@ def denoising_steps(config: Config, block: int) -> list[tuple[float, float, floa
 
     Args:
         config: The model.
-        block: Index of the block in its scene.
+        generated: Blocks that its rollout generated before this one. `config.first_timesteps`
+            are of the first block that is generated: one that was given has no steps.
 
     Returns:
         Per step the model's timestep, the noise level, and the level after the step.
@@ -34,7 +35,7 @@ def denoising_steps(config: Config, block: int) -> list[tuple[float, float, floa
         s = t / 1000
         return config.shift * s / (1 + (config.shift - 1) * s)
 
-    first = block == 0 and config.first_timesteps
+    first = generated == 0 and config.first_timesteps
     timesteps = config.first_timesteps if first else config.timesteps
     if config.warp:
         levels = [shifted(t) for t in timesteps]

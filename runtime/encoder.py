@@ -62,7 +62,8 @@ def encode_start(config: Config, graph: LoadedGraph, clip: np.ndarray, blocks: i
         Clean latents of at most `blocks` blocks, float32 [start blocks, B_f, C, h, w].
     """
     latents = start_blocks(config, len(clip), blocks) * config.block_frames
-    frames = np.arange(latents * TEMPORAL_FACTOR) - config.trimmed_frames
+    first = config.lookahead_frames - config.trimmed_frames  # that the encoder is given
+    frames = np.arange(first, first + latents * TEMPORAL_FACTOR)
     clip = clip[np.clip(frames, 0, len(clip) - 1)]
     groups = clip.reshape(latents, TEMPORAL_FACTOR, *clip.shape[1:]).transpose(0, 1, 4, 2, 3)
     encode = bind_encoder(graph, encoder_arrays(config, HostDevice()))

@@ -36,6 +36,8 @@ class Rollout:
         cache: Which block sits where in the context. Counts from the first block of the scene.
         archive: The compressed blocks of the scene.
         scene: The video's block that the scene began with.
+        first_generated: The scene's first block that is generated. Those before it are given: a
+            start clip's, or the one that a restart shares with the rollout before.
         read: The archived blocks that the last block read, counted in the scene.
 
     Ablations (`packforcing.evaluation.ablations`) override `predict_flow`, `compress` and `score`.
@@ -113,6 +115,7 @@ class Rollout:
             block: The video's next block.
         """
         self.scene = block
+        self.first_generated = 0
         self.cache = Cache(self.config)
         self.read: list[int] = []
         self._decoded = 0
@@ -199,7 +202,7 @@ class Rollout:
         config, block = self.config, self.cache.committed
         x = self.buffers.denoiser["tokens"].host
         x[0] = draw_noise(config, self.seed, self.scene + block, 0)
-        steps = denoising_steps(config, block)
+        steps = denoising_steps(config, block - self.first_generated)
         for step, (timestep, now, then) in enumerate(steps):
             flow = self.predict_flow(timestep, f"step {step + 1} of {len(steps)}")
             fresh = None

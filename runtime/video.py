@@ -103,6 +103,7 @@ class Video:
             request.frames,
         )
         self._clean, self._recorder, self._encode = dict(start_latents), recorder, encode
+        self._start_blocks = len(start_latents)
         latest = max(block for block in timeline.switches if block < max(1, self.block))
         folder = recorder.folder if recorder else None
         rollout.begin(timeline.embeddings[latest], timeline.blocks, request.seed, folder)
@@ -127,6 +128,7 @@ class Video:
         if switch and block:
             rollout.switch(timeline.embeddings[block], switch.history)
         trimmed = 0 if rollout.cache.committed else rollout.config.trimmed_frames
+        rollout.first_generated = self._first_generated() - rollout.scene
         rollout.next_block(self._clean.pop(block, None))
         read = [rollout.scene + mid for mid in rollout.read]
         if self._recorder:
@@ -141,6 +143,15 @@ class Video:
         return frames, BlockInfo(
             block, timeline.blocks, self.frames, self.frames_total, read, seconds, switch
         )
+
+    def _first_generated(self) -> int:
+        """Return the scene's first block that is generated, counted in the video.
+
+        Latents of a resumed render were generated as well, so that they do not tell.
+        """
+        scene = self.rollout.scene
+        is_restart = scene > 0 and not is_cut(self.timeline, scene)
+        return max(self._start_blocks, scene + is_restart)
 
     def _restarts(self) -> bool:
         """Tell whether the block just made ends one of CausVid's rollouts."""
