@@ -124,18 +124,19 @@ def fetch(model: str, out: Path | None, folder: Path | None, as_json: bool) -> N
     "--model",
     aliases=["--kind"],
     metavar="NAME",
-    help="The model, one of `packforcing models`.  [default: recognized by its tensors]",
+    help="The model, one of `packforcing models`.  [default: what `fetch` recorded of the file, or "
+    "tensors that one model alone has]",
 )
 @option(
     "--entry",
     metavar="NAME",
-    help="Entry of a torch checkpoint, like generator or generator_ema.  "
-    "[default: the one that the model is published to run with]",
+    help="Which weights of a file that holds several, like generator or generator_ema.  "
+    "[default: those that the model is published to run with]",
 )
 @option(
     "--vae",
     type=click.Choice(TINY_AUTOENCODERS),
-    help="Which tiny autoencoder a FILE holds.  [default: recognized by its file name]",
+    help="Which tiny autoencoder a FILE holds.  [default: what `fetch` recorded of the file]",
 )
 @option(
     "--lora-alpha",
@@ -155,19 +156,22 @@ def import_checkpoint(
 ) -> None:
     """Convert a published checkpoint to a model folder.
 
-    `packforcing export --weights` reads the folder. FILE is a torch checkpoint, a safetensors file,
-    or the index or folder of a sharded one. Add LoRAs to merge them. Add the weights of an
-    autoencoder, the tiny one's or Wan's, for export. The model is recognized. Pickled code is never
-    executed.
+    `packforcing export --weights` reads the folder. FILE is a torch checkpoint, a safetensors or
+    GGUF file, the index or folder of a sharded one, or a diffusers pipeline's folder. Weights in
+    fp8, with scales or without, and in GGUF's quantizations are dequantized. Add LoRAs to merge
+    them. Add the weights of an autoencoder, the tiny one's or Wan's, for export.
+
+    Several models have the same tensors. What `packforcing fetch` downloaded is known by its
+    record; for other files, say with --model which model it is. Pickled code is never executed.
 
     Exit code 2 if a tensor is missing, extra or misshaped; nothing is written then. Needs
-    `pip install "packforcing[export]"`.
+    `pip install "packforcing[export]"`, for GGUF files `"packforcing[export,gguf]"`.
 
     \b
     Examples:
-      packforcing import-checkpoint self_forcing_dmd.pt taew2_1.pth --out self-forcing
-      packforcing import-checkpoint longlive_base.pt lora.pt taew2_1.pth --out longlive
-      packforcing export --weights self-forcing --policy packforcing --out my-bundle
+      packforcing import-checkpoint dmd.pt taew2_1.pth --model self-forcing --vae taehv --out mine
+      packforcing import-checkpoint longlive_base.pt lora.pt --model longlive --out longlive
+      packforcing export --weights mine --policy packforcing --out my-bundle
     """
     import msgspec
 

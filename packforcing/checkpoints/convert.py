@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,33 +19,38 @@ from typing import Any
 import msgspec
 import torch
 
-from packforcing.checkpoints.fetch import recorded_file
+from packforcing.checkpoints.containers import container
 from packforcing.checkpoints.lora import Lora, merge_lora, read_lora
 from packforcing.checkpoints.published import (
     AUTOENCODER_PARTS,
     DESCRIPTION,
-    PARTS,
+    UNKNOWN,
     WEIGHTS,
     ModelFolder,
     published,
     published_config,
 )
+from packforcing.checkpoints.quantized import BYTES, StoredTensor, check_numbers
 from packforcing.checkpoints.reading import (
-    BYTES,
-    StoredTensor,
     Tensors,
     check_dtypes,
-    is_torch,
+    check_shards,
     list_files,
     tensor_reader,
 )
 from packforcing.checkpoints.recognition import (
     PACK_COMPRESSOR,
-    CheckpointFile,
+    CheckpointPart,
+    Records,
+    describe_other_wan,
+    describe_part,
     has_diffusers_name,
     recognize_autoencoder,
     recognize_model,
-    select_entry,
+    relative_hint,
+    select_autoencoder,
+    select_lora,
+    select_transformer,
     survey_file,
 )
 from packforcing.config import Config
@@ -76,64 +82,76 @@ def import_checkpoint(
 ) -> ImportSummary:
     """Convert a published checkpoint to a model folder. Weights keep their dtypes.
 
+    Quantized weights that can be read are dequantized.
+
     Args:
-        files: Torch checkpoints, safetensors files, indices of sharded ones, or folders of the
-            latter two. One model, optionally with LoRAs to merge and an autoencoder's weights.
+        files: Torch checkpoints, safetensors and GGUF files, indices of sharded ones, or folders.
+            One model, optionally with LoRAs to merge and an autoencoder's weights.
         directory: The folder to write, new or empty.
-        kind: A name in `PUBLISHED`. None: recognized.
-        entry: Of a torch checkpoint. None: the one that models of this kind are run with.
-        vae: Which tiny autoencoder it is, "taehv" or "lighttae". None: by the file's name.
+        kind: A name in `PUBLISHED`. None: what `fetch` recorded of the file, or tensors that one
+            model alone has.
+        entry: Of a file with several sets of weights. None: the one that models of this kind are
+            run with.
+        vae: Which tiny autoencoder it is, "taehv" or "lighttae". None: what `fetch` recorded.
         lora_alpha: LoRAs without an alpha are scaled by this over their rank, or by 1 if None.
         on_tensor: Called with the number of tensors written and of all tensors.
 
     Raises:
         CheckpointError: A file is missing, damaged, unsafe, of another model or not what `fetch`
-            recorded, or a LoRA makes a weight overflow. Nothing is left behind.
+            recorded, nothing tells which model it is, or a LoRA makes a weight overflow. Nothing is
+            left behind.
+        MissingDependency: A file is GGUF, and the gguf package is not installed.
         OutputError: The folder cannot be written.
     """
     if kind is not None:
         published(kind)  # raises for an unknown one
-    surveyed = [survey_file(part) for file in files for part in list_files(Path(file))]
-    names, roles = ", ".join(map(str, files)), [file.role for file in surveyed]
-    if "transformer" not in roles:
-        raise CheckpointError(f"none of {names} holds a transformer: name its checkpoint too")
-    kind, why = (kind, "by --model") if kind else recognize_model(surveyed)
+    paths = [part for file in files for part in list_files(Path(file))]
+    if again := [path for path, count in Counter(paths).items() if count > 1]:
+        raise CheckpointError(f"{again[0]} is named twice")
+    check_shards(paths)
+    surveyed = [part for path in paths for part in survey_file(path)]
+    records, names = Records(), ", ".join(map(str, files))
+    _require_transformer(surveyed, names)
+    kind, why = (kind, "by --model") if kind else recognize_model(surveyed, records)
     row, config = published(kind), published_config(kind)
-    autoencoders = [file for file in surveyed if file.role == "autoencoder"]
-    if autoencoders:
-        vae = recognize_autoencoder(autoencoders, vae)
+    autoencoder = select_autoencoder(surveyed)
+    if autoencoder:
+        vae = recognize_autoencoder(autoencoder, vae, records)
         config = with_autoencoder(config, vae)
-    if row.lora and "LoRA" not in roles:
+    if row.lora and not any(part.role == "LoRA" for part in surveyed):
         raise CheckpointError(
             f"{kind} is {row.files[0]} with {row.files[1]} merged into it: name both files, or "
             "import the base as another model with --model"
         )
-    selected = [(file, select_entry(file, kind, entry)) for file in surveyed]
+    selected = _select_parts(surveyed, kind, entry, autoencoder)
     tensors = _join_tensors(selected)
     _check_weights(config, kind, tensors, names)
     loras = [
-        read_lora(file.path, part, tensors, lora_alpha)
-        for file, part in selected
-        if file.role == "LoRA"
+        read_lora(part.path, part.tensors, tensors, lora_alpha)
+        for part in selected
+        if part.role == "LoRA"
     ]
-    records = {file.role: record for file in surveyed if (record := recorded_file(file.path))}
     folder = ModelFolder(
         kind=kind,
         config=config,
-        autoencoder=bool(autoencoders),
+        autoencoder=bool(autoencoder),
         made_from=[Path(file).name for file in files],
-        source=row.source,
-        license=records["transformer"].license if "transformer" in records else row.license,
+        **_origin(selected, records),
     )
+    record = records[autoencoder.path] if autoencoder else None
     copied = {name: stored for name, stored in tensors.items() if name not in PACK_COMPRESSOR}
     size_bytes = _write_folder(Path(directory), folder, copied, loras, on_tensor)
-    lines = [_describe_file(file, part) for file, part in selected]
+    lines = [_describe_file(path, surveyed, selected) for path in dict.fromkeys(paths)]
+    for path in paths:
+        if (what := relative_hint(path)) and why == "by --model":
+            lines.append(f"the name {path.name} suggests {what}: imported as {kind} by --model")
     for lora in loras:
         scales = ", ".join(f"{scale:g}" for scale in sorted({one.scale for one in lora.values()}))
         lines.append(f"LoRA merged into {len(lora)} weights at scale {scales}")
-    if autoencoders and vae:
+    if autoencoder and vae:
+        license_name = record[1].license if record else UNKNOWN
         name = AUTOENCODER_PARTS[vae]
-        lines.append(f"the autoencoder is {name}, license of its weights: {PARTS[name].license}")
+        lines.append(f"the autoencoder is {name}, license of its weights: {license_name}")
     if len(copied) < len(tensors):
         lines.append(
             "pack_compressor left out: it is not the paper's; the low branch is used alone"
@@ -141,16 +159,67 @@ def import_checkpoint(
     return ImportSummary(folder, why, lines, len(copied), size_bytes)
 
 
-def _join_tensors(selected: list[tuple[CheckpointFile, Tensors]]) -> Tensors:
+def _require_transformer(parts: list[CheckpointPart], files: str) -> None:
+    """Raise `CheckpointError` unless a transformer is there, and nothing that has no place."""
+    useful = {part.path for part in parts if part.role in ("transformer", "autoencoder", "LoRA")}
+    for part in parts:
+        if part.path in useful:
+            continue
+        remedy = "name the transformer's file"
+        if part.role == "text encoder":
+            remedy = "'packforcing encode-prompt --encoder' reads it; leave it out here"
+        raise CheckpointError(f"{part.path} holds {describe_part(part)}: {remedy}")
+    if not any(part.role == "transformer" for part in parts):
+        kinds = " and ".join(dict.fromkeys(map(describe_part, parts)))
+        raise CheckpointError(
+            f"none of {files} holds a transformer: name its checkpoint too (this is {kinds})"
+        )
+
+
+def _select_parts(
+    parts: list[CheckpointPart], kind: str, entry: str | None, autoencoder: CheckpointPart | None
+) -> list[CheckpointPart]:
+    """Select what is used of each file."""
+    selected = []
+    for path in dict.fromkeys(part.path for part in parts):
+        of_file = [part for part in parts if part.path == path]
+        if transformers := [part for part in of_file if part.role == "transformer"]:
+            selected.append(select_transformer(transformers, kind, entry))
+        if loras := [part for part in of_file if part.role == "LoRA"]:
+            selected.append(select_lora(loras))
+        if autoencoder in of_file:
+            selected.append(autoencoder)
+    return selected
+
+
+def _origin(selected: list[CheckpointPart], records: Records) -> dict[str, str]:
+    """Return where the weights are from and their license, as far as `fetch` recorded it."""
+    sources, licenses = [], []
+    for part in selected:
+        if part.role == "autoencoder":
+            continue
+        record = records[part.path]
+        source, license_name = (record[1].source, record[1].license) if record else ("", UNKNOWN)
+        if part.role == "LoRA" and license_name not in licenses:
+            license_name = f"of the LoRA {part.path.name}: {license_name}"
+        sources.append(source)
+        licenses.append(license_name)
+    return {
+        "source": ", ".join(dict.fromkeys(filter(None, sources))),
+        "license": "; ".join(dict.fromkeys(licenses)),
+    }
+
+
+def _join_tensors(selected: list[CheckpointPart]) -> Tensors:
     """Collect the tensors of the model and the autoencoder, by checkpoint name."""
     joined: Tensors = {}
-    for file, tensors in selected:
-        for name, stored in tensors.items() if file.role != "LoRA" else ():
-            if other := joined.get(f"{file.role}.{name}"):
+    for part in selected:
+        for name, stored in part.tensors.items() if part.role != "LoRA" else ():
+            if other := joined.get(f"{part.role}.{name}"):
                 raise CheckpointError(
-                    f"both {other.path} and {file.path} hold {name}: name the files of one model"
+                    f"both {other.path} and {part.path} hold {name}: name the files of one model"
                 )
-            joined[f"{file.role}.{name}"] = stored
+            joined[f"{part.role}.{name}"] = stored
     return joined
 
 
@@ -165,20 +234,39 @@ def _check_weights(config: Config, kind: str, tensors: Tensors, files: str) -> N
     if kind == "packforcing-unofficial":
         expected |= {name: shapes.get(name, ()) for name in PACK_COMPRESSOR}
     if problems := describe_mismatch(shapes, expected):
-        raise CheckpointError(f"{files} does not hold the weights of {kind} {problems}")
+        transformer = {
+            name.removeprefix("transformer."): stored
+            for name, stored in tensors.items()
+            if name.startswith("transformer.")
+        }
+        other = describe_other_wan(transformer, config)
+        what = f" holds {other}, which is none of the models here: it" if other else ""
+        raise CheckpointError(f"{files}{what} does not hold the weights of {kind} {problems}")
     check_dtypes(tensors.values())
 
 
-def _describe_file(file: CheckpointFile, tensors: Tensors) -> str:
+def _describe_file(
+    path: Path, surveyed: list[CheckpointPart], selected: list[CheckpointPart]
+) -> str:
     """Say in a line what of a file was used, and how it is stored."""
-    first = next(iter(tensors.values()))
-    unused = [entry for entry in file.entries if entry != first.entry]
+    used = [part for part in selected if part.path == path]
+    unused = [
+        part.entry or part.role for part in surveyed if part.path == path and part not in used
+    ]
+    tensors = [stored for part in used for stored in part.tensors.values()]
+    stored_as = sorted({stored.storage for stored in tensors if stored.storage})
+    parts = ", ".join(
+        f"{part.role}, {len(part.tensors)} tensors" + (f" of '{part.entry}'" if part.entry else "")
+        for part in used
+    )
+    containers = {"torch": "torch checkpoint", "gguf": "GGUF"}
+    kind = container(path)
     return (
-        f"{file.path.name}: {file.role}, {len(tensors)} tensors"
-        + (f" of '{first.entry}'" if first.entry else "")
+        f"{path.name}: {parts or 'not used'}"
         + (f" (not {', '.join(unused)})" if unused else "")
-        + (", torch checkpoint" if is_torch(file.path) else ", safetensors")
-        + (", diffusers' names" if any(map(has_diffusers_name, tensors.values())) else "")
+        + f", {containers.get(kind, kind)}"
+        + (", diffusers' names" if any(map(has_diffusers_name, tensors)) else "")
+        + (f", dequantized from {', '.join(stored_as)}" if stored_as else "")
     )
 
 
@@ -237,6 +325,7 @@ def _write_weights(
             read = tensor_reader(file)
             for name, stored in group:
                 tensor = read(stored)
+                check_numbers(stored, tensor)
                 for lora in loras:
                     if one := lora.get(name):
                         tensor = merge_lora(name, tensor, one, lora_readers[one.up.path])

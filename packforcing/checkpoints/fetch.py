@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from filelock import FileLock, Timeout
 
-from packforcing.checkpoints.published import PARTS, PUBLISHED, UNREAD, Published
+from packforcing.checkpoints.published import (
+    AUTOENCODER_PARTS,
+    PARTS,
+    PUBLISHED,
+    UNKNOWN,
+    UNREAD,
+    Published,
+)
 from packforcing.errors import CheckpointError, FetchError, OutputError
 from packforcing.extras import optional_imports
 from packforcing.files import file_sha256, require_disk_space, write_file
@@ -169,19 +176,29 @@ def fetch(offer: Offer, out: Path, bar: Callable[..., Any]) -> Record:
 
 
 def next_commands(offer: Offer, out: Path) -> list[str]:
-    """Return the commands that use what was fetched."""
-    files = [str(out / path) for path in offer.files]
+    """Return the commands that use what was fetched.
+
+    A copy of a folder that nothing is known of is no evidence of which model it is: there, the
+    command says so itself.
+    """
+    files, options = [str(out / path) for path in offer.files], []
     if offer.name == "umt5-xxl":
         encode = ["packforcing", "encode-prompt", "a cat walks on the beach", "--encoder", str(out)]
         return [shlex.join([*encode, "--out", "cat.safetensors"])]
     if offer.name in PARTS:
         commands, files, name = [], ["MODEL.pt", *files], "my-model"
+        options = ["--model", "NAME"]
+        vae = next((vae for vae, part in AUTOENCODER_PARTS.items() if part == offer.name), "wan")
+        if vae != "wan" and not offer.revision:
+            options += ["--vae", vae]
     else:
         tiny = out.parent / "taew2_1"
         [decoder] = PARTS["taew2_1"].files
         commands = ["packforcing fetch taew2_1"] if not (tiny / decoder).is_file() else []
         files, name = [*files, str(tiny / decoder)], offer.name
-    return [*commands, shlex.join(["packforcing", "import-checkpoint", *files, "--out", name])]
+        options = [] if offer.revision else ["--model", name]
+    command = ["packforcing", "import-checkpoint", *files, *options, "--out", name]
+    return [*commands, shlex.join(command)]
 
 
 # The record
@@ -204,19 +221,20 @@ def read_record(folder: Path) -> Record:
         ) from error
 
 
-def recorded_file(path: Path) -> FetchedFile | None:
+def recorded_file(path: Path) -> tuple[str, FetchedFile] | None:
     """Find the record of a file, in its folder or one above, and compare the file with it.
 
     Returns:
-        The record, or None if there is none.
+        The file's path in its repository and its record, or None if there is none.
 
     Raises:
         CheckpointError: The file is not what was fetched.
     """
     names = (Path(os.path.abspath(path)), path.resolve())  # the path itself, and a link's target
     for file, folder in ((name, folder) for name in names for folder in name.parents):
+        repository_path = file.relative_to(folder).as_posix()
         try:
-            fetched = read_record(folder).get(file.relative_to(folder).as_posix())
+            fetched = read_record(folder).get(repository_path)
         except CheckpointError as error:
             if isinstance(error.__cause__, msgspec.ValidationError):
                 continue  # another program's file of that name
@@ -228,7 +246,7 @@ def recorded_file(path: Path) -> FetchedFile | None:
                 f"{file} is damaged or was replaced (its SHA-256 is not the one in "
                 f"{folder / RECORD}): fetch it again"
             )
-        return fetched
+        return repository_path, fetched
     return None
 
 
@@ -313,7 +331,7 @@ def _offer_from_folder(name: str, row: Published, folder: Path) -> Offer:
         fetched, file = record.get(path), (folder / path).resolve()
         blob = file.name if file.parent.name == "blobs" else ""
         files[path] = OfferedFile(file.stat().st_size, fetched.sha256 if fetched else blob)
-        licenses.append(fetched.license if fetched else row.license)
+        licenses.append(fetched.license if fetched else row.license if blob else UNKNOWN)
         revisions.append(fetched.revision if fetched else folder.name if blob else "")
     return Offer(name, row.source, revisions[0], licenses[0], files, folder)
 

@@ -17,7 +17,9 @@ from packforcing.errors import CheckpointError
 from packforcing.files import Upgrade, VersionError, decode_versioned
 from packforcing.presets import MODELS, PAPER
 
-UNREAD = "not read here: see the source before use"  # a license
+# Licenses
+UNREAD = "not read here: see the source before use"
+UNKNOWN = "unknown: nothing recorded says where the file is from"
 
 
 class Published(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Read the tensors of checkpoint files: torch checkpoints, safetensors, sharded folders.
+"""Read the tensors of checkpoint files: torch checkpoints, safetensors, GGUF, sharded folders.
 
 Nothing in a file is ever executed. Files are mapped, so that a tensor is read when it is used.
 """
@@ -6,155 +6,190 @@ Nothing in a file is ever executed. Files are mapped, so that a tensor is read w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from packforcing.checkpoints.containers import AGAIN, container
+from packforcing.checkpoints.gguf_file import FLOATS, check_gguf_dtypes, gguf_reader, read_gguf
+from packforcing.checkpoints.quantized import (
+    DTYPES,
+    StoredTensor,
+    apply_scale,
+    join_scales,
+)
+from packforcing.checkpoints.torch_file import load_torch, torch_dtype
 from packforcing.errors import CheckpointError
 
-# dtypes that weights may have: safetensors' names, and bytes per value
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, not yet read."""
-
-    path: Path
-    entry: str  # of a torch checkpoint; "" where the file is not divided
-    name: str  # in the file
-    shape: tuple[int, ...]
-    dtype: str  # safetensors' name
-
-
 Tensors = dict[str, StoredTensor]  # by checkpoint name
+
+SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.(\w+)$")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def list_files(path: Path) -> list[Path]:
     """List the files that a path stands for.
 
     Args:
-        path: A file, the index of a sharded checkpoint, or a folder of safetensors files.
+        path: A file, the index of a sharded checkpoint, or a folder with either. Of a diffusers
+            pipeline's folder, its transformer.
 
     Raises:
         CheckpointError: A file is missing, or the index is damaged.
     """
     if path.is_dir():
-        entries = sorted(path.glob("*.safetensors.index.json"))
-        entries = entries or sorted(path.glob("*.safetensors"))
-        if not entries:
-            raise CheckpointError(f"the folder {path} holds no .safetensors file: name a file")
-        return [file for entry in entries for file in list_files(entry)]
+        return list_files_of_folder(path)
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
-    if not path.name.endswith(".index.json"):
-        return [path]
+    if path.name.endswith(".index.json") or container(path) == "json":
+        return _shards(path)
+    return [path]
+
+
+def list_files_of_folder(folder: Path) -> list[Path]:
+    """List the weights in a folder: those of its index, else its safetensors, else its only file.
+
+    Raises:
+        CheckpointError: There are none, or several models.
+    """
+    if (folder / "model_index.json").is_file():
+        if (folder / "transformer").is_dir():
+            return list_files_of_folder(folder / "transformer")
+        raise CheckpointError(
+            f"{folder} is a diffusers pipeline without its 'transformer' folder: download that too"
+        )
+    if (folder / "model.json").is_file():
+        raise CheckpointError(
+            f"{folder} is a model folder already: pass it to 'packforcing export --weights'"
+        )
+    if (folder / ".metadata").is_file() or any(folder.glob("*.distcp")):
+        raise CheckpointError(
+            f"{folder} is a distributed checkpoint: convert it with "
+            "'python -m torch.distributed.checkpoint.format_utils dcp_to_torch'"
+        )
+    indices = sorted(folder.glob("*.index.json"))
+    if len(indices) > 1:
+        names = ", ".join(index.name for index in indices)
+        raise CheckpointError(f"the folder {folder} holds several checkpoints: name one of {names}")
+    if indices:
+        return _shards(indices[0])
+    files = sorted(file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    safetensors = [file for file in files if file.suffix == ".safetensors"]
+    if len(files) > 1 and not safetensors:
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(f"the folder {folder} holds several files: name one of {names}")
+    if not files:
+        inside = [file for file in sorted(folder.glob("*/*")) if file.suffix in WEIGHT_SUFFIXES]
+        where = f" ({', '.join(sorted({file.parent.name for file in inside}))} in it do)"
+        raise CheckpointError(
+            f"the folder {folder} holds no .safetensors file{where if inside else ''}: name a file"
+        )
+    return safetensors or files
+
+
+def _shards(index: Path) -> list[Path]:
+    """List the shards that an index names, all of which have to be there."""
     try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        shards = [path.parent / name for name in names]
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = [index.parent / name for name in names]
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("no names of files")
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
     ) as error:  # fmt: skip
-        raise CheckpointError(f"{path} is not the index of a sharded checkpoint") from error
+        raise CheckpointError(f"{index} is not the index of a sharded checkpoint") from error
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise CheckpointError(f"{path} lists files that are not beside it: {', '.join(missing)}")
+        raise CheckpointError(
+            f"{index} lists files that are not beside it: {', '.join(missing)}: download them too"
+        )
     return shards
 
 
-def list_tensors(path: Path) -> Iterator[StoredTensor]:
+def check_shards(files: Iterable[Path]) -> None:
+    """Raise `CheckpointError` if files are shards by their names, and some are missing."""
+    numbers: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if match := SHARD.match(file.name):
+            key = file.parent, match[1], int(match[3])
+            numbers.setdefault(key, set()).add(int(match[2]))
+    for (folder, stem, count), present in numbers.items():
+        if missing := sorted(set(range(1, count + 1)) - present):
+            raise CheckpointError(
+                f"{folder / stem} comes in {count} shards, and these are missing: "
+                f"{', '.join(f'{number:05}' for number in missing[:5])}: name the folder, or all"
+            )
+
+
+def list_tensors(path: Path) -> list[StoredTensor]:
     """List the tensors of a file, in its order, without reading them.
 
     Raises:
-        CheckpointError: The file is damaged, unsafe or of another format.
+        CheckpointError: The file is damaged, unsafe, of another format or quantized in a way that
+            is not read.
     """
-    if is_torch(path):
-        for entry, tensors in _load_torch(path).items():
-            for name, tensor in tensors.items():
-                dtype = DTYPES.get(tensor.dtype, str(tensor.dtype))
-                yield StoredTensor(path, entry, name, tuple(tensor.shape), dtype)
-        return
+    kind = container(path)
+    if kind == "gguf":
+        tensors = read_gguf(path).tensors
+        check_gguf_dtypes(path, tensors)
+        return [
+            StoredTensor(path, one.name, one.shape, one.dtype)
+            if one.dtype in FLOATS
+            else StoredTensor(path, one.name, one.shape, "F32", one.dtype)
+            for one in tensors
+        ]
+    if kind == "torch":
+        entries = load_torch(path)
+        listed = [
+            StoredTensor(path, name, tuple(tensor.shape), torch_dtype(tensor))
+            for name, tensor in entries.items()
+        ]
+        return join_scales(path, listed, {}, lambda stored: entries[stored.name])
     file = _open_safetensors(path)
+    listed = []
     for name in file.keys():  # noqa: SIM118
         tensor = file.get_slice(name)
-        yield StoredTensor(path, "", name, tuple(tensor.get_shape()), tensor.get_dtype())
+        listed.append(StoredTensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype()))
+    return join_scales(
+        path, listed, file.metadata() or {}, lambda stored: file.get_tensor(stored.name)
+    )
 
 
 def tensor_reader(path: Path) -> Callable[[StoredTensor], Tensor]:
-    """Return a function that reads tensors of one file. The file is mapped as long as it lives."""
-    if is_torch(path):
-        entries = _load_torch(path)
-        return lambda stored: entries[stored.entry][stored.name]
-    file = _open_safetensors(path)
-    return lambda stored: file.get_tensor(stored.name)
+    """Return a function that reads tensors of one file, dequantized to their dtype.
+
+    The file is mapped as long as the function lives.
+    """
+    kind = container(path)
+    if kind == "gguf":
+        read = gguf_reader(path)
+        return lambda stored: read(stored.name)
+    if kind == "torch":
+        entries = load_torch(path)
+        get: Callable[[str], Tensor] = entries.__getitem__
+    else:
+        get = _open_safetensors(path).get_tensor
+
+    def read_scaled(stored: StoredTensor) -> Tensor:
+        tensor = get(stored.name)
+        if stored.scale:
+            return apply_scale(stored, tensor, get(stored.scale.name))
+        return tensor.half() if stored.storage else tensor
+
+    return read_scaled
 
 
 def check_dtypes(tensors: Iterable[StoredTensor]) -> None:
     """Raise `CheckpointError` unless every tensor has one of `DTYPES`."""
     for stored in tensors:
-        if stored.dtype not in BYTES:
+        if stored.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"{stored.path} holds {stored.name} as {stored.dtype}; only {', '.join(BYTES)} "
-                "can be read: use the original weights"
+                f"{stored.path} holds {stored.name} as {stored.dtype}; only "
+                f"{', '.join(DTYPES.values())} can be read: use the original weights"
             )
-
-
-def is_torch(path: Path) -> bool:
-    """Tell whether a file is a torch checkpoint in the zip format.
-
-    Raises:
-        CheckpointError: The file is a bare pickle, torch's old format, or cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            magic = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    # safetensors begins with the length of its header, which may begin like a pickle
-    if magic[:1] == b"\x80" and magic[8:] != b"{":
-        raise CheckpointError(
-            f"{path} is a bare pickle, which could run code and cannot be read in pieces: "
-            "ask for safetensors, or save it with a current torch on a machine that trusts it"
-        )
-    return magic[:4] == b"PK\x03\x04"
-
-
-def _load_torch(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Map the entries of a torch checkpoint; the entry is "" if the file is not divided."""
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if not unsafe:
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged pickle calls torch's functions with any arguments
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"cannot read {path}, which is damaged or not a torch checkpoint: {reason}"
-        ) from error
-    if unsafe:
-        raise CheckpointError(
-            f"{path} would run code when loaded ({', '.join(sorted(unsafe)[:3])}) and is "
-            "refused: ask for safetensors"
-        )
-    if not isinstance(content, Mapping):
-        content = {}
-    entries = {
-        str(entry): {
-            name: value
-            for name, value in values.items()
-            if isinstance(name, str) and isinstance(value, Tensor) and not value.is_sparse
-        }
-        for entry, values in {"": content, **content}.items()
-        if isinstance(values, Mapping)
-    }
-    entries = {entry: tensors for entry, tensors in entries.items() if tensors}
-    if not entries:
-        raise CheckpointError(f"{path} holds no named tensors")
-    return entries
 
 
 def _open_safetensors(path: Path) -> Any:
@@ -163,6 +198,21 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot read {path}, which is damaged or neither safetensors nor a torch "
-            f"checkpoint: {error}"
+            f"cannot read {path}, which is damaged: {_missing_bytes(path) or error}: {AGAIN}"
         ) from error
+
+
+def _missing_bytes(path: Path) -> str:
+    """Say how much of a safetensors file is missing, "" if nothing is or its header is damaged."""
+    size_bytes = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size_bytes - 8:
+                return f"its header of {length} bytes is cut off"
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        announced = 8 + length + max(ends)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OSError):
+        return ""
+    return f"cut off after {size_bytes:,} of {announced:,} bytes" if announced > size_bytes else ""

@@ -1,20 +1,24 @@
-"""Recognize checkpoint files: for which part of a model they are, and of which model.
+"""Recognize the parts in checkpoint files, and which published model they are.
 
-A file's part is told from its contents: its container, the entries of a torch checkpoint that hold
-tensors, and whether these are a transformer's, an autoencoder's or a LoRA's. Several models have
-the same tensor names and shapes, and so have the two tiny autoencoders. Between these, the name
-under which a file is published decides, or the caller.
+A part's role is told from its tensors. Several models have the same tensors, and so have the two
+tiny autoencoders: which one a file is, follows from what `fetch` recorded (repository and
+SHA-256), from tensors that one model alone has, or from the caller. A file's name is a hint, which
+is offered and never followed.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from packforcing.checkpoints.fetch import FetchedFile, recorded_file
 from packforcing.checkpoints.lora import LONGLIVE_ENTRY, LORA_NAME
-from packforcing.checkpoints.names import wan_name
-from packforcing.checkpoints.published import AUTOENCODER_PARTS, PUBLISHED, published
+from packforcing.checkpoints.names import split_name
+from packforcing.checkpoints.published import AUTOENCODER_PARTS, PARTS, PUBLISHED, published
 from packforcing.checkpoints.reading import StoredTensor, Tensors, list_tensors
+from packforcing.config import Config
 from packforcing.errors import CheckpointError
 from packforcing.model import weight_shapes
 from packforcing.presets import PAPER, TINY_AUTOENCODERS, with_autoencoder
@@ -27,47 +31,80 @@ PACK_COMPRESSOR = [
     for kind in ("weight", "bias")
 ]
 
+# Files of the family that hold another model than those published to run, by words in their names
+_RELATIVES = [
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"ar_?diffusion", "a causal model before distillation, which needs many guided steps"),
+        (r"ode_?init|causal_?ode|causal_?cd", "an initialization for distillation"),
+        (r"bidirectional", "a model that is not causal"),
+        (r"teacher|real_?score", "a teacher, which needs many guided steps"),
+        (r"critic|fake_?score", "a critic, which training alone uses"),
+    )
+]
+
+# Tensors that other models of Wan have beside those of the text-to-video transformer
+_OTHER_WANS = [
+    (re.compile(pattern), what)
+    for pattern, what in (
+        (r"^vace_", "VACE"),
+        (r"^(face_adapter|motion_encoder|pose_patch_embedding)", "Wan-Animate"),
+        (r"^(casual_audio_encoder|audio_injector|audio_proj)", "a speech-to-video model"),
+        (r"^(control_adapter|ref_conv)", "a Fun-Control model"),
+        (r"^img_emb\.|_img\b", "an image-to-video model"),
+    )
+]
+
 
 @dataclass(frozen=True)
-class CheckpointFile:
-    """The tensors of a file, by the names of Wan, TAEHV or diffusers' AutoencoderKLWan."""
+class CheckpointPart:
+    """The tensors of one entry of a file, by the names of Wan, TAEHV or diffusers' Wan VAE."""
 
     path: Path
-    entries: dict[str, Tensors]
-    role: str  # "transformer", "autoencoder" or "LoRA"
+    entry: str  # "" where the file is not divided
+    tensors: Tensors
+    role: str  # "transformer", "autoencoder", "LoRA", "text encoder", "image encoder" or "other"
     vae: str = ""  # which autoencoder: "wan", or "taehv" for either of the tiny ones
 
 
-def survey_file(path: Path) -> CheckpointFile:
-    """List the tensors of a file and tell what they are for. No weight is read.
+def survey_file(path: Path) -> list[CheckpointPart]:
+    """List the parts in a file and tell what they are for. No weight is read.
 
     Raises:
-        CheckpointError: The file is damaged, unsafe, or not for any part of a model.
+        CheckpointError: The file is damaged or unsafe.
     """
     entries: dict[str, Tensors] = {}
     for stored in list_tensors(path):
-        tensors, name = entries.setdefault(stored.entry, {}), wan_name(stored.name)
+        entry, name = split_name(stored.name)
+        tensors = entries.setdefault(entry, {})
         if name in tensors:
             raise CheckpointError(
                 f"{path} holds {name} twice, as {tensors[name].name} and {stored.name}"
             )
         tensors[name] = stored
-    names = {name for tensors in entries.values() for name in tensors}
-    if any(LORA_NAME.match(name) for name in names):
-        return CheckpointFile(path, entries, "LoRA")
+    return [_survey_entry(path, entry, tensors) for entry, tensors in entries.items()]
+
+
+def _survey_entry(path: Path, entry: str, tensors: Tensors) -> CheckpointPart:
+    """Tell what the tensors of an entry are for: what most of them belong to."""
+    if any(LORA_NAME.match(name) for name in tensors):
+        return CheckpointPart(path, entry, tensors, "LoRA")
     known_names = weight_shapes(PAPER)
     for role, vae in (("transformer", ""), ("autoencoder", "taehv")):
-        if 2 * sum(f"{role}.{name}" in known_names for name in names) > len(names):
-            return CheckpointFile(path, entries, role, vae)
-    known_names = weight_shapes(with_autoencoder(PAPER, "wan"))
-    renamed = {entry: _wan_vae_names(tensors) for entry, tensors in entries.items()}
-    vae_names = [name for tensors in renamed.values() for name in tensors]
-    if 2 * sum(f"autoencoder.{name}" in known_names for name in vae_names) > len(vae_names):
-        return CheckpointFile(path, renamed, "autoencoder", "wan")
-    raise CheckpointError(
-        f"{path} holds neither a Wan transformer, nor a LoRA for one, nor an autoencoder, but "
-        f"{len(names)} other tensors: {', '.join(sorted(names)[:3])}, ..."
-    )
+        if 2 * sum(f"{role}.{name}" in known_names for name in tensors) > len(tensors):
+            return CheckpointPart(path, entry, tensors, role, vae)
+    if any(re.match(r"(en|de)coder\.\w|conv[12]\.|(post_)?quant_conv\.", name) for name in tensors):
+        known_names = weight_shapes(with_autoencoder(PAPER, "wan"))
+        renamed = _wan_vae_names(tensors)
+        if 2 * sum(f"autoencoder.{name}" in known_names for name in renamed) > len(renamed):
+            return CheckpointPart(path, entry, renamed, "autoencoder", "wan")
+    for pattern, role in (
+        (r"\.SelfAttention\.|\.pos_embedding\.embedding\.|^enc\.blk\.", "text encoder"),
+        (r"^(visual|vision_model|textual|text_model)\.", "image encoder"),
+    ):
+        if any(re.search(pattern, name) for name in tensors):
+            return CheckpointPart(path, entry, tensors, role)
+    return CheckpointPart(path, entry, tensors, "other")
 
 
 def has_diffusers_name(stored: StoredTensor) -> bool:
@@ -75,13 +112,21 @@ def has_diffusers_name(stored: StoredTensor) -> bool:
     return ".attn1." in stored.name or ".mid_block." in stored.name
 
 
+def describe_part(part: CheckpointPart) -> str:
+    """Say what a part is, for a message."""
+    if part.role == "other":
+        names = ", ".join(sorted(part.tensors)[:3])
+        return f"{len(part.tensors)} tensors of neither a transformer nor an autoencoder ({names})"
+    return f"{'an' if part.role[0] in 'aei' else 'a'} {part.role}"
+
+
 def _wan_vae_names(tensors: Tensors) -> Tensors:
     """Rename the tensors of Wan's VAE as diffusers does; others keep their names."""
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     try:
-        renamed = convert_wan_vae_to_diffusers(tensors)
-    except (ValueError, IndexError):  # it expects numbers where another model's names have none
+        renamed = convert_wan_vae_to_diffusers(dict(tensors))
+    except (ValueError, IndexError, KeyError):  # it expects numbers where another has none
         return tensors
     for name, stored in tensors.items():
         if stored not in renamed.values():
@@ -89,101 +134,229 @@ def _wan_vae_names(tensors: Tensors) -> Tensors:
     return renamed
 
 
-def recognize_model(files: list[CheckpointFile]) -> tuple[str, str]:
-    """Tell which published model a set of files is.
+# Which model
+
+
+class Records:
+    """What `fetch` recorded of files. Each is hashed once, when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._records: dict[Path, tuple[str, FetchedFile] | None] = {}
+
+    def __getitem__(self, path: Path) -> tuple[str, FetchedFile] | None:
+        """Return a file's path in its repository and its record, or None.
+
+        Raises:
+            CheckpointError: The file is not what was fetched.
+        """
+        if path not in self._records:
+            self._records[path] = recorded_file(path)
+        return self._records[path]
+
+    def names(self, path: Path, rows: dict) -> list[str]:
+        """List the published models or parts that a file is, by its repository and SHA-256."""
+        if not (record := self[path]) or not record[1].revision:
+            return []
+        return [
+            name
+            for name, row in rows.items()
+            if row.source == record[1].source and record[0] in row.files
+        ]
+
+
+def recognize_model(parts: Sequence[CheckpointPart], records: Records) -> tuple[str, str]:
+    """Tell which published model the parts are.
 
     Returns:
         Its name in `PUBLISHED`, and the reason.
 
     Raises:
-        CheckpointError: Several models fit.
+        CheckpointError: Several models have these tensors, and nothing recorded says which.
     """
-    models = [file for file in files if file.role == "transformer"]
-    names = {name for file in models for tensors in file.entries.values() for name in tensors}
-    if any(f"transformer.{name}" in PACK_COMPRESSOR for name in names):
+    transformers = [part for part in parts if part.role == "transformer"]
+    if any(
+        f"transformer.{name}" in PACK_COMPRESSOR for one in transformers for name in one.tensors
+    ):
         return "packforcing-unofficial", "it has a pack_compressor"
-    if any(LONGLIVE_ENTRY in file.entries for file in files):
-        return "longlive", f"its LoRA is a '{LONGLIVE_ENTRY}'"
-    kinds = {kind: row for kind, row in PUBLISHED.items() if row.entry}
-    for kind, row in kinds.items():
-        for name in row.files[:1]:
-            path = name.removeprefix("checkpoints/").removeprefix("models/")
-            if any(file.path.absolute().match(path) for file in models):
-                return kind, f"it is published as {path}"
-    undivided = [stored.name for file in models for stored in file.entries.get("", {}).values()]
-    if undivided and not any(name.startswith("model.") for name in undivided):
-        return "wan2.1-t2v-1.3b", "its tensors are not divided into entries and have no prefix"
+    paths = list(dict.fromkeys(part.path for part in transformers))
+    for path in paths:
+        kinds = records.names(path, PUBLISHED)
+        if len(kinds) == 1:
+            return kinds[0], f"fetched from {published(kinds[0]).source}"
     raise CheckpointError(
-        f"{models[0].path} holds a causal Wan model, and several models have these tensors: name "
-        f"it with --model, one of {', '.join(kinds)}"
+        f"{paths[0]} holds a Wan transformer, and several models have these tensors: name it with "
+        f"--model{_hint(paths)}; known models: {', '.join(PUBLISHED)}"
     )
 
 
-def recognize_autoencoder(files: list[CheckpointFile], vae: str | None) -> str:
-    """Tell which autoencoder the files hold.
+def relative_hint(path: Path) -> str:
+    """Say what a file holds that its name puts beside the published models, "" for others."""
+    name = "/".join(path.parts[-2:]).lower()
+    return next((what for pattern, what in _RELATIVES if pattern.search(name)), "")
+
+
+def _hint(paths: Sequence[Path]) -> str:
+    """Say which model the files' names suggest, as the end of a sentence."""
+    for path in paths:
+        if what := relative_hint(path):
+            return f" (the name {path.name} suggests {what}, which none of them is)"
+        if kind := _suggested_model(path):
+            return f" (the name {path.name} suggests {kind}: --model {kind})"
+    return ""
+
+
+def _suggested_model(path: Path) -> str:
+    """Return the published model whose name or file is most like a path, "" for none."""
+
+    def letters(text: str) -> str:
+        return re.sub(r"[^a-z0-9+]", "", text.lower())
+
+    name, best = letters("".join([*path.parts[-2:-1], path.stem])), ("", "")
+    for kind, row in PUBLISHED.items():
+        aliases = [letters(kind)]
+        for file in row.files[:1]:
+            stem = Path(file).with_suffix("")
+            aliases += [letters("".join(stem.parts[-2:])), letters(stem.name)]
+        for alias in aliases:
+            generic = len(alias) < 6 or alias in ("emamodel", "diffusionpytorchmodel")
+            if not generic and alias in name and len(alias) > len(best[1]):
+                best = kind, alias
+    return best[0]
+
+
+def recognize_autoencoder(part: CheckpointPart, vae: str | None, records: Records) -> str:
+    """Tell which autoencoder a part is.
 
     Args:
-        files: Files with the role "autoencoder", at least one.
-        vae: The caller's choice, instead of the file's name.
+        part: A part with the role "autoencoder".
+        vae: The caller's choice.
+        records: What `fetch` recorded of files.
 
     Returns:
         Its name in `AUTOENCODERS`.
 
     Raises:
-        CheckpointError: There are two, or nothing tells the tiny ones apart.
+        CheckpointError: The tensors are not the caller's choice, or nothing tells the tiny ones
+            apart.
     """
-    layouts = {file.vae for file in files}
-    if len(layouts) > 1:
-        raise CheckpointError(
-            f"{' and '.join(str(file.path) for file in files)} are two autoencoders: name one"
-        )
-    (layout,) = layouts
-    candidates = ["wan"] if layout == "wan" else TINY_AUTOENCODERS
+    candidates = ["wan"] if part.vae == "wan" else TINY_AUTOENCODERS
     if vae is not None:
         if vae not in candidates:
             raise CheckpointError(
-                f"{files[0].path} is not '{vae}' by its tensors, but {' or '.join(candidates)}"
+                f"{part.path} is not '{vae}' by its tensors, but {' or '.join(candidates)}"
             )
         return vae
-    if layout == "wan":
-        return layout
-    file_name = files[0].path.name
-    named = [name for name in candidates if AUTOENCODER_PARTS[name] in file_name]
-    if named:  # lighttaew2_1 contains taew2_1
-        return max(named, key=lambda name: len(AUTOENCODER_PARTS[name]))
+    if part.vae == "wan":
+        return "wan"
+    recorded = records.names(part.path, PARTS)
+    for name in candidates:
+        if AUTOENCODER_PARTS[name] in recorded:
+            return name
+    similar = [name for name in candidates if AUTOENCODER_PARTS[name] in part.path.name]
+    likely = max(similar, key=lambda name: len(AUTOENCODER_PARTS[name]), default="")
+    hint = f" (the name suggests {AUTOENCODER_PARTS[likely]}: --vae {likely})" if likely else ""
     raise CheckpointError(
-        f"{files[0].path} is a tiny autoencoder, and its tensors do not say which: name it with "
-        "--vae, taehv (taew2_1) or lighttae (lighttaew2_1)"
+        f"{part.path} is a tiny autoencoder, and its tensors do not say which: name it with "
+        f"--vae, taehv (taew2_1) or lighttae (lighttaew2_1){hint}"
     )
 
 
-def select_entry(file: CheckpointFile, kind: str, entry: str | None) -> Tensors:
-    """Select the tensors of a file that are used.
+def describe_other_wan(tensors: Tensors, config: Config) -> str:
+    """Say which model of Wan a transformer is if it is not of `config`'s size and inputs.
 
     Args:
-        file: The file.
+        tensors: By Wan's names.
+        config: What it should be.
+
+    Returns:
+        The end of "the file holds", "" if the sizes are those of `config`.
+    """
+    for pattern, what in _OTHER_WANS:
+        if any(pattern.search(name) for name in tensors):
+            return what
+    embedding = tensors.get("patch_embedding.weight")
+    if embedding is None or len(embedding.shape) != 5:
+        return ""
+    width, channels = embedding.shape[:2]
+    layers = 1 + max(
+        (int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d", n)), default=0
+    )
+    if channels == 36 != config.latent_channels:
+        return f"an image-to-video model ({channels} input channels, width {width})"
+    if channels != config.latent_channels:
+        size = "Wan2.2 5B, " if (width, channels) == (3072, 48) else ""
+        return f"{size}a model of {channels} latent channels, width {width}"
+    if width != config.dim:
+        size = "a 14B model, " if (width, layers) == (5120, 40) else ""
+        return f"{size}a model of {layers} layers of width {width}"
+    return ""
+
+
+# Which entry
+
+
+def select_transformer(
+    parts: Sequence[CheckpointPart], kind: str, entry: str | None
+) -> CheckpointPart:
+    """Select the transformer of a file that is used.
+
+    Args:
+        parts: The transformers in one file.
         kind: The model's name in `PUBLISHED`.
-        entry: Of a transformer's torch checkpoint, instead of the one its kind is run with.
+        entry: Instead of the one that models of this kind are run with.
 
     Raises:
         CheckpointError: The file has no such entry, or several.
     """
-    entries, name = file.entries, ""
-    if file.role == "transformer":
-        name = entry or published(kind).entry
-    elif file.role == "LoRA":
-        entries = {e: t for e, t in entries.items() if any(LORA_NAME.match(key) for key in t)}
-        name = LONGLIVE_ENTRY  # its critic's LoRA is there as well
-    if name in entries:
-        return entries[name]
-    if len(entries) == 1 and (file.role != "transformer" or (not entry and "" in entries)):
-        return next(iter(entries.values()))
-    available = ", ".join(f"'{entry}'" for entry in entries if entry) or "no entries"
+    by_entry, name = {part.entry: part for part in parts}, entry or published(kind).entry
+    if name in by_entry:
+        return by_entry[name]
+    if not entry and list(by_entry) == [""]:
+        return by_entry[""]
+    path = parts[0].path
+    available = ", ".join(f"'{entry}'" for entry in by_entry if entry) or "no entries"
     if not name:
         raise CheckpointError(
-            f"{file.path} is divided into {available}, which {kind} is not: name another --model"
+            f"{path} is divided into {available}, which {kind} is not: name another --model"
         )
     raise CheckpointError(
-        f"{file.path} has no entry '{name}', which {kind} is run with, but {available}: choose an "
+        f"{path} has no entry '{name}', which {kind} is run with, but {available}: choose an "
         "entry with --entry, or another --model"
     )
+
+
+def select_lora(parts: Sequence[CheckpointPart]) -> CheckpointPart:
+    """Select the LoRA of a file that is used: the generator's, where its critic has one too.
+
+    Raises:
+        CheckpointError: The file has several.
+    """
+    by_entry = {part.entry: part for part in parts}
+    if LONGLIVE_ENTRY in by_entry:
+        return by_entry[LONGLIVE_ENTRY]
+    if len(parts) > 1:
+        raise CheckpointError(
+            f"{parts[0].path} holds several LoRAs ({', '.join(by_entry)}): save the one for the "
+            "transformer into a file of its own"
+        )
+    return parts[0]
+
+
+def select_autoencoder(parts: Sequence[CheckpointPart]) -> CheckpointPart | None:
+    """Select the autoencoder that is used: one in a file of its own before one in a model's file.
+
+    Args:
+        parts: All parts of all files.
+
+    Raises:
+        CheckpointError: There are two.
+    """
+    models = {part.path for part in parts if part.role == "transformer"}
+    autoencoders = [part for part in parts if part.role == "autoencoder"]
+    alone = [part for part in autoencoders if part.path not in models]
+    candidates = alone or autoencoders
+    if len(candidates) > 1:
+        raise CheckpointError(
+            f"{' and '.join(str(part.path) for part in candidates)} are two autoencoders: name one"
+        )
+    return candidates[0] if candidates else None

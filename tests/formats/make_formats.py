@@ -133,7 +133,7 @@ def make_model(out: Path) -> None:
     save_file(parts["autoencoder"], source / "lighttaew2_1.safetensors")
     fetch(look_up("lighttaew2_1", out / "fetched-1", source), out / "fetched-1", tqdm)
     files = [source / "self_forcing_dmd.safetensors", out / "fetched-1/lighttaew2_1.safetensors"]
-    import_checkpoint(files, out / "model-1", kind="self-forcing")
+    import_checkpoint(files, out / "model-1", kind="self-forcing", vae="lighttae")
     for path in [*source.iterdir(), out / "fetched-1" / ".lock"]:
         path.unlink(missing_ok=True)
     source.rmdir()

@@ -152,7 +152,7 @@ def test_a_record_of_fetched_files_is_read(path):
     assert (record.source, record.license) == (
         "lightx2v/Autoencoders", "not read here: see the source before use"
     )  # fmt: skip
-    assert fetch.recorded_file(path / name) == record
+    assert fetch.recorded_file(path / name) == (name, record)
 
 
 # What two later versions might change: a field, its value in the first and in the second of them,

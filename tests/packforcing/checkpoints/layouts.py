@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
@@ -14,17 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from packforcing.app.cli import main
 from packforcing.checkpoints.convert import import_checkpoint
-from packforcing.checkpoints.published import (
-    WEIGHTS,
-)
+from packforcing.checkpoints.fetch import RECORD, FetchedFile
+from packforcing.checkpoints.published import PARTS, PUBLISHED, WEIGHTS
 from packforcing.config import Precision
 from packforcing.errors import CheckpointError
+from packforcing.files import file_sha256
 
 TINY = {
     "height": 64, "width": 96, "dim": 24, "heads": 2, "ffn_dim": 16, "freq_dim": 8,
     "text_len": 4, "text_dim": 24, "vae_encoder_width": 8, "vae_decoder_widths": (8, 8, 8, 8),
     "vae_strips": 1, "precision": Precision(),
 }  # fmt: skip
+LICENSE = "cc-by-4.0, says its model card"  # in the records made here
 NARROW = {"vae_encoder_width": 2, "vae_decoder_widths": (8, 8, 4, 2), "vae_strips": 1}  # Wan's
 LINEAR = [
     *(f"{kind}_attn.{name}" for kind in ("self", "cross") for name in "qkvo"), "ffn.0", "ffn.2"
@@ -246,6 +248,18 @@ def imported(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS)
 
 
+def record_fetched(files, name, folder: Path) -> None:
+    """What `fetch NAME` leaves beside the files, which it fetched into a folder."""
+    row = {**PUBLISHED, **PARTS}[name]
+    record = {}
+    for file in files:
+        record[file.relative_to(folder).as_posix()] = FetchedFile(
+            bytes=file.stat().st_size, sha256=file_sha256(file), source=row.source,
+            revision="0123456789abcdef", license=LICENSE,
+        )  # fmt: skip
+    (folder / RECORD).write_bytes(msgspec.json.encode(record))
+
+
 def run_command(*args) -> str:
     """Runs the command line, which is to succeed; its output."""
     result = CliRunner().invoke(main, [str(arg) for arg in args])
@@ -253,7 +267,8 @@ def run_command(*args) -> str:
     return result.stdout
 
 
-def assert_refused(files, tmp_path, message, **options):
-    with pytest.raises(CheckpointError, match=message):
-        import_checkpoint(files, tmp_path / "model", **options)
+def assert_refused(files, tmp_path, message, kind="self-forcing", **options):
+    with pytest.raises(CheckpointError, match=message) as raised:
+        import_checkpoint(files, tmp_path / "model", kind=kind, **options)
+    assert "\n" not in str(raised.value)
     assert not (tmp_path / "model").exists()

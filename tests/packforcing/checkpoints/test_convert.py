@@ -67,7 +67,8 @@ def test_an_imported_checkpoint_exports_and_renders_training_free(
         if name.startswith("transformer.")
     }
     files = [*self_forcing(tmp_path, weights), tiny_autoencoder]
-    run_command("import-checkpoint", *files, "--out", tmp_path / "model")
+    named = "--model", "self-forcing", "--vae", "taehv"
+    run_command("import-checkpoint", *files, *named, "--out", tmp_path / "model")
     bundle = tmp_path / "bundle"
     stated = run_command("export", "--weights", tmp_path / "model", "--out", bundle)
     assert "compressed" not in stated  # its own policy keeps a window
@@ -108,7 +109,15 @@ def test_every_layout_exports_and_renders(kind, tiny_autoencoder, tmp_path, monk
     whole = {name: 0.2 * torch.randn(shape) for name, shape in shapes.items()}
     model, bundle, out = tmp_path / "model", tmp_path / "bundle", tmp_path / "star.mkv"
     run_command(
-        "import-checkpoint", *LAYOUTS[kind](tmp_path, whole), tiny_autoencoder, "--out", model
+        "import-checkpoint",
+        *LAYOUTS[kind](tmp_path, whole),
+        tiny_autoencoder,
+        "--out",
+        model,
+        "--model",
+        kind,
+        "--vae",
+        "taehv",
     )
     run_command("export", "--weights", model, "--out", bundle)
     frames = 6 * config.block_pixel_frames
@@ -158,13 +167,15 @@ def test_the_commands_for_an_8_gb_gpu_lead_to_a_video(tiny_autoencoder, tmp_path
 
 def test_the_command_reports_each_file(weights, tmp_path):
     files = longlive(tmp_path, weights)
-    output = run_command("import-checkpoint", *files, "--out", tmp_path / "model")
+    output = run_command(
+        "import-checkpoint", *files, "--model", "longlive", "--out", tmp_path / "model"
+    )
     for part in (
         "longlive_base.pt: transformer, 825 tensors of 'generator', torch checkpoint",
         "lora.pt: LoRA, 600 tensors of 'generator_lora' (not critic_lora), torch checkpoint",
         "LoRA merged into 300 weights at scale 1",
-        "longlive (its LoRA is a 'generator_lora'), 825 tensors",
-        "license of the weights: Apache-2.0",
+        "longlive (by --model), 825 tensors",
+        "license of the weights: unknown: nothing recorded says where the file is from",
         "no autoencoder: export needs",
     ):
         assert part in output
@@ -173,8 +184,9 @@ def test_the_command_reports_each_file(weights, tmp_path):
     )
     assert (result.exit_code, result.stdout) == (2, "") and "no autoencoder" in result.stderr
     output = run_command(
-        "import-checkpoint", *base_original(tmp_path, weights), "--out", tmp_path / "base"
-    )
+        "import-checkpoint", *base_original(tmp_path, weights), "--out", tmp_path / "base",
+        "--model", "wan2.1-t2v-1.3b",
+    )  # fmt: skip
     assert "weights only, wan2.1-t2v-1.3b cannot be rendered" in output
     table = json.loads(run_command("models", "--json"))
     assert set(table) == set(PUBLISHED) and table["longlive"]["config"]["shift"] == 5
@@ -184,12 +196,13 @@ def test_the_command_reports_each_file(weights, tmp_path):
 def test_a_folder_that_is_not_empty_is_refused(weights, tmp_path):
     [path] = self_forcing(tmp_path, weights)
     (tmp_path / "model").mkdir()
-    import_checkpoint([path], tmp_path / "model")
+    import_file = partial(import_checkpoint, [path], kind="self-forcing")
+    import_file(tmp_path / "model")
     assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
     with pytest.raises(OutputError, match="null"):
-        import_checkpoint([path], f"{tmp_path}/a\0b")
+        import_file(f"{tmp_path}/a\0b")
     with pytest.raises(OutputError, match="choose a new or an empty one"):
-        import_checkpoint([path], tmp_path / "model")
+        import_file(tmp_path / "model")
     assert {entry.name for entry in tmp_path.iterdir()} == {"self_forcing_dmd.pt", "model"}
 
 
@@ -198,7 +211,8 @@ def test_mixed_dtypes_are_kept_and_aligned(weights, tiny_autoencoder, tmp_path):
     mixed = {name: t.bfloat16() if t.ndim == 1 else t for name, t in weights.items()}
     shutil.copy(tiny_autoencoder, tmp_path / "a-taew2_1.pth")
     save_file(mixed, tmp_path / "b.safetensors")
-    import_checkpoint([tmp_path / "a-taew2_1.pth", tmp_path / "b.safetensors"], tmp_path / "model")
+    files = [tmp_path / "a-taew2_1.pth", tmp_path / "b.safetensors"]
+    import_checkpoint(files, tmp_path / "model", kind="self-forcing", vae="taehv")
     copied = imported(tmp_path / "model")
     assert all(copied[f"transformer.{name}"].equal(tensor) for name, tensor in mixed.items())
     with (tmp_path / "model" / WEIGHTS).open("rb") as file:
@@ -258,7 +272,7 @@ def test_a_fetched_file_is_compared_with_its_record(weights, tmp_path):
     content = path.read_bytes()
     output |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (tmp_path / RECORD).write_text(json.dumps({path.name: output}))
-    import_checkpoint([path], tmp_path / "first")
+    import_checkpoint([path], tmp_path / "first", kind="self-forcing")
     folder = json.loads((tmp_path / "first" / DESCRIPTION).read_text())
     assert folder["licence"] == license_name
     with path.open("r+b") as file:

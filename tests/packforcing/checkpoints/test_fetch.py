@@ -467,7 +467,9 @@ def test_the_hubs_cache_serves_offline(hub, folder, tmp_path, monkeypatch):
 def test_a_file_is_compared_with_the_record_above_it(hub, folder, tmp_path):
     """tests/packforcing/test_import.py has the import itself."""
     run("fetch", "model")
-    assert fetching.recorded_file(folder / LARGE).license == "cc-by-nc-sa-4.0, says its model card"
+    assert (
+        fetching.recorded_file(folder / LARGE)[1].license == "cc-by-nc-sa-4.0, says its model card"
+    )
     assert fetching.recorded_file(tmp_path / "elsewhere.pt") is None
     (folder / LARGE).write_bytes(CONTENT[LARGE][::-1])
     with pytest.raises(CheckpointError, match=r"damaged or was replaced .*fetch it again"):

@@ -45,7 +45,7 @@ def test_wrappers_are_removed_in_any_order_and_number(name, renamed, before, ent
     ("name", "entry", "normalized"),
     [
         ("first_stage_model.decoder.conv1.weight", "first_stage_model", "decoder.conv1.weight"),
-        ("text_encoders.umt5xxl.transformer.shared.weight", "text_encoders.umt5xxl", "shared.weight"),
+        ("text_encoders.t5.transformer.shared.weight", "text_encoders.t5", "shared.weight"),
         ("model.diffusion_model.scaled_fp8", "", "scaled_fp8"),
         ("model.diffusion_model.img_emb.proj.0.bias", "", "img_emb.proj.0.bias"),
         ("module", "", "module"),

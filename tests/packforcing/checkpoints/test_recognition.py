@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from packforcing import model_config
 from packforcing.checkpoints.convert import import_checkpoint
 from packforcing.checkpoints.published import (
+    PARTS,
     PUBLISHED,
+    UNKNOWN,
     WEIGHTS,
     read_model_folder,
 )
@@ -22,11 +24,13 @@ from packforcing.transformer import patchify, unpatchify
 from tests.packforcing.checkpoints.layouts import (
     CASES,
     LAYOUTS,
+    LICENSE,
     LINEAR,
     assert_refused,
     diffusers_name,
     imported,
     prefixed,
+    record_fetched,
     save,
     self_forcing,
     wan_shapes,
@@ -71,7 +75,8 @@ def test_a_block_equals_that_of_diffusers_transformer(tiny_autoencoder, tmp_path
     for name, tensor in theirs.state_dict().items():  # norms too, whose weights begin as ones
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3 + ("norm" in name))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="300KB")
-    import_checkpoint([tmp_path / "theirs", tiny_autoencoder], tmp_path / "model", kind=kind)
+    files = [tmp_path / "theirs", tiny_autoencoder]
+    import_checkpoint(files, tmp_path / "model", kind=kind, vae="taehv")
     ours = load_model(config, tmp_path / "model" / WEIGHTS).transformer
 
     frames = config.block_frames, config.latent_channels, *config.latent_size
@@ -100,9 +105,22 @@ def test_every_published_model_has_a_layout_here():
 def test_layouts_are_recognized_and_give_the_same_weights(
     kind, layout, weights, tiny_autoencoder, tmp_path
 ):
-    """The names alone, no option; entries that are not run are left alone."""
+    """As fetched, no option; entries that are not run are left alone."""
     files = layout(tmp_path, weights)
-    done = import_checkpoint([*files, tiny_autoencoder], tmp_path / "model")
+    if PUBLISHED[kind].source and layout in LAYOUTS.values():
+        fetched = [tmp_path / path for path in PUBLISHED[kind].files]
+        for file, path in zip(files, fetched, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file.rename(path)
+        record_fetched(files := fetched, kind, tmp_path)
+        done = import_checkpoint([*files, tiny_autoencoder], tmp_path / "model", vae="taehv")
+        assert done.why == f"fetched from {PUBLISHED[kind].source}"
+        assert done.folder.source == PUBLISHED[kind].source and LICENSE in done.folder.license
+    else:  # no file of the published name
+        done = import_checkpoint(
+            [*files, tiny_autoencoder], tmp_path / "model", kind=kind, vae="taehv"
+        )
+        assert not done.folder.source and done.folder.license == UNKNOWN
 
     assert done.folder.kind == kind and done.tensors == 825 + 128
     assert done.folder.config == model_config(kind)
@@ -124,10 +142,8 @@ def test_layouts_are_recognized_and_give_the_same_weights(
 
 def test_a_model_that_tensors_do_not_tell_needs_an_option(weights, tmp_path):
     path = save(tmp_path / "mine.pt", {"generator": prefixed(weights)})
-    with pytest.raises(
-        CheckpointError, match=r"several models have these tensors: name it with --model.*causvid"
-    ):
-        import_checkpoint([path], tmp_path / "model")
+    message = r"several models have these tensors: name it with --model; known.*causvid"
+    assert_refused([path], tmp_path, message, kind=None)
     done = import_checkpoint([path], tmp_path / "model", kind="causal-forcing")
     assert (done.folder.kind, done.folder.autoencoder) == ("causal-forcing", False)
     with pytest.raises(CheckpointError, match=r"no autoencoder: .*mine.pt taew2_1"):
@@ -136,7 +152,7 @@ def test_a_model_that_tensors_do_not_tell_needs_an_option(weights, tmp_path):
 
 def test_an_entry_can_be_chosen(weights, tmp_path):
     [path] = self_forcing(tmp_path, weights)
-    import_checkpoint([path], tmp_path / "model", entry="generator")
+    import_checkpoint([path], tmp_path / "model", kind="self-forcing", entry="generator")
     copied = imported(tmp_path / "model")["transformer.head.head.bias"]
     assert copied.equal(weights["head.head.bias"] + 1)
 
@@ -164,10 +180,10 @@ def test_wans_autoencoder_is_recognized_by_its_tensors(naming, weights, wan_vae,
             "decoder.upsamples.14.residual.3.gamma", "decoder.head.0.gamma",
         } <= named  # fmt: skip
     files = [*self_forcing(tmp_path, weights), wan_vae_file(tmp_path, wan_vae, naming)]
-    done = import_checkpoint(files, tmp_path / "model")
+    done = import_checkpoint(files, tmp_path / "model", kind="self-forcing")
     assert done.folder.config == with_autoencoder(model_config("self-forcing"), "wan")
     assert done.folder.autoencoder and done.tensors == 825 + 194
-    assert "the autoencoder is wan-vae, license of its weights: Apache-2.0" in done.lines
+    assert "the autoencoder is wan-vae, license of its weights: unknown" in ", ".join(done.lines)
     copied = imported(tmp_path / "model")
     assert all(copied[f"autoencoder.{name}"].equal(tensor) for name, tensor in wan_vae.items())
     assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 194
@@ -192,14 +208,15 @@ def test_a_damaged_autoencoder_is_refused_by_name(weights, wan_vae, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("taew2_1.pth", {}, "taehv"),
-        ("lighttaew2_1.pth", {}, "lighttae"),
+        ("mine.pth", {"vae": "taehv"}, "taehv"),
         ("mine.pth", {"vae": "lighttae"}, "lighttae"),
+        ("taew2_1.pth", {}, "the name suggests taew2_1: --vae taehv"),
+        ("lighttaew2_1.pth", {}, "the name suggests lighttaew2_1: --vae lighttae"),
         ("mine.pth", {}, "do not say which: name it with --vae"),
         ("taew2_1.pth", {"vae": "wan"}, "is not 'wan' by its tensors, but taehv or lighttae"),
     ],
 )
-def test_the_tiny_autoencoders_differ_by_name_alone(
+def test_the_tiny_autoencoders_are_told_apart_by_the_caller(
     name, options, expected, weights, tiny_autoencoder, tmp_path
 ):
     shutil.copy(tiny_autoencoder, tmp_path / name)
@@ -207,8 +224,27 @@ def test_the_tiny_autoencoders_differ_by_name_alone(
     if " " in expected:
         assert_refused(files, tmp_path, expected, **options)
     else:
-        done = import_checkpoint(files, tmp_path / "model", **options)
+        done = import_checkpoint(files, tmp_path / "model", kind="self-forcing", **options)
         assert done.folder.config == with_autoencoder(model_config("self-forcing"), expected)
+
+
+@pytest.mark.parametrize(("part", "vae"), [("taew2_1", "taehv"), ("lighttaew2_1", "lighttae")])
+def test_a_fetched_autoencoder_needs_no_option(part, vae, weights, tiny_autoencoder, tmp_path):
+    """Its record says which it is, and its license; changed, it is refused."""
+    [path] = (tmp_path / file for file in PARTS[part].files)
+    tensors = torch.load(tiny_autoencoder, weights_only=True)
+    (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+    record_fetched([path], part, tmp_path)
+    files = [*self_forcing(tmp_path / "x", weights), path]
+    done = import_checkpoint(files, tmp_path / "model", kind="self-forcing")
+    assert done.folder.config == with_autoencoder(model_config("self-forcing"), vae)
+    assert f"the autoencoder is {part}, license of its weights: {LICENSE}" in done.lines
+    assert done.folder.license == UNKNOWN  # nothing is known of the transformer
+    shutil.rmtree(tmp_path / "model")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert_refused(files, tmp_path, "damaged or was replaced")
 
 
 def test_two_autoencoders_are_refused(weights, wan_vae, tiny_autoencoder, tmp_path):
