@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -304,8 +305,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
 @bundle_option()
 @out_folder_option("out/verify")
 @json_option
-@click.pass_context
-def verify(ctx: click.Context, bundle: Path | None, out: Path, as_json: bool) -> None:
+def verify(bundle: Path | None, out: Path, as_json: bool) -> int:
     """Compare every output of a bundle with fp32.
 
     Each graph runs on recorded inputs. Unused cache slots hold garbage, to detect invalid reads.
@@ -328,12 +328,12 @@ def verify(ctx: click.Context, bundle: Path | None, out: Path, as_json: bool) ->
         verification = verify_bundle(bundle or demo_bundle(), on_graph)
     page = report.write_reports(folder, verification)
     if as_json:
-        click.echo(report.as_json(verification), nl=False)
+        print_json(json.loads(report.as_json(verification)))
     else:
         for line in report.summary(verification):
             click.echo(line)
         click.echo(f"report: {page}")
-    ctx.exit(1 if verification.missed else 0)
+    return 1 if verification.missed else 0
 
 
 def _tokens(config: Config) -> dict[str, int]:

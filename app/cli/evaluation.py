@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -158,7 +159,7 @@ def compare(
         )  # fmt: skip
     page = report.write_report(out, comparison)
     if as_json:
-        click.echo((out / "compare.json").read_text(encoding="utf-8"), nl=False)
+        print_json(json.loads((out / "compare.json").read_bytes()))
     else:
         print_tables(*report.tables(comparison))
         click.echo(f"\nreport: {page}")

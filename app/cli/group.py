@@ -1,12 +1,16 @@
 """The group of commands: loads a command when it is named, turns errors into exit codes.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output missed its
-tolerance in `verify`, 2 a mistake that one line explains, 130 interrupted, 143 terminated.
+tolerance in `verify`, 2 a mistake that one line explains, 129, 130 and 143 ended by SIGHUP, Ctrl-C
+and SIGTERM, 141 the reader of the result left.
+
+The result of the commands in `WRITING` is on the disk: what they print is about it, and may be
+lost. With --json, and in all other commands, the words are the result: where standard output does
+not take them, the exit code says so.
 """
 
 from __future__ import annotations
 
-import io
 import sys
 from importlib import import_module
 from typing import Any
@@ -14,6 +18,8 @@ from typing import Any
 import click
 
 from packforcing import __version__
+from packforcing.app.cli.options import JSON
+from packforcing.app.cli.process import BROKEN_PIPE, forgive_output, output_error
 from packforcing.errors import PackForcingError
 
 GROUPS = {  # heading: names of commands, and the module that has each
@@ -43,6 +49,10 @@ GROUPS = {  # heading: names of commands, and the module that has each
     },
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
+WRITING = {
+    "demo", "render", "encode-prompt", "fetch", "import-checkpoint", "export", "calibrate",
+    "quantize", "verify", "build", "compare",
+}  # fmt: skip
 
 
 class CommandGroup(click.Group):
@@ -69,10 +79,13 @@ class CommandGroup(click.Group):
             with formatter.section(heading):
                 formatter.write_dl(rows)
 
+    def invoke(self, ctx: click.Context) -> Any:
+        code = super().invoke(ctx)  # raises Exit where --help is the result
+        if ctx.invoked_subcommand in WRITING and not ctx.meta.get(JSON):
+            forgive_output()
+        return code
+
     def main(self, *args: Any, **extra: Any) -> Any:
-        for stream in sys.stdout, sys.stderr:
-            if isinstance(stream, io.TextIOWrapper):  # a file name may hold what it cannot encode
-                stream.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.UsageError as error:
@@ -80,9 +93,13 @@ class CommandGroup(click.Group):
             code = _print_error(f"{error.format_message().rstrip('.')} (see {where} --help)")
         except PackForcingError as error:
             code = _print_error(str(error))
-        except click.Abort:  # raised by click for a KeyboardInterrupt
-            click.echo("interrupted: no unfinished file has its final name", err=True)
-            code = 130
+        except click.Abort as error:  # raised by click for a KeyboardInterrupt
+            raise KeyboardInterrupt from error
+        if not code and (failure := output_error()):
+            if isinstance(failure, BrokenPipeError):
+                code = BROKEN_PIPE
+            else:
+                code = _print_error(f"cannot write to standard output: {failure.strerror}")
         sys.exit(code)
 
 

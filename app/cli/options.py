@@ -43,6 +43,7 @@ Decorator = Callable[[Any], Any]
 
 MAX_HISTORY_BLOCKS = 1000  # of a partition: the search for a plan visits every one
 MAX_BUDGET_GIB = 10_000
+JSON = "packforcing.json"  # in the context's `meta`: whether the result is printed as JSON
 
 
 class Option(click.Option):
@@ -289,4 +290,13 @@ run_options = options(
         "onnxruntime-cuda on a GPU.",
     ),
 )
-json_option = option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def _note_json(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+    ctx.meta[JSON] = value
+    return value
+
+
+json_option = option(
+    "--json", "as_json", is_flag=True, callback=_note_json, help="Print the result as JSON."
+)

@@ -20,7 +20,7 @@ WIDE = 10_000  # columns where stdout is no terminal: a row stays one line
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Print a result for programs."""
+    """Print a result for programs, in ASCII: right in every encoding of a terminal or pipe."""
     click.echo(json.dumps(value, indent=1))
 
 

@@ -74,7 +74,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     check_output(video, config.frames(seconds), config.width, config.height)
     blocks: list[BlockInfo] = []
     with _open_session(directory) as session:
-        with frame_meter() as show_block:
+        with frame_meter() as show_block, _stopping(session, "with the same command"):
 
             def on_block(info: BlockInfo) -> None:
                 blocks.append(info)
@@ -216,7 +216,7 @@ def render(
     with (
         _open_session(directory, chosen, threads, backend, quiet=as_json) as session,
         frame_meter(quiet=as_json) as show_block,
-        _stopping(session),
+        _stopping(session, "with the same command and --resume"),
     ):
         summary = session.render(
             prompts, seconds, out, seed, start=clip, on_block=show_block, resume=resume
@@ -366,26 +366,31 @@ def _open_session(
 
 
 @contextmanager
-def _stopping(session: Session) -> Iterator[None]:
-    """Stop after the current block on Ctrl-C or SIGTERM; the second one ends the process."""
+def _stopping(session: Session, how: str) -> Iterator[None]:
+    """Stop after the current block on the first signal that ends a process; the next is obeyed.
+
+    Args:
+        session: Makes the video.
+        how: The end of the message: how to resume.
+    """
     import signal
+
+    from packforcing.app.cli.process import handle_signals
 
     received: list[int] = []
 
     def stop(number: int, frame: object) -> None:
-        signal.signal(number, handlers[signal.Signals(number)])
+        for other, handler in handlers.items():  # of the program: they end it at once
+            signal.signal(other, handler)
         received.append(number)
         session.stop()
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with handle_signals(stop) as handlers:
+            yield
     except RenderStopped as error:
-        click.echo(f"{error} with the same command and --resume", err=True)
+        click.echo(f"{error} {how}", err=True)
         raise click.exceptions.Exit(128 + received[0]) from None
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _read_start(path: str, config: Config) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -100,8 +99,8 @@ def fetch(model: str, out: Path | None, folder: Path | None, as_json: bool) -> N
     try:
         record = fetching.fetch(offer, target, FileMeters("fetching", quiet=as_json))
     except KeyboardInterrupt:
-        click.echo("interrupted: run the same command again to resume", err=True)
-        sys.exit(130)
+        click.echo("run the same command again to resume", err=True)
+        raise
     unverified = [path for path, file in offer.files.items() if not file.checksum]
     steps = fetching.next_commands(offer, target)
     if as_json:
