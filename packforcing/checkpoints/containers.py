@@ -13,6 +13,7 @@ from packforcing.errors import CheckpointError
 Container = Literal["torch", "safetensors", "gguf", "json"]
 
 HEAD = 512  # bytes that tell
+QUOTED = 100  # characters of a text that came instead
 AGAIN = "download it again"
 ARIA2 = ".aria2"  # of the file beside a download that aria2 has not ended
 PARTIAL_SUFFIXES = (ARIA2, ".crdownload", ".part", ".partial", ".incomplete", ".download", ".!qB")
@@ -72,6 +73,9 @@ def container(path: Path) -> Container:
     if head.startswith(b"PK"):
         _check_zip(path)
         return "torch"
+    for magic, what, remedy in _MAGIC:
+        if head.startswith(magic):
+            raise CheckpointError(f"{path} {what}: {remedy}")
     if text := _text(head):
         if text[0] == "{" and _is_index(path):
             return "json"
@@ -112,14 +116,11 @@ def _describe_text(text: str) -> str:
     elif start[0] in "{[":
         kind = "is JSON, probably a server's error"
     quote = " ".join(text.split())
-    return f'{kind}, not weights ("{quote[:60]}{"..." if len(quote) > 60 else ""}")'
+    return f'{kind}, not weights ("{quote[:QUOTED]}{"..." if len(quote) > QUOTED else ""}")'
 
 
 def _describe_binary(head: bytes, path: Path) -> str:
     """Say what a binary file is that holds no weights, and what to do."""
-    for magic, what, remedy in _MAGIC:
-        if head.startswith(magic):
-            return f"{what}: {remedy}"
     if head[:2] == b"\x1f\x8b":
         try:
             inside = zlib.decompressobj(31).decompress(head, HEAD)

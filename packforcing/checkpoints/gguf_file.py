@@ -147,7 +147,7 @@ def check_gguf_dtypes(path: Path, tensors: list[GgufTensor]) -> None:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    for dtype, tensor in {tensor.dtype: tensor for tensor in tensors}.items():
+    for dtype, tensor in {tensor.dtype: tensor for tensor in reversed(tensors)}.items():
         if dtype in FLOATS:
             continue
         kind = GGMLQuantizationType[dtype]

@@ -8,6 +8,7 @@ is offered and never followed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,11 +36,11 @@ PACK_COMPRESSOR = [
 _RELATIVES = [
     (re.compile(pattern), what)
     for pattern, what in (
-        (r"ar_?diffusion", "a causal model before distillation, which needs many guided steps"),
-        (r"ode_?init|causal_?ode|causal_?cd", "an initialization for distillation"),
+        (r"ar[_-]?diffusion", "a causal model before distillation, which needs many guided steps"),
+        (r"ode[_-]?init|causal[_-]?(ode|cd)\b", "an initialization for distillation"),
         (r"bidirectional", "a model that is not causal"),
-        (r"teacher|real_?score", "a teacher, which needs many guided steps"),
-        (r"critic|fake_?score", "a critic, which training alone uses"),
+        (r"teacher|real[_-]?score", "a teacher, which needs many guided steps"),
+        (r"critic|fake[_-]?score", "a critic, which training alone uses"),
     )
 ]
 
@@ -76,6 +77,8 @@ def survey_file(path: Path) -> list[CheckpointPart]:
     entries: dict[str, Tensors] = {}
     for stored in list_tensors(path):
         entry, name = split_name(stored.name)
+        if "." not in name and math.prod(stored.shape) == 1:
+            continue  # a trainer's counter: step, n_averaged
         tensors = entries.setdefault(entry, {})
         if name in tensors:
             raise CheckpointError(

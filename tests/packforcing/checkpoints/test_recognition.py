@@ -1,14 +1,18 @@
 """Which model and which part of it a file is: every published layout."""
 
+import json
+import re
 import shutil
 from math import prod
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from packforcing import model_config
 from packforcing.checkpoints.convert import import_checkpoint
+from packforcing.checkpoints.fetch import RECORD, fetch, look_up, next_commands
 from packforcing.checkpoints.published import (
     PARTS,
     PUBLISHED,
@@ -148,6 +152,91 @@ def test_a_model_that_tensors_do_not_tell_needs_an_option(weights, tmp_path):
     assert (done.folder.kind, done.folder.autoencoder) == ("causal-forcing", False)
     with pytest.raises(CheckpointError, match=r"no autoencoder: .*mine.pt taew2_1"):
         read_model_folder(tmp_path / "model")
+
+
+# Files of the family as published or renamed, with what their names suggest
+HINTS = {
+    "causal_forcing-framewise.safetensors": "causal-forcing-frame: --model causal-forcing-frame)",
+    "framewise/causal_forcing.pt": "causal-forcing-frame: ",
+    "chunkwise/causal_forcing.pt": "causal-forcing: ",
+    "causal-forcing++/framewise-2step.pt": "causal-forcing-frame-2step: ",
+    "Self-Forcing_DMD_bf16.safetensors": "self-forcing: ",
+    "autoregressive_checkpoint/model.pt": "causvid: ",
+    "CausVid-1.3B.pt": "causvid: ",
+    "longlive_base.pt": "longlive: ",
+    "rolling_forcing_dmd.pt": "rolling-forcing: ",
+    "wan2.1_t2v_1.3B_bf16.safetensors": "wan2.1-t2v-1.3b: ",
+    "chunkwise/ar_diffusion.pt": "a causal model before distillation, which needs many guided",
+    "causal-forcing-ar-diffusion.safetensors": "a causal model before distillation",
+    "checkpoints/ode_init.pt": "an initialization for distillation, which none of them is",
+    "chunkwise/causal_ode.pt": "an initialization for distillation",
+    "framewise/causal_cd.pt": "an initialization for distillation",
+    "bidirectional_checkpoint1/model.pt": "a model that is not causal",
+    "self_forcing_real_score.pt": "a teacher",
+    "causvid/critic.pt": "a critic",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_files_name_is_a_hint_and_no_evidence(name, weights, tmp_path):
+    """Nothing is imported because of a name, nor because nothing speaks against the base model."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save({"generator": prefixed(weights)}, path)
+    assert_refused([path], tmp_path, re.escape(HINTS[name]), kind=None)
+    if "none of them" in HINTS[name]:
+        done = import_checkpoint([path], tmp_path / "model", kind="causal-forcing")
+        assert f"the name {path.name} suggests an initialization" in done.lines[1]
+
+
+def test_names_without_a_meaning_give_no_hint(weights, tmp_path):
+    for name in ("model.pt", "ema_model.pt", "diffusion_pytorch_model.safetensors", "x.pt"):
+        path = tmp_path / name
+        (save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
+        assert_refused([path], tmp_path, r"name it with --model; known models: self-f", kind=None)
+
+
+def test_a_lora_of_longlives_layout_is_not_longlives(weights, tmp_path):
+    """Its code writes a 'generator_lora' for whoever trains with it."""
+    message = r"name it with --model .*longlive_base.pt suggests longlive"
+    assert_refused(LAYOUTS["longlive"](tmp_path, weights), tmp_path, message, kind=None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"source": "somebody/else"}, {"revision": ""}, {"source": "gdhe17/self-forcing"}]
+)
+def test_a_record_of_another_origin_is_no_evidence(changes, weights, tmp_path):
+    """Of another repository; of a folder that was copied, of which nothing was known."""
+    path = tmp_path / "checkpoints" / "self_forcing_dmd.pt"
+    [file] = self_forcing(tmp_path, weights)
+    path.parent.mkdir()
+    file.rename(path)
+    record_fetched([path], "self-forcing", tmp_path)
+    record = json.loads((tmp_path / RECORD).read_text())
+    for entry in record.values():
+        entry |= changes
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    assert_refused([path], tmp_path, r"--model .*suggests self-forcing", kind=None)
+
+
+def test_a_folder_of_unknown_origin_is_fetched_without_a_license(weights, tmp_path):
+    """A file at the published path is not the published file. The command says which it is."""
+    path = tmp_path / "stick" / "checkpoints" / "self_forcing_dmd.pt"
+    path.parent.mkdir(parents=True)
+    torch.save(prefixed(weights), path)
+    offer = look_up("self-forcing", tmp_path / "out", tmp_path / "stick")
+    assert offer.license == UNKNOWN
+    fetch(offer, tmp_path / "out", tqdm)
+    assert next_commands(offer, tmp_path / "out")[-1].endswith(
+        "--model self-forcing --out self-forcing"
+    )
+    copy = tmp_path / "out" / "checkpoints" / "self_forcing_dmd.pt"
+    assert_refused([copy], tmp_path, "--model .*suggests self-forcing", kind=None)
+    done = import_checkpoint([copy], tmp_path / "model", kind="self-forcing")
+    assert done.folder.license == UNKNOWN
 
 
 def test_an_entry_can_be_chosen(weights, tmp_path):
