@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from packforcing.config import WORD_COUNT, Config, Policy, Precision
 from packforcing.errors import ConfigError
+
+if TYPE_CHECKING:
+    from packforcing.prompts import History
 
 MODELS: dict[str, Config] = {
     config.name: config
@@ -67,16 +70,19 @@ def _window(recent: int, sink: int = 0, restart: int = 0) -> Policy:
     return Policy(sink=sink, mid=0, recent=recent, positions="absolute", restart=restart)
 
 
-# As published, with two exceptions. Windows keep sliding where Self-Forcing and Causal-Forcing stop
-# after 21 latent frames, the current block included. A history has whole blocks: Infinity-RoPE's
-# sink of one frame and its window of two are one block each.
+# As published, except for what `packforcing.checkpoints.published` notes of each
 MODELS |= {
     config.name: config
     for config in (
         _published("self-forcing", _window(6)),
+        _published("self-forcing-sid", _window(6)),
+        _published("self-forcing-sid-v2", _window(6)),
+        _published("self-forcing-gan", _window(6)),
+        _published("self-forcing-10s", _window(6)),
         _published(
             "causvid", _window(6, restart=7), timesteps=(1000, 757, 522), warp=False, shift=8.0
         ),
+        _published("causvid-4step", _window(6, restart=7), shift=8.0),
         _published("causal-forcing", _window(6)),
         _published("causal-forcing-frame", _window(20), block_frames=1),
         _published(
@@ -94,6 +100,14 @@ MODELS |= {
         ),
     )
 }  # fmt: skip
+
+# What a prompt switch that names no history does to it, where that is not "keep"
+SWITCH_HISTORIES: dict[str, History] = {"longlive": "recompute"}
+
+
+def switch_history(config: Config) -> History:
+    """Return what a prompt switch does to the history of a model as it is published."""
+    return SWITCH_HISTORIES.get(config.name, "keep")
 
 
 def model_config(name: str) -> Config:

@@ -22,6 +22,9 @@ video, whose first frames are trimmed as any video's are. From the cut on, the f
 bit-identical to those of the new prompt alone, except that random numbers, drawn for (seed, block,
 step), continue to count blocks from the beginning of the video.
 
+A switch that names none does what the model was published with: recompute for LongLive, keep for
+the others.
+
 A policy that restarts (CausVid's) does so before a switch of the first two kinds takes effect: the
 block that both rollouts share is generated under the old prompt, and `recompute` computes its keys
 and values again, as the only recent block there is.
@@ -35,7 +38,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -46,6 +49,7 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.embeddings import Embedding, check_embedding, load_embedding, pad_embedding
 from packforcing.errors import PromptError
+from packforcing.presets import switch_history
 from packforcing.words import encode_words
 
 History = Literal["keep", "recompute", "cut"]
@@ -56,11 +60,19 @@ Prompt: TypeAlias = str | np.ndarray | Embedding  # words, or an embedding, floa
 
 @dataclass(frozen=True)
 class Switch:
-    """A change to another prompt at `time`, in seconds; the first of a schedule is at 0."""
+    """A change to another prompt at `time`, in seconds; the first of a schedule is at 0.
+
+    Without a `history`, it does to the history what the model was published with.
+    """
 
     time: float
     prompt: Prompt
-    history: History = "keep"
+    history: History | None = None
+
+    @property
+    def effect(self) -> History:
+        """What it does to the history, in a timeline; of the first one, nothing."""
+        return self.history or "keep"
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,8 @@ class Timeline:
     """A schedule in blocks, its prompts encoded."""
 
     blocks: int  # of the whole video
-    switches: dict[int, Switch]  # by the block they take effect with, in order; the first is 0
+    switches: dict[int, Switch]  # by the block they take effect with, in order; the first is 0.
+    # All but the first have a history.
     embeddings: dict[int, np.ndarray]  # by the same block, float32 [1, text_len, text_dim]
 
 
@@ -134,6 +147,8 @@ def plan_switches(prompts: Prompts, config: Config, frames: int) -> tuple[int, d
                     f"no block begins between {switch.time:g} s and the end of the video at "
                     f"{frames / config.fps:g} s: set the switch earlier, or make the video longer"
                 )
+        if switches and switch.history is None:
+            switch = replace(switch, history=switch_history(config))
         switches[block] = switch
         trimmed = config.trimmed_frames * scenes
         latest_frame = block * config.block_pixel_frames - trimmed if block else 0
@@ -185,12 +200,12 @@ def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, fr
     """Raise `PromptError` unless a switch can follow the earlier ones, whatever the blocks are."""
     if not isinstance(switch, Switch) or not isinstance(switch.time, Real):
         raise PromptError(f"a schedule lists Switch(seconds, prompt), not {switch!r:.50}")
-    if switch.history not in get_args(History):
+    if switch.history not in (None, *get_args(History)):
         names = ", ".join(get_args(History))
         raise PromptError(f"history must be one of {names}, not '{switch.history}'")
     if not earlier and switch.time != 0:
         raise PromptError(f"the first prompt must begin at time 0, not at {switch.time:g}")
-    if not earlier and switch.history != "keep":
+    if not earlier and switch.history not in (None, "keep"):
         raise PromptError(f"the first prompt has no history to {switch.history}")
     end = frames / config.fps
     if not 0 <= switch.time < end:
@@ -209,7 +224,7 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True):
     time: float
     prompt: str | None = None
     embedding: str | None = None
-    history: History = "keep"
+    history: History | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):

@@ -211,13 +211,13 @@ def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
         seconds = frames_before(block, timeline, config) / config.fps
         text = getattr(switch.prompt, "prompt", switch.prompt)  # the words of an embedding
         text = text if isinstance(text, str) else ""
-        infos.append(SwitchInfo(block, seconds, text, switch.history))
+        infos.append(SwitchInfo(block, seconds, text, switch.effect))
     return infos
 
 
 def _digest_prompts(timeline: Timeline) -> str:
     lines = [
-        f"{block} {switch.history} {_digest(timeline.embeddings[block])}"
+        f"{block} {switch.effect} {_digest(timeline.embeddings[block])}"
         for block, switch in timeline.switches.items()
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -126,7 +126,7 @@ class Video:
         began = time.perf_counter()
         switch = timeline.switches.get(block)
         if switch and block:
-            rollout.switch(timeline.embeddings[block], switch.history)
+            rollout.switch(timeline.embeddings[block], switch.effect)
         trimmed = 0 if rollout.cache.committed else rollout.config.trimmed_frames
         rollout.first_generated = self._first_generated() - rollout.scene
         rollout.next_block(self._clean.pop(block, None))

@@ -20,7 +20,13 @@ from packforcing.app.cli.options import (
     seed_option,
     shape_options,
 )
-from packforcing.app.cli.output import make_folder, print_json, print_tables, print_training_free
+from packforcing.app.cli.output import (
+    make_folder,
+    print_differences,
+    print_json,
+    print_tables,
+    print_training_free,
+)
 from packforcing.app.cli.progress import count_meter, graph_meter, print_status
 from packforcing.app.cli.settings import with_shape
 from packforcing.errors import ConfigError
@@ -74,7 +80,11 @@ def export(
       packforcing render "a white star" --bundle my-bundle --out star.mp4
       packforcing export --model wan-1.3b --random-weights --size 640x368 --out sizing
     """
-    from packforcing.checkpoints.published import WEIGHTS, read_model_folder
+    from packforcing.checkpoints.published import (
+        WEIGHTS,
+        describe_differences,
+        read_model_folder,
+    )
     from packforcing.presets import model_config
     from packforcing.runtime import demo_bundle
 
@@ -110,10 +120,19 @@ def export(
         import msgspec
 
         files = msgspec.to_builtins(manifest.files)
-        print_json({"path": out, "bytes": size_bytes, "files": files, "tools": manifest.tools})
+        print_json(
+            {
+                "path": out,
+                "bytes": size_bytes,
+                "files": files,
+                "tools": manifest.tools,
+                "differences": describe_differences(config),
+            }
+        )
     else:
         size = format_file_size(size_bytes)
         click.echo(f"{out}: {len(manifest.graphs)} graphs of model {config.name}, {size}")
+        print_differences(config)
         print_training_free(config, config.policy)
 
 
@@ -247,6 +266,8 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     import msgspec
 
     from packforcing.app.reports.tables import make_table
+    from packforcing.checkpoints.published import describe_differences, describe_schedule
+    from packforcing.presets import switch_history
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.allocations import allocations, memory_by_purpose
     from packforcing.runtime.bundle import check_files, read_manifest
@@ -262,6 +283,8 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
                 "path": str(directory),
                 "schema_version": manifest.schema_version,
                 "config": msgspec.to_builtins(config),
+                "switch_history": switch_history(config),
+                "differences": describe_differences(config),
                 "tokens": _tokens(config),
                 "files": msgspec.to_builtins(manifest.files),
                 "files_match": True,
@@ -276,10 +299,10 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
         "bundle": f"{directory} (schema {manifest.schema_version})",
         "model": f"{config.name}: {config.width}x{config.height} at {config.fps} frames/s, "
         f"blocks of {config.block_pixel_frames} frames ({block_seconds:g} s)",
-        "network": f"{config.layers} layers of width {config.dim}, {config.heads} heads, "
-        f"{len(config.timesteps)} steps ({config.sampler})",
+        "network": f"{config.layers} layers of width {config.dim}, {config.heads} heads",
+        "denoising": describe_schedule(config),
         "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
-        "history": str(config.policy),
+        "history": f"{config.policy}; a prompt switch: {switch_history(config)}",
         "tokens": ", ".join(f"{count:,} {name}" for name, count in _tokens(config).items()),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
@@ -292,6 +315,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     )  # fmt: skip
     print_tables(
         make_table(rows.items()),
+        *(f"not as published: {line}" for line in describe_differences(config)),
         "\nfiles, all intact:",
         make_table(files, justify="lr", indent=2),
         "\nmemory while rendering:",

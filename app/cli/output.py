@@ -52,6 +52,14 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
+def print_differences(config: Config) -> None:
+    """Print a line for each difference from how the model was published."""
+    from packforcing.checkpoints.published import describe_differences
+
+    for line in describe_differences(config):
+        click.echo(f"not as published: {line}")
+
+
 def print_training_free(config: Config, policy: Policy) -> None:
     """Print a line where blocks are compressed without trained weights."""
     if is_training_free(config, policy):

@@ -161,8 +161,8 @@ def render(
 
     The FILE of --schedule lists prompts in TOML. Each prompt takes effect at the first block that
     begins at its time or later. Times are in seconds. "history" says what happens to the context
-    then: keep (default), recompute (recent blocks are encoded again under the new prompt) or cut
-    (a new scene):
+    then: keep, recompute (recent blocks are encoded again under the new prompt) or cut (a new
+    scene); by default, what the model was published with:
 
     \b
       [[switch]]
@@ -186,7 +186,8 @@ def render(
       packforcing render --schedule scenes.toml --seconds 20 --out scenes.mp4
     """
     from packforcing.embeddings import load_embedding
-    from packforcing.prompts import read_schedule
+    from packforcing.presets import switch_history
+    from packforcing.prompts import as_schedule, read_schedule
     from packforcing.runtime.request import check_request, check_schedule
     from packforcing.runtime.resume import finished
     from packforcing.runtime.video_files import check_output
@@ -201,6 +202,7 @@ def render(
         prompts = prompt
     else:
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
+    switches = as_schedule(prompts)
     directory, config, chosen = _bundle_and_policy(bundle, policy)
     if encoder is None:
         prompts = check_request(config, prompts, seconds, seed)
@@ -234,6 +236,9 @@ def render(
         for switch in summary.prompts[1:]:
             name = switch.prompt or "another embedding"
             click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {name}")
+        if any(switch.history is None for switch in switches[1:]):
+            default = switch_history(config)
+            click.echo(f"a switch without a history: {default}, as {config.name} was published")
         print_training_free(config, policy_used)
 
 

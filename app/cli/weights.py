@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from packforcing.app.cli.options import FOLDER, json_option, option
-from packforcing.app.cli.output import print_json
+from packforcing.app.cli.output import print_differences, print_json
 from packforcing.app.cli.progress import FileMeters, count_meter, print_status
 from packforcing.extras import optional_imports
 from packforcing.presets import TINY_AUTOENCODERS
@@ -25,7 +25,13 @@ def models(as_json: bool) -> None:
     """
     import msgspec
 
-    from packforcing.checkpoints.published import PARTS, PUBLISHED, published_config
+    from packforcing.checkpoints.published import (
+        PARTS,
+        PUBLISHED,
+        describe_schedule,
+        published_config,
+    )
+    from packforcing.presets import switch_history
 
     if as_json:
         print_json(
@@ -33,6 +39,7 @@ def models(as_json: bool) -> None:
                 kind: {
                     **msgspec.to_builtins(row),
                     "config": msgspec.to_builtins(published_config(kind)),
+                    "switch_history": switch_history(published_config(kind)),
                 }
                 for kind, row in PUBLISHED.items()
             }
@@ -40,18 +47,16 @@ def models(as_json: bool) -> None:
         return
     for kind, row in PUBLISHED.items():
         config = published_config(kind)
-        steps = " ".join(f"{step:g}" for step in config.timesteps)
         click.echo(kind)
         if row.refused:
             click.echo(f"  weights only: {row.refused}")
         else:
-            first = " ".join(f"{step:g}" for step in config.first_timesteps)
             click.echo(
-                f"  blocks of {config.block_frames}, {config.sampler} at {steps}"
-                + (f" (the first block at {first})" if first else "")
-                + f", shift {config.shift:g}{'' if config.warp else ', not warped'}; "
-                f"{config.policy}"
+                f"  blocks of {config.block_frames}, {describe_schedule(config)}; {config.policy}; "
+                f"a prompt switch: {switch_history(config)}"
             )
+            if row.note:
+                click.echo(f"  not as published: {row.note}")
         where = f"{row.source}: {', '.join(row.files)}" if row.source else "not published"
         click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; license: {row.license}")
     for name, row in PARTS.items():
@@ -174,7 +179,7 @@ def import_checkpoint(
     """
     import msgspec
 
-    from packforcing.checkpoints.published import published
+    from packforcing.checkpoints.published import describe_differences, published
 
     print_status("loading PyTorch ...", as_json)
     with optional_imports("importing", "export"):
@@ -186,13 +191,16 @@ def import_checkpoint(
     folder = imported.folder
     refused = published(folder.kind).refused
     if as_json:
-        print_json({"path": out, "refused": refused, **msgspec.to_builtins(imported)})
+        fields = msgspec.to_builtins(imported)
+        differences = describe_differences(folder.config)
+        print_json({"path": out, "refused": refused, "differences": differences, **fields})
         return
     for line in imported.lines:
         click.echo(line)
     size = format_file_size(imported.bytes)
     click.echo(f"{out}: {folder.kind} ({imported.why}), {imported.tensors} tensors, {size}")
     click.echo(f"license of the weights: {folder.license}")
+    print_differences(folder.config)
     if refused:
         click.echo(f"weights only, {folder.kind} cannot be rendered: {refused}")
     elif not folder.autoencoder:

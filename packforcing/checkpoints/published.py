@@ -31,36 +31,68 @@ class Published(msgspec.Struct, frozen=True):
     license: str = msgspec.field(name="licence")  # of the weights
     lora: bool = False  # whether the last file is a LoRA, without which this is another model
     refused: str = ""  # why it cannot be rendered
+    note: str = ""  # how it is rolled out otherwise than published, under its own policy
 
 
+_SELF_FORCING, _CAUSVID = "gdhe17/Self-Forcing", "tianweiy/CausVid"
 _CAUSAL_FORCING = "zhuhz22/Causal-Forcing"
+_SLIDES = "the window keeps sliding where the published code stops, after 21 latent frames"
+_NO_CONFIG = "its settings are not published: those of self-forcing are used"
 
 PUBLISHED: dict[str, Published] = {
     "self-forcing": Published(
-        "gdhe17/Self-Forcing", ("checkpoints/self_forcing_dmd.pt",), "generator_ema",
-        "CC-BY-NC-SA-4.0",
+        _SELF_FORCING, ("checkpoints/self_forcing_dmd.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=_SLIDES,
     ),
-    "causvid": Published(
-        "tianweiy/CausVid", ("autoregressive_checkpoint/model.pt",), "generator", UNREAD
+    "self-forcing-sid": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_sid.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=_SLIDES,
+    ),
+    "self-forcing-sid-v2": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_sid_v2.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=f"{_NO_CONFIG}; {_SLIDES}",
+    ),
+    "self-forcing-gan": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_gan.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=f"{_NO_CONFIG}; {_SLIDES}",
+    ),
+    "self-forcing-10s": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_10s.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=f"{_NO_CONFIG}, with a sliding window of 21 latent frames",
+    ),
+    "causvid": Published(_CAUSVID, ("autoregressive_checkpoint/model.pt",), "generator", UNREAD),
+    "causvid-4step": Published(
+        _CAUSVID, ("autoregressive_checkpoint_warp_4step_cfg2/model.pt",), "generator", UNREAD
     ),
     "causal-forcing": Published(
-        _CAUSAL_FORCING, ("chunkwise/causal_forcing.pt",), "generator", UNREAD
+        _CAUSAL_FORCING, ("chunkwise/causal_forcing.pt",), "generator", UNREAD, note=_SLIDES
     ),
     "causal-forcing-frame": Published(
-        _CAUSAL_FORCING, ("framewise/causal_forcing.pt",), "generator_ema", UNREAD
+        _CAUSAL_FORCING, ("framewise/causal_forcing.pt",), "generator_ema", UNREAD, note=_SLIDES
     ),
     "causal-forcing-frame-2step": Published(
-        _CAUSAL_FORCING, ("causal-forcing++/framewise-2step.pt",), "generator_ema", UNREAD
+        _CAUSAL_FORCING, ("causal-forcing++/framewise-2step.pt",), "generator_ema", UNREAD,
+        note=_SLIDES,
     ),
     "causal-forcing-frame-1step": Published(
-        _CAUSAL_FORCING, ("causal-forcing++/framewise-1step.pt",), "generator_ema", UNREAD
+        _CAUSAL_FORCING, ("causal-forcing++/framewise-1step.pt",), "generator_ema", UNREAD,
+        note=_SLIDES,
+    ),
+    "causal-forcing-long": Published(
+        _CAUSAL_FORCING, ("chunkwise/longvideo.pt",), "generator_ema", UNREAD,
+        refused="it is rolled out like rolling-forcing, four blocks together at four noise levels; "
+        "a call here has one level: use causal-forcing",
     ),
     "longlive": Published(
         "Efficient-Large-Model/LongLive-1.3B", ("models/longlive_base.pt", "models/lora.pt"),
         "generator", "Apache-2.0 (the repository's; the weights' was not read here)", lora=True,
+        note="a prompt switch recomputes block after block, where LongLive computes its last 12 "
+        "latent frames in one call; its infinite mode is --policy sink-window",
     ),
     "infinity-rope": Published(
-        "SOTAMak1r/Infinite-Forcing", ("checkpoints/ema_model.pt",), "generator_ema", UNREAD
+        "SOTAMak1r/Infinite-Forcing", ("checkpoints/ema_model.pt",), "generator_ema", UNREAD,
+        note="a history has whole blocks: the published sink of one latent frame and the window of "
+        "two are a block of three each, so that 9 frames are read where 6 are published",
     ),
     "packforcing-unofficial": Published("", (), "generator_ema", "its trainer's"),
     "wan2.1-t2v-1.3b": Published(
@@ -114,6 +146,44 @@ def published_config(kind: str) -> Config:
     """
     plain = msgspec.structs.replace(PAPER, name=kind, compressor_widths=())
     return MODELS.get(kind, plain)
+
+
+def describe_schedule(config: Config) -> str:
+    """Describe the denoising steps of a model in a line."""
+
+    def listed(timesteps: tuple[float, ...]) -> str:
+        return " ".join(f"{timestep:g}" for timestep in timesteps)
+
+    first = config.first_timesteps
+    return (
+        f"{config.sampler} at {listed(config.timesteps)}"
+        + (f" (the first block generated at {listed(first)})" if first else "")
+        + f", shift {config.shift:g}{'' if config.warp else ', not warped'}"
+    )
+
+
+def describe_differences(config: Config) -> list[str]:
+    """Say how a model is rolled out otherwise than it was published, a line for each difference.
+
+    Args:
+        config: Of a model that may be published, with whatever was changed since.
+    """
+    own, row = MODELS.get(config.name), PUBLISHED.get(config.name)
+    if own is None or row is None:
+        return []
+    lines = [row.note] if row.note and config.policy == own.policy else []
+    facts = [
+        {
+            "denoising": describe_schedule(one),
+            "blocks": f"{one.block_frames} latent frames",
+            "history": str(one.policy),
+        }
+        for one in (config, own)
+    ]
+    for name, value in facts[0].items():
+        if value != facts[1][name]:
+            lines.append(f"{name}: {value}; published with {facts[1][name]}")
+    return lines
 
 
 # The folder of an imported model

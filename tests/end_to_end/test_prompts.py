@@ -3,6 +3,7 @@ rules of LongLive's prompt switch and of rolling windows, with numbers worked ou
 
 import json
 import re
+import shutil
 
 import msgspec
 import numpy as np
@@ -24,6 +25,7 @@ from packforcing.prompts import Switch, plan_prompts, plan_switches, read_schedu
 from packforcing.reference import PastBlock, recompute_recent, rollout, rope_tensors
 from packforcing.rope import block_positions, compressed_positions
 from packforcing.runtime import Session
+from packforcing.runtime.bundle import read_manifest, write_manifest
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import view
 from packforcing.runtime.rollout import Rollout
@@ -31,7 +33,8 @@ from packforcing.sampler import draw_noise
 from packforcing.transformer import rotate
 from packforcing.words import encode_words
 from tests.emulated import gpu_session
-from tests.helpers import POLICIES, SEED, TINY, assert_follows_reference
+from tests.helpers import POLICIES, SEED, TINY, assert_follows_reference, frames_of
+from tests.helpers import run as run_command
 
 STAR, CIRCLE, SQUARE = "a red star over navy stripes", "a blue circle over sand", "a white square"
 EFFECTS = "keep", "recompute", "cut"
@@ -572,3 +575,45 @@ def test_no_file_ends_in_another_error(tmp_path, text):
         plan_prompts(read_schedule(tmp_path / "plan.toml"), TINY, 40)
     except PromptError as error:
         assert str(error)
+
+
+# What a switch does that does not say it
+
+
+def test_a_switch_without_a_history_does_what_the_model_was_published_with():
+    """LongLive recomputes (its pipeline's `_recache_after_switch`); the others keep."""
+    schedule = [Switch(0, STAR), Switch(3, CIRCLE), Switch(5, SQUARE, "keep")]
+    longlive = msgspec.structs.replace(TINY, name="longlive")
+    for config, expected in ((TINY, "keep"), (longlive, "recompute")):
+        timeline = plan_prompts(schedule, config, 60)
+        assert [switch.effect for switch in timeline.switches.values()] == [
+            "keep", expected, "keep",
+        ]  # fmt: skip
+        assert plan_prompts(timeline, config, 60) is timeline
+
+
+def test_longlives_frames_are_recomputed_by_default_and_the_output_says_so(tiny_bundle, tmp_path):
+    bundle = tmp_path / "longlive"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest = read_manifest(bundle)
+    config = msgspec.structs.replace(manifest.config, name="longlive")
+    write_manifest(bundle, msgspec.structs.replace(manifest, config=config))
+    with Session.open(bundle, threads=1) as session:
+        default, recomputed, unchanged = (
+            video(session, [Switch(0, STAR), Switch(2, CIRCLE, history)], 5)
+            for history in (None, "recompute", "keep")
+        )
+    np.testing.assert_array_equal(default, recomputed)
+    assert not np.array_equal(default, unchanged)
+    scenes = tmp_path / "scenes.toml"
+    scenes.write_text(
+        f'[[switch]]\ntime = 0\nprompt = "{STAR}"\n[[switch]]\ntime = 2\nprompt = "{CIRCLE}"\n'
+    )
+    result = run_command(
+        "render", "--schedule", scenes, "--bundle", bundle, "--seconds", 5, "--seed", SEED,
+        "--out", tmp_path / "a.mkv",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert f"(recompute): {CIRCLE}" in result.stdout
+    assert "a switch without a history: recompute, as longlive was published" in result.stdout
+    np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), default)

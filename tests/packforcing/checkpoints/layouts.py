@@ -224,13 +224,24 @@ def rolling_forcing(folder, w):
     return [save(folder / "rolling_forcing_dmd.pt", content)]
 
 
+def causvid_4step(folder, w):
+    content = {"generator": prefixed(w), "critic": other(prefixed(w)), "step": 3}
+    return [save(folder / "autoregressive_checkpoint_warp_4step_cfg2" / "model.pt", content)]
+
+
 LAYOUTS = {
     "self-forcing": self_forcing,
+    "self-forcing-sid": framewise("checkpoints/self_forcing_sid.pt"),
+    "self-forcing-sid-v2": framewise("checkpoints/self_forcing_sid_v2.pt"),
+    "self-forcing-gan": framewise("checkpoints/self_forcing_gan.pt"),
+    "self-forcing-10s": framewise("checkpoints/self_forcing_10s.pt"),
     "causvid": causvid,
+    "causvid-4step": causvid_4step,
     "causal-forcing": causal_forcing,
     "causal-forcing-frame": framewise("framewise/causal_forcing.pt"),
     "causal-forcing-frame-2step": framewise("causal-forcing++/framewise-2step.pt"),
     "causal-forcing-frame-1step": framewise("causal-forcing++/framewise-1step.pt"),
+    "causal-forcing-long": framewise("chunkwise/longvideo.pt"),
     "longlive": longlive,
     "infinity-rope": infinity_rope,
     "packforcing-unofficial": packforcing_unofficial,

@@ -1,18 +1,36 @@
-"""What each published model reads of its past."""
+"""What each published model reads of its past, in which steps it denoises, and what differs."""
 
+import json
 import re
 
+import msgspec
+import numpy as np
 import pytest
 
-from packforcing import model_config
-from packforcing.checkpoints.published import (
-    PUBLISHED,
-)
-from packforcing.presets import policies
+from packforcing import MODELS, Policy, model_config
+from packforcing.checkpoints.published import PUBLISHED, describe_differences
+from packforcing.presets import policies, switch_history
 from packforcing.runtime.cache import Cache
-from tests.packforcing.checkpoints.layouts import (
-    run_command,
-)
+from packforcing.sampler import denoising_steps
+from tests.packforcing.checkpoints.layouts import run_command
+
+# The settings files of the published code: `denoising_step_list` without a final 0,
+# `warp_denoising_step`, `timestep_shift` under `model_kwargs` (CausVid: at the top), and
+# `num_frame_per_block`. self_forcing_sid.yaml has the numbers of self_forcing_dmd.yaml.
+FOUR_STEPS = [1000, 750, 500, 250]
+PRESETS = dict(MODELS)  # before the fixtures of this folder put narrow models in their place
+SETTINGS = {
+    "self-forcing": (FOUR_STEPS, True, 5, 3),  # Self-Forcing, configs/self_forcing_dmd.yaml
+    "self-forcing-sid": (FOUR_STEPS, True, 5, 3),  # configs/self_forcing_sid.yaml
+    "causvid": ([1000, 757, 522], False, 8, 3),  # CausVid, configs/wan_causal_dmd.yaml
+    "causvid-4step": (FOUR_STEPS, True, 8, 3),  # configs/wan_causal_dmd_warp_4step_cfg2.yaml
+    "causal-forcing": (FOUR_STEPS, True, 5, 3),  # configs/causal_forcing_dmd_chunkwise.yaml
+    "causal-forcing-frame": (FOUR_STEPS, True, 5, 1),  # ..._framewise.yaml
+    "causal-forcing-frame-2step": ([1000, 500], True, 5, 1),  # ..._framewise_2step.yaml
+    "causal-forcing-frame-1step": ([1000], True, 5, 1),  # ..._framewise_1step.yaml
+    "longlive": (FOUR_STEPS, True, 5, 3),  # LongLive v1.0, configs/longlive_inference.yaml
+    "infinity-rope": (FOUR_STEPS, True, 5, 3),  # Infinity-RoPE, configs/self_forcing_dmd.yaml
+}
 
 
 def read(kind: str, block: int) -> tuple[list[int], list[float], float]:
@@ -54,3 +72,75 @@ def test_every_model_runs_under_the_other_policies(kind):
     assert policy.sink and not policy.mid and policy.recent and policy.positions == "packed"
     planned = run_command("plan", "--model", kind, "--policy", "packforcing", "--size", "832x480")
     assert re.search(r" [1-9] sink, 16 mid and [1-9] recent blocks", planned)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_models_are_denoised_as_their_settings_say(kind):
+    """By the published scheduler: `timesteps[1000 - listed]` of a table of 1000, warped or not."""
+    listed, warp, shift, block_frames = SETTINGS[kind]
+    s = 1 - np.arange(1000) / 1000
+    table = np.append(1000 * shift * s / (1 + (shift - 1) * s), 0)
+    config = model_config(kind)
+    timesteps, levels, _ = zip(*denoising_steps(config, 1))
+    expected = [table[1000 - step] for step in listed] if warp else listed
+    np.testing.assert_allclose(timesteps, expected, rtol=1e-12)
+    nearest = [min(table[:-1], key=lambda t, step=step: abs(t - step)) / 1000 for step in expected]
+    np.testing.assert_allclose(levels, nearest, rtol=1e-12)
+    assert config.block_frames == block_frames
+    first = [timestep for timestep, *_ in denoising_steps(config, 0)]
+    if kind in ("causal-forcing-frame-2step", "causal-forcing-frame-1step"):
+        expected = [table[1000 - step] for step in FOUR_STEPS]  # denoising_step_list_first_chunk
+    np.testing.assert_allclose(first, expected, rtol=1e-12)
+
+
+def test_every_model_of_the_family_has_a_preset_or_a_reason():
+    for kind, row in PUBLISHED.items():
+        assert (kind in PRESETS) != bool(row.refused), kind
+    assert "noise levels" in PUBLISHED["causal-forcing-long"].refused
+    for kind in ("self-forcing-sid-v2", "self-forcing-gan", "self-forcing-10s"):
+        assert "settings are not published" in PUBLISHED[kind].note
+
+
+def test_only_longlive_recomputes_at_a_switch_by_itself():
+    histories = {name: switch_history(config) for name, config in PRESETS.items()}
+    assert {name for name, history in histories.items() if history != "keep"} == {"longlive"}
+    assert histories["longlive"] == "recompute"
+
+
+def test_longlives_infinite_mode_is_a_policy():
+    """Its sink of 3 frames and window of 9 with the current 3, at positions within the window."""
+    policy = policies(model_config("longlive"))["sink-window"]
+    assert policy == Policy(sink=1, mid=0, recent=2, positions="packed")
+
+
+def test_what_differs_from_what_is_published_is_listed():
+    assert describe_differences(model_config("causvid-4step")) == []
+    assert describe_differences(model_config("demo")) == []
+    [line] = describe_differences(model_config("infinity-rope"))
+    assert "sink of one latent frame" in line and "9 frames are read where 6 are" in line
+    config = model_config("longlive")
+    changed = msgspec.structs.replace(
+        config, policy=policies(config)["packforcing"], timesteps=(1000, 500), shift=8
+    )
+    denoising, history = describe_differences(changed)
+    assert denoising == (
+        "denoising: renoise at 1000 500, shift 8; published with renoise at 1000 750 500 250, "
+        "shift 5"
+    )
+    assert history.startswith("history: 3 sink, 16 mid and 2 recent blocks")
+    assert history.endswith("published with 1 sink, 0 mid and 2 recent blocks, absolute positions")
+
+
+def test_the_list_of_models_says_how_they_run():
+    output = run_command("models")
+    for line in (
+        "causvid-4step\n  blocks of 3, renoise at 1000 750 500 250, shift 8; ",
+        "(the first block generated at 1000 750 500 250)",
+        "absolute positions; a prompt switch: recompute",
+        "causal-forcing-long\n  weights only: it is rolled out like rolling-forcing",
+        "not as published: a history has whole blocks",
+    ):
+        assert line in output, line
+    table = json.loads(run_command("models", "--json"))
+    assert table["longlive"]["switch_history"] == "recompute"
+    assert table["self-forcing-gan"]["note"].startswith("its settings are not published")
