@@ -34,13 +34,14 @@ import numpy as np
 
 from benchmarks.against import time_against
 from packforcing import Config, Policy, model_config
+from packforcing.machine import cpu_cores
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.video import BlockInfo
 from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"
-THREADS = os.cpu_count() or 1
+THREADS = cpu_cores()
 MIDDLE = Config(
     name="middle", height=240, width=416, fps=16, dim=768, heads=12, layers=12, ffn_dim=3072,
     block_frames=2, text_encoder="words", text_len=8, text_dim=22,

@@ -34,6 +34,7 @@ from benchmarks.figure_runs import ROOT, RUNS, Run
 from benchmarks.figure_values import Results
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.files import file_sha256, write_file
+from packforcing.machine import cpu_cores
 
 FIGURES = ROOT / "docs" / "figures.json"
 ROOMS = "packforcing", "runtime", "export", "calibration", "evaluation", "app"
@@ -195,7 +196,7 @@ def machine() -> str:
     if Path("/proc/cpuinfo").exists():
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = names[0] if names else model
-    return f"{os.cpu_count()} cores, {model}, Python {platform.python_version()}"
+    return f"{cpu_cores()} cores, {model}, Python {platform.python_version()}"
 
 
 def _git(*words: str) -> str:

@@ -137,7 +137,7 @@ def run_comparison(
         others: Bundles of the same model in another precision, by name, under their own policy.
             Videos are lossless then, so that their frames can be compared.
         backend: Backend of the sessions.
-        threads: Threads of the sessions; None: as many as the machine has cores.
+        threads: CPU threads of the sessions; None: one for each core of this process.
         progress: Called with the number of frames done, and of all that were missing.
 
     Raises:

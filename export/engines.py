@@ -37,6 +37,7 @@ from packforcing.errors import (
 from packforcing.export.builder import BuildJob, Built, Failed, Progress
 from packforcing.extras import install_command, installed_version, optional_imports
 from packforcing.files import new_file, require_disk_space, write_file
+from packforcing.machine import free_memory
 from packforcing.runtime.backends.tensorrt import MODULES, STREAMING
 from packforcing.runtime.bundle import (
     ENGINE_FOLDER,
@@ -345,14 +346,12 @@ def required_bytes(graph: Path) -> tuple[int, int]:
 
 def _require_resources(graph: Path) -> None:
     """Check that memory and disk suffice for a build."""
-    import psutil
-
     memory, disk = required_bytes(graph)
-    free_memory = psutil.virtual_memory().available
-    if free_memory < memory:
+    free_bytes = free_memory()
+    if free_bytes < memory:
         raise BackendError(
             f"building {graph.stem} needs {format_memory(memory)} of memory and "
-            f"{format_memory(free_memory)} is free: close other programs, or build on a larger "
+            f"{format_memory(free_bytes)} is free: close other programs, or build on a larger "
             "machine and copy the bundle"
         )
     require_disk_space(graph.parent, disk, f"building {graph.stem}", "make room there")

@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError
+from packforcing.machine import cpu_cores
 from packforcing.runtime.backends import Backend
 from packforcing.runtime.backends.onnxruntime import FP8, import_onnxruntime
 from packforcing.runtime.buffers import Arrays
@@ -70,6 +71,7 @@ class Oracle:
         widen_graph(model, round_to_fp16)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.intra_op_num_threads = cpu_cores()
         options.add_session_config_entry("session.force_spinning_stop", "1")  # graphs take turns
         options.enable_cpu_mem_arena = False  # it would retain what the largest call needed
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

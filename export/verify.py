@@ -46,6 +46,7 @@ from packforcing.export.oracle import (
     truncate_context,
 )
 from packforcing.extras import optional_imports
+from packforcing.machine import free_memory
 from packforcing.runtime.backends import ENGINE_BACKENDS, LoadedGraph
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.backends.tensorrt import Engines
@@ -276,13 +277,6 @@ def require_memory(*directories: Path) -> None:
             f"memory and {format_memory(free)} is free: close other programs, or use a machine "
             "with more"
         )
-
-
-def free_memory() -> int:
-    """Return the bytes of host memory that are available without swapping."""
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def describe_engines(directory: Path) -> tuple[str, list[str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import msgspec
 from packforcing import __version__
 from packforcing.errors import BackendError, MissingDependency, PackForcingError
 from packforcing.extras import install_command, installed_version
+from packforcing.machine import cpu_cores, free_memory, total_memory
 from packforcing.runtime.backends.onnxruntime import CUDA_PROVIDER, import_onnxruntime
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
@@ -44,7 +44,11 @@ class Capability(msgspec.Struct, frozen=True):
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """A machine and what it can do. Memory and disk space are in bytes, as they are now."""
+    """A machine and what it can do.
+
+    Cores and memory are those that this process may use. Memory and disk space are in bytes, as
+    they are now.
+    """
 
     packforcing: str
     system: str
@@ -61,9 +65,6 @@ class Diagnosis(msgspec.Struct, frozen=True):
 
 def diagnose(folder: Path) -> Diagnosis:
     """Look at this machine and at the disk of a folder, without changing anything."""
-    import psutil
-
-    memory = psutil.virtual_memory()
     installed_driver, devices, no_gpu = None, [], ""
     try:
         installed_driver = driver()
@@ -74,9 +75,9 @@ def diagnose(folder: Path) -> Diagnosis:
         packforcing=__version__,
         system=f"{platform.system()} {platform.release()}, {platform.machine()}",
         python=platform.python_version(),
-        cpu_cores=os.cpu_count() or 1,
-        memory_total=memory.total,
-        memory_free=memory.available,
+        cpu_cores=cpu_cores(),
+        memory_total=total_memory(),
+        memory_free=free_memory(),
         disk_free=shutil.disk_usage(folder).free,
         driver=installed_driver,
         gpus=devices,

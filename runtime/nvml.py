@@ -14,6 +14,7 @@ import msgspec
 
 from packforcing.errors import BackendError
 from packforcing.extras import optional_imports
+from packforcing.machine import free_memory, total_memory
 
 
 class Driver(msgspec.Struct, frozen=True):
@@ -66,10 +67,7 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         total_bytes, free_bytes = memory.total, memory.free
     except nvml.NVMLError_NotSupported:  # an integrated GPU shares the host's memory
-        import psutil
-
-        host = psutil.virtual_memory()
-        total_bytes, free_bytes = host.total, host.available
+        total_bytes, free_bytes = total_memory(), free_memory()
     target = "sm{}{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle))
     return Gpu(index, nvml.nvmlDeviceGetName(handle), target, total_bytes, free_bytes)
 

@@ -17,6 +17,7 @@ from packforcing.config import Config
 from packforcing.errors import ConfigError, RenderStopped
 from packforcing.prompts import History, Timeline
 from packforcing.runtime.allocations import archive_bytes
+from packforcing.runtime.backends import threads_of
 from packforcing.runtime.plan import LONGEST
 from packforcing.runtime.request import VideoRequest, frames_before
 from packforcing.runtime.resume import (
@@ -24,6 +25,7 @@ from packforcing.runtime.resume import (
     remove_leftovers,
     render_folder,
     snapshot_interval,
+    unfinished_record,
 )
 from packforcing.runtime.video import BlockInfo
 
@@ -109,7 +111,9 @@ def render_video(
     from packforcing.runtime.video_files import check_output
 
     config, timeline = session.config, request.timeline
-    began, seconds_before = time.perf_counter(), session.graph_seconds()
+    began = time.perf_counter()
+    session.use_threads(_recorded_threads(path) if resume else None)
+    seconds_before = session.graph_seconds()
     if not 0 < checkpoint_seconds <= LONGEST:
         raise ConfigError(
             f"checkpoint_seconds must be above 0 and at most {LONGEST:.0f}; "
@@ -203,6 +207,12 @@ def _request_fields(
         "made with": f"packforcing {__version__}, onnxruntime {import_onnxruntime().__version__}, "
         f"av {av.__version__}",
     }
+
+
+def _recorded_threads(path: str | os.PathLike[str]) -> int | None:
+    """Return the CPU threads that an unfinished render of `path` began with."""
+    record = unfinished_record(path)
+    return threads_of(record.request.get("runs on", "")) if record else None
 
 
 def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:

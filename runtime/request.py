@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-import psutil
 
 from packforcing.config import TEMPORAL_FACTOR, Config, Policy
 from packforcing.errors import ConfigError
+from packforcing.machine import total_memory
 from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.archive import IN_MEMORY
@@ -77,11 +77,11 @@ def check_memory(config: Config, policy: Policy, blocks: int) -> None:
     config = msgspec.structs.replace(config, policy=policy.fit_to_video(blocks, config.policy))
     archive = min(archive_bytes(config, blocks), IN_MEMORY)
     needed_bytes = sum(memory_by_purpose(config).values()) + archive
-    machine_bytes = psutil.virtual_memory().total
+    machine_bytes = total_memory()
     if needed_bytes > machine_bytes:
         raise ConfigError(
-            f"this video needs {format_memory(needed_bytes)} of memory under its policy, the "
-            f"machine has {format_memory(machine_bytes)}: shorten it or choose another policy"
+            f"this video needs {format_memory(needed_bytes)} of memory under its policy, this "
+            f"process can have {format_memory(machine_bytes)}: shorten it or choose another policy"
         )
 
 

@@ -39,11 +39,7 @@ import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import BackendError, OutputError, ResumeError
-from packforcing.files import (
-    file_record,
-    flush_folder,
-    require_disk_space,
-)
+from packforcing.files import file_record, flush_folder, require_disk_space
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose, token_bytes
 from packforcing.runtime.archive import IN_MEMORY
 from packforcing.runtime.render_record import (
@@ -134,6 +130,11 @@ def render_folder(
         finally:
             if not (render.record.block or is_plain_file(render.latents)):
                 render.remove()
+
+
+def unfinished_record(path: str | os.PathLike[str]) -> RenderRecord | None:
+    """Return the record of the render of `path`, or None; raise `ResumeError` if it is damaged."""
+    return read_record(_places(path)[0])
 
 
 def finished(path: str | os.PathLike[str]) -> bool:
@@ -373,9 +374,8 @@ class RenderFolder:
 
         A link where latents should be goes too: nothing is to be written through one.
         """
-        names = {*self.record.files, RECORD}
+        names = {*self.record.files, RECORD, *(_JOINED if self.record.joined else ())}
         names |= {self.latents.name} if is_plain_file(self.latents) else set()
-        names |= set(_JOINED) if self.record.joined else set()
         for path in self.path.iterdir():
             if OWN_FILES.fullmatch(path.name) and path.name not in names:
                 _delete(path)

@@ -57,7 +57,8 @@ class Session:
         Args:
             bundle: The bundle's folder.
             policy: Which history blocks read; None means the bundle's own.
-            threads: Of each graph on the CPU; None means all cores.
+            threads: Of each graph on the CPU. None: one for each core of this process; a render
+                that is resumed has as many as it began with.
             backend: One of `packforcing.runtime.backends.BACKENDS`.
             make_rollout: Makes the rollout of a config on the backend.
 
@@ -67,8 +68,13 @@ class Session:
         """
         manifest = read_manifest(bundle)
         config = _with_policy(manifest, policy)
-        opened = open_backend(backend, Path(bundle), manifest, config, threads)
-        return cls(manifest, opened, policy=policy, make_rollout=make_rollout)
+
+        def load(threads: int | None) -> Backend:
+            return open_backend(backend, Path(bundle), manifest, config, threads)
+
+        session = cls(manifest, load(threads), policy=policy, make_rollout=make_rollout)
+        session._load = None if threads else load
+        return session
 
     def __init__(
         self,
@@ -95,6 +101,8 @@ class Session:
         self._may_run.set()
         self._lock = threading.Lock()  # one block at a time, whichever thread asks for it
         self._closed = False
+        self._load: Callable[[int], Backend] | None = None
+        self._default_threads = backend.threads
 
     def __enter__(self) -> Session:
         return self
@@ -115,6 +123,24 @@ class Session:
                 self._closed, self.rollout, self._video = True, None, None
                 self.backend.close()
                 self.backend.graphs.clear()
+
+    def use_threads(self, threads: int | None) -> None:
+        """Load the graphs again if videos are to be made with another number of CPU threads.
+
+        Nothing happens where `open` was called with a number, or not at all. A video in the making
+        ends with an error.
+
+        Args:
+            threads: Those that an unfinished render began with; None: one for each core.
+        """
+        threads = threads or self._default_threads
+        with self._lock:
+            self._require_open()
+            if self._load is not None and threads != self.backend.threads:
+                self.rollout, self._video = None, None
+                self.backend.close()  # first, as two would not fit into memory
+                self.backend.graphs.clear()
+                self.backend = self._load(threads)
 
     def pause(self) -> None:
         """Begin no further block before `proceed` or `stop`."""

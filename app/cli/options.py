@@ -280,7 +280,13 @@ shape_options = options(
     ),
 )
 run_options = options(
-    option("--threads", type=click.IntRange(1, 1024), help="CPU threads.  [default: all cores]"),
+    option(
+        "--threads",
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        help="CPU threads.  [default: the cores that this process may use; where a render is "
+        "resumed, as many as it began with]",
+    ),
     option(
         "--backend",
         metavar="NAME",

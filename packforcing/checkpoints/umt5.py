@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import ftfy
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -42,6 +41,7 @@ from packforcing.embeddings import (
 )
 from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
 from packforcing.files import file_sha256
+from packforcing.machine import cpu_cores, free_memory
 from packforcing.model import describe_mismatch
 from packforcing.units import format_memory
 
@@ -168,6 +168,7 @@ def _encode(model: UMT5EncoderModel, ids: list[int]) -> np.ndarray:
 
     Wan masks padding inside UMT5 and sets its rows to zero afterwards: the result is the same.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_cores()))  # torch overlooks quotas
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids])).last_hidden_state[0].float().numpy()
 
@@ -337,7 +338,7 @@ def _config(encoder: Encoder, tensors: dict[str, StoredTensor]) -> UMT5Config:
 
 
 def _check_memory(needed_bytes: int, weights: WeightDtype) -> None:
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = free_memory()
     if needed_bytes > free_bytes:
         smaller = "" if weights == "int8" else "encode-prompt --int8 needs little more than half; "
         raise ConfigError(

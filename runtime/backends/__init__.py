@@ -11,7 +11,7 @@ CPU under every backend, where they take no device memory.
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,14 @@ from typing import Protocol
 
 from packforcing.config import Config
 from packforcing.errors import BackendError
+from packforcing.machine import cpu_cores
 from packforcing.runtime.backends.onnxruntime import OnnxGraph, import_onnxruntime, open_cuda_device
 from packforcing.runtime.backends.tensorrt import Engines
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GPU_GRAPHS, Manifest, check_files, contract, graph_file
 from packforcing.runtime.device import HostDevice
 
+MAX_THREADS = 1024
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 BACKENDS = ("onnxruntime", "onnxruntime-cuda", *ENGINE_BACKENDS)
 
@@ -52,12 +54,14 @@ class Backend:
         close: Release what is not memory, after the last call of what was bound.
         identity: What the results depend on besides the bundle: the backend's name, CPU threads,
             the GPU and the engines.
+        threads: CPU threads of each graph.
     """
 
     device: HostDevice
     graphs: dict[str, LoadedGraph] = field(default_factory=dict)
     close: Callable[[], None] = _nothing_to_close
     identity: str = ""
+    threads: int = 1
 
 
 def open_backend(
@@ -70,7 +74,7 @@ def open_backend(
         directory: The bundle.
         manifest: The bundle's manifest.
         config: The manifest's config, with the policy to run.
-        threads: CPU threads of each graph; None: all cores.
+        threads: CPU threads of each graph; None: one for each core of this process.
 
     Raises:
         BackendError: No such backend; a library, the GPU or an engine cannot be used.
@@ -82,7 +86,8 @@ def open_backend(
     specs = contract(config)
     import_onnxruntime()  # every backend runs some graphs in it
 
-    host = f"{name}, {threads or os.cpu_count()} threads"
+    threads = threads or cpu_cores()
+    host = f"{name}, {threads} threads"
     gpu = None  # of ONNX Runtime; engines have their own
     if name == "onnxruntime":
         opened = Backend(HostDevice(), identity=f"{host}, the CPU")
@@ -93,6 +98,7 @@ def open_backend(
         engines = Engines(name, directory, config)
         identity = f"{host}, {engines.identity}"
         opened = Backend(engines.device, close=engines.close, identity=identity)
+    opened.threads = threads
     try:
         check_files(directory, manifest)
         if name in ENGINE_BACKENDS:
@@ -105,3 +111,9 @@ def open_backend(
         opened.close()
         raise
     return opened
+
+
+def threads_of(identity: str) -> int | None:
+    """Return the CPU threads that a backend's identity names, or None for another text."""
+    match = re.search(r", (\d{1,4}) threads", identity)
+    return int(match[1]) if match and 0 < int(match[1]) <= MAX_THREADS else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from packforcing.config import Config
 from packforcing.errors import BackendError, BundleError, MissingDependency
 from packforcing.extras import install_command
+from packforcing.machine import cpu_cores
 from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import DTYPES, GPU_GRAPHS, GraphSpec, graph_file
@@ -35,7 +35,7 @@ class OnnxGraph:
     Args:
         path: The ONNX file. Weights may lie in files beside it.
         spec: The inputs and outputs that the graph must have.
-        threads: CPU threads; None: all cores.
+        threads: CPU threads; None: one for each core of this process.
         device: A GPU, on whose stream the graph runs; None: the CPU.
         model: An ONNX model to load in place of the file.
 
@@ -54,9 +54,11 @@ class OnnxGraph:
         model: bytes | None = None,
     ) -> None:
         library = import_onnxruntime()
-        cores = os.cpu_count() or 1
+        cores = cpu_cores()
         options = library.SessionOptions()
-        options.intra_op_num_threads = min(threads or cores, cores)
+        options.intra_op_num_threads = threads or cores
+        if threads and threads > cores:  # a thread that spins keeps the core from the others
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         # graphs take turns: one must not spin on the cores that the next one needs
         options.add_session_config_entry("session.force_spinning_stop", "1")
