@@ -36,7 +36,7 @@ from packforcing.errors import (
 )
 from packforcing.export.builder import BuildJob, Built, Failed, Progress
 from packforcing.extras import install_command, installed_version, optional_imports
-from packforcing.files import new_file, require_disk_space, write_file
+from packforcing.files import new_file, require_disk_space, sweep, write_file
 from packforcing.machine import free_memory
 from packforcing.runtime.backends.tensorrt import MODULES, STREAMING
 from packforcing.runtime.bundle import (
@@ -127,11 +127,10 @@ def build_engines(
     try:
         folder.joinpath(backend).mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK, blocking=False):
-            for leftover in folder.joinpath(backend).glob(".*.partial-*"):  # of a killed build
-                leftover.unlink()
             check_files(directory, manifest)
             records = {}
             for graph in GPU_GRAPHS:
+                sweep(engine_file(directory, backend, graph))  # where it is not built again too
                 key = Key(
                     graph=graph_files(manifest, graph),
                     tool=tool,
