@@ -15,6 +15,8 @@ PackForcingError
     VideoError          a video or start picture cannot be read
     ResumeError         an interrupted render cannot be resumed
     RenderStopped       a render was stopped before its last block
+
+PromptWarning is no error: the end of a prompt is not read, and the work goes on.
 """
 
 from __future__ import annotations
@@ -89,3 +91,19 @@ class ResumeError(PackForcingError):
 
 class RenderStopped(PackForcingError):
     """A render was stopped before its last block."""
+
+
+class PromptWarning(UserWarning):
+    """The end of a prompt is not read.
+
+    Attributes:
+        prompt: The prompt as it was cleaned.
+        unread: Its end, which is not read.
+    """
+
+    def __init__(self, message: str, prompt: str, unread: str) -> None:
+        super().__init__(message, prompt, unread)  # all, so that it survives pickling
+        self.prompt, self.unread = prompt, unread
+
+    def __str__(self) -> str:
+        return str(self.args[0])

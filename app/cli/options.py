@@ -248,6 +248,11 @@ def seconds_option(default: float, text: str = "Length of the video.") -> Decora
 seed_option = option(
     "--seed", default=0, show_default=True, help="The same seed and prompt give the same video."
 )
+strict_option = option(
+    "--strict",
+    is_flag=True,
+    help="Refuse a prompt of more than 512 tokens instead of reading the first 511.",
+)
 encoder_attrs: dict[str, Any] = {"type": FOLDER, "metavar": "DIR"}
 target_attrs: dict[str, Any] = {"type": NAMES, "metavar": "NAME[,NAME...]"}
 shape_options = options(

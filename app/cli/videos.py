@@ -20,6 +20,7 @@ from packforcing.app.cli.options import (
     run_options,
     seconds_option,
     seed_option,
+    strict_option,
 )
 from packforcing.app.cli.output import make_folder, print_json, print_training_free
 from packforcing.app.cli.progress import FileMeters, frame_meter, print_status
@@ -28,6 +29,7 @@ from packforcing.errors import ConfigError, RenderStopped
 from packforcing.extras import optional_imports
 
 if TYPE_CHECKING:
+    from packforcing.checkpoints.umt5 import WeightDtype
     from packforcing.config import Config, Policy
     from packforcing.embeddings import Embedding
     from packforcing.prompts import Prompts, Switch
@@ -111,6 +113,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     metavar="DIR",
     help="Encode the prompts first, with UMT5 from this folder.",
 )
+@strict_option
 @option(
     "--out",
     metavar="PATH",
@@ -143,6 +146,7 @@ def render(
     embedding: Path | None,
     schedule: Path | None,
     encoder: Path | None,
+    strict: bool,
     out: str,
     bundle: Path | None,
     seconds: float,
@@ -213,7 +217,7 @@ def render(
         check_output(out, config.frames(seconds), config.width, config.height)
     clip = None if start is None else _read_start(start, config)
     if encoder is not None:  # last, as nothing takes as long to load
-        encoded = _encode_schedule(prompts, encoder, quiet=as_json)
+        encoded = _encode_schedule(prompts, encoder, strict, quiet=as_json)
         prompts = check_request(config, encoded, seconds, seed)
     with (
         _open_session(directory, chosen, threads, backend, quiet=as_json) as session,
@@ -261,15 +265,25 @@ def render(
     help="Dtype of the encoder's weights: int8 takes less memory and is less exact.",
 )
 @option("--int8", is_flag=True, hidden=True)
+@strict_option
 @json_option
 def encode_prompt(
-    prompt: str, encoder: Path, out: str, weight_dtype: str, int8: bool, as_json: bool
+    prompt: str,
+    encoder: Path,
+    out: str,
+    weight_dtype: str,
+    int8: bool,
+    strict: bool,
+    as_json: bool,
 ) -> None:
     """Encode PROMPT into an embedding to render from.
 
     For models that read UMT5's embeddings. UMT5-XXL runs on the CPU in bfloat16. It takes 11.4 GB
     of memory, 6.7 GB with --weight-dtype int8. Embeddings are cached for this user. Nothing is
     downloaded.
+
+    Of a prompt with more than 512 tokens the first 511 are read, as in Wan; a warning shows the
+    rest.
 
     Needs `pip install "packforcing[text]"`; rendering from the file does not.
 
@@ -282,13 +296,14 @@ def encode_prompt(
 
     check_embedding_path(out)
     int8 = int8 or weight_dtype == "int8"
-    [embedding] = _encode([prompt], encoder, int8=int8, quiet=as_json)
+    [embedding], unread = _encode([prompt], encoder, strict, int8=int8, quiet=as_json)
     save_embedding(out, embedding)
     tokens, width = embedding.text.shape
     if as_json:
         print_json({
             "path": out, "prompt": embedding.prompt, "tokens": tokens, "width": width,
             "encoder": embedding.encoder, "encoder_sha256": embedding.encoder_sha256,
+            "unread": unread.get(embedding.prompt, ""),
         })  # fmt: skip
     else:
         click.echo(
@@ -307,7 +322,7 @@ def _check_encoder_is_needed(config: Config, prompts: Prompts) -> None:
         raise ConfigError("an embedding is encoded already: leave out --encoder")
 
 
-def _encode_schedule(prompts: Prompts, encoder: Path, *, quiet: bool) -> list[Switch]:
+def _encode_schedule(prompts: Prompts, encoder: Path, strict: bool, *, quiet: bool) -> list[Switch]:
     """Replace the words of a schedule by their embeddings."""
     from dataclasses import replace
 
@@ -315,7 +330,7 @@ def _encode_schedule(prompts: Prompts, encoder: Path, *, quiet: bool) -> list[Sw
 
     switches = as_schedule(prompts)
     words = [switch.prompt for switch in switches if isinstance(switch.prompt, str)]
-    embeddings = dict(zip(words, _encode(words, encoder, quiet=quiet)))
+    embeddings = dict(zip(words, _encode(words, encoder, strict, quiet=quiet)[0]))
     return [
         replace(switch, prompt=embeddings[switch.prompt])
         if isinstance(switch.prompt, str)
@@ -325,10 +340,17 @@ def _encode_schedule(prompts: Prompts, encoder: Path, *, quiet: bool) -> list[Sw
 
 
 def _encode(
-    prompts: list[str], encoder: Path, *, int8: bool = False, quiet: bool
-) -> list[Embedding]:
-    """Encode prompts with UMT5, or take them from the user's cache."""
+    prompts: list[str], encoder: Path, strict: bool, *, int8: bool = False, quiet: bool
+) -> tuple[list[Embedding], dict[str, str]]:
+    """Encode prompts with UMT5, or take them from the user's cache.
+
+    Returns:
+        The embeddings, and by cleaned prompt what is not read of it, which a warning shows.
+    """
+    import warnings
+
     from packforcing.embeddings import embedding_cache_folder
+    from packforcing.errors import PromptWarning
 
     print_status("loading PyTorch ...", quiet)
     with optional_imports("encoding", "text"):
@@ -338,9 +360,21 @@ def _encode(
     logging.set_verbosity_error()
     print_status("encoding ...", quiet)
     meters = FileMeters("hashing", quiet)
-    return encode_umt5(
-        prompts, encoder, "int8" if int8 else "bf16", embedding_cache_folder(), meters
-    )
+    weights: WeightDtype = "int8" if int8 else "bf16"
+    cache = embedding_cache_folder()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PromptWarning)
+        embeddings = encode_umt5(prompts, encoder, weights, cache, meters, strict=strict)
+    unread = {}
+    for warning in caught:
+        if isinstance(warning.message, PromptWarning):
+            unread[warning.message.prompt] = warning.message.unread
+            click.echo(f"warning: {warning.message}", err=True)
+        else:  # of a library
+            warnings.showwarning(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return embeddings, unread
 
 
 def _bundle_and_policy(

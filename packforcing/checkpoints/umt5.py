@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -39,7 +40,13 @@ from packforcing.embeddings import (
     load_embedding,
     save_embedding,
 )
-from packforcing.errors import CheckpointError, ConfigError, OutputError, PromptError
+from packforcing.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    PromptError,
+    PromptWarning,
+)
 from packforcing.files import file_sha256
 from packforcing.machine import cpu_cores, free_memory
 from packforcing.model import describe_mismatch
@@ -88,8 +95,13 @@ def encode_umt5(
     weights: WeightDtype = "bf16",
     cache: Path | None = None,
     bar: Callable[..., Any] | None = None,
+    *,
+    strict: bool = False,
 ) -> list[Embedding]:
     """Encode prompts with UMT5.
+
+    Of a prompt with more than 512 tokens, the first 511 and the final </s> are read, as in Wan,
+    with a `PromptWarning` that has the rest. An empty prompt is the final </s> alone.
 
     Args:
         prompts: What to encode.
@@ -100,27 +112,24 @@ def encode_umt5(
         cache: A folder of earlier embeddings, by the encoder's hash and the prompt. A damaged
             entry, or a folder that cannot be written, costs time alone.
         bar: Makes a progress bar like tqdm's for hashing the files, in bytes.
+        strict: Refuse a prompt that is too long.
 
     Returns:
         The last hidden states of each prompt, one row per token, the final </s> included.
 
     Raises:
-        PromptError: A prompt is empty or has more than 512 tokens.
+        PromptError: `strict` is set, and a prompt has more than 512 tokens.
         CheckpointError: The folder has another layout, or damaged files.
         ConfigError: The weights do not fit into memory.
     """
     cleaned = [clean_prompt(prompt) for prompt in prompts]
-    if not all(cleaned):
-        raise PromptError("the prompt is empty: describe the video")
     encoder = _find_encoder(Path(folder))
     tokenizer = _tokenizer(encoder.tokenizer)
-    ids = {prompt: tokenizer.encode(prompt).ids for prompt in cleaned}
+    ids = {prompt: _tokenize(tokenizer, prompt, strict) for prompt in dict.fromkeys(cleaned)}
     if not all(ids.values()):
         raise CheckpointError(
             f"{encoder.tokenizer} finds no token in a prompt: use another tokenizer"
         )
-    if (longest := max(map(len, ids.values()))) > MAX_TOKENS:
-        raise PromptError(f"the prompt has {longest} tokens; at most {MAX_TOKENS} can be read")
     encoder_kind = "umt5" if weights == "bf16" else f"umt5-{weights}"
     sha256 = _sha256([*encoder.weights, *encoder.config, encoder.tokenizer], bar)
     files = {
@@ -233,9 +242,40 @@ def _tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises bare exceptions
         raise CheckpointError(f"cannot read a tokenizer from {path}: {error}") from error
-    tokenizer.no_truncation()
+    tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()
     return tokenizer
+
+
+def _tokenize(tokenizer: Tokenizer, prompt: str, strict: bool) -> list[int]:
+    """Return the tokens of a prompt that Wan reads; warn of what it does not read, or refuse it."""
+    encoding = tokenizer.encode(prompt)
+    if encoding.overflowing:
+        parts = [encoding, *encoding.overflowing]
+        count = sum(len(part) - sum(part.special_tokens_mask) for part in parts)
+        count += sum(encoding.special_tokens_mask)
+        ends = (
+            end
+            for (_, end), special in zip(encoding.offsets, encoding.special_tokens_mask)
+            if not special
+        )
+        unread = prompt[max(ends) :]
+        message = (
+            f"the prompt '{_shorten(prompt, 40)}' has {count} tokens, of which {MAX_TOKENS} can be "
+            f"read; not read: '{_shorten(unread, 600)}'"
+        )
+        if strict:
+            raise PromptError(f"{message}; shorten it")
+        warnings.warn(PromptWarning(message, prompt, unread), stacklevel=3)
+    return encoding.ids
+
+
+def _shorten(text: str, characters: int) -> str:
+    """Return a text with its middle left out if it is longer."""
+    if len(text) <= characters:
+        return text
+    half = (characters - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def _sha256(files: list[Path], bar: Callable[..., Any] | None) -> str:

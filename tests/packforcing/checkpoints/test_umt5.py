@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from packforcing.embeddings import Embedding, load_embedding, save_embedding
-from packforcing.errors import CheckpointError, ConfigError, PromptError
+from packforcing.errors import CheckpointError, ConfigError, PromptError, PromptWarning
 from packforcing.presets import model_config
 from tests.helpers import assert_refused, run, umt5_bundle
 
@@ -69,12 +72,25 @@ def encode(prompt: str, folder: Path, weights: str = "bf16", **options) -> Embed
     return encode_umt5([prompt], folder, weights, **options)[0]
 
 
+def wan_clean(prompt: str) -> str:
+    """`whitespace_clean(basic_clean(prompt))` of Wan2.1's tokenizers.py, whose \\s is regex's."""
+    import html
+
+    import ftfy
+    import regex
+
+    basic = html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
+    return regex.sub(r"\s+", " ", basic).strip()
+
+
 def wan_rows(folder: Path, prompt: str) -> np.ndarray:
-    """All 512 rows as Wan makes them: padded, masked in the encoder, zeroed after it."""
+    """All 512 rows as Wan makes them: cut and padded to 512 tokens, masked in the encoder, zeroed
+    after it (`HuggingfaceTokenizer` and `T5EncoderModel` of Wan2.1)."""
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    read = tokenizer(prompt, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
+    options = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS}
+    read = tokenizer(wan_clean(prompt), **options, add_special_tokens=True, return_tensors="pt")
     with torch.no_grad():
         rows = UMT5EncoderModel.from_pretrained(folder).eval()(**read).last_hidden_state
     return (rows * read.attention_mask[..., None])[0].numpy()
@@ -82,7 +98,7 @@ def wan_rows(folder: Path, prompt: str) -> np.ndarray:
 
 def test_the_encoder_gives_wans_rows(umt5):
     made = encode("  the fox\n runs &amp;amp; a fox\u2019s ", umt5, "fp32")
-    expected = wan_rows(umt5, "the fox runs & a fox's")
+    expected = wan_rows(umt5, "  the fox\n runs &amp;amp; a fox\u2019s ")
     assert made.prompt == "the fox runs & a fox's"
     tokens = len(made.text)
     assert 10 < tokens < 40 and expected[tokens - 1].any() and not expected[tokens:].any()
@@ -390,10 +406,86 @@ def test_other_weights_have_another_hash(umt5):
     assert encode("a fox", umt5).encoder_sha256 != before
 
 
-@pytest.mark.parametrize(("prompt", "message"), [(" \n", "is empty"), ("fox " * 512, "513 tokens")])
-def test_a_prompt_that_umt5_cannot_read_is_refused(umt5, prompt, message):
-    with pytest.raises(PromptError, match=message):
-        encode(prompt, umt5)
+# Prompts that are too long, or empty
+
+# ▁fox is one token and ▁dog is four; the last of 512 is </s>
+FITS = " ".join(["fox"] * 511)
+TOO_LONG = [
+    (FITS + " fox", 513, " fox"),
+    (FITS + " dog", 516, " dog"),
+    (" ".join(["fox"] * 509) + " dog cat", 518, "og cat"),  # within a word
+    (" ".join(["fox"] * 1500), 1501, " fox" * 989),
+    ("&quot;" + FITS, 516, " fox" * 4),  # cleaned before: ▁ " f o x are five
+]
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t", "&nbsp;", "\u3000", "\u200a&#x20;"])
+def test_an_empty_prompt_is_the_end_token_alone(umt5, prompt):
+    made, expected = encode(prompt, umt5, "fp32"), wan_rows(umt5, prompt)
+    assert (made.prompt, made.text.shape[0]) == ("", 1)
+    assert expected[0].any() and not expected[1:].any()
+    np.testing.assert_allclose(made.text, expected[:1], rtol=0, atol=1e-4)
+
+
+def test_a_prompt_of_512_tokens_is_read_whole(umt5, recwarn):
+    made = encode(FITS, umt5, "fp32", strict=True)
+    assert len(made.text) == MAX_TOKENS and not len(recwarn)
+    np.testing.assert_allclose(made.text, wan_rows(umt5, FITS), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("prompt", "tokens", "unread"), TOO_LONG, ids=range(len(TOO_LONG)))
+def test_a_longer_prompt_is_cut_as_wan_cuts_it_and_the_rest_is_shown(umt5, prompt, tokens, unread):
+    with pytest.warns(PromptWarning, match=f"has {tokens} tokens, of which 512") as caught:
+        made = encode(prompt, umt5, "fp32")
+    [warning] = caught
+    assert (warning.message.prompt, warning.message.unread) == (wan_clean(prompt), unread)
+    assert str(warning.message).endswith(f"{unread[-200:]}'")
+    assert len(made.text) == MAX_TOKENS and made.prompt == wan_clean(prompt)
+    np.testing.assert_allclose(made.text, wan_rows(umt5, prompt), rtol=0, atol=1e-4)
+    with pytest.raises(PromptError, match=f"has {tokens} tokens.*not read: .*; shorten it"):
+        encode(prompt, umt5, strict=True)
+    again = pickle.loads(pickle.dumps(warning.message))
+    assert (str(again), again.unread) == (str(warning.message), unread)
+
+
+PIECES = ("a", " ", "fox", "\t\n", "\u00a0", "\u3000", "\u2028", "\x1c", "\x85", "\u2019", "\u201c",
+          "&", "#", ";", "x", "1", "&amp;", "&#x20;", "\u00e2\u20ac\u2122")  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_prompts_are_cleaned_as_wan_cleans_them(text):
+    pytest.importorskip("ftfy")
+    from packforcing.checkpoints.umt5 import clean_prompt
+
+    assert clean_prompt(text) == wan_clean(text)
+
+
+def test_every_command_that_encodes_says_what_it_does_not_read(umt5, tmp_path, monkeypatch):
+    from packforcing.checkpoints import umt5 as module
+
+    out, unread = tmp_path / "a.safetensors", " dog"
+    ask = "encode-prompt", f"{FITS} dog", "--encoder", umt5, "--out", out
+    result = run(*ask)
+    assert result.exit_code == 0 and "512 tokens" in result.stdout
+    assert result.stderr.count("warning: ") == 1 and "not read: ' dog'" in result.stderr
+    assert json.loads(run(*ask, "--json").stdout)["unread"] == unread
+    assert_refused(run(*ask, "--strict"), "516 tokens", "not read: ' dog'", "shorten it")
+    result = run("encode-prompt", " ", "--encoder", umt5, "--out", out, "--json")
+    assert json.loads(result.stdout)["tokens"] == 1
+    assert len(load_embedding(out).text) == 1
+
+    monkeypatch.setattr(module, "MAX_TOKENS", 8)  # which the demo's graphs read
+    scenes, video = tmp_path / "scenes.toml", tmp_path / "a.mkv"
+    long = "fox " * 6 + "dog"
+    scenes.write_text(
+        f'[[switch]]\ntime = 0\nprompt = ""\n[[switch]]\ntime = 0.5\nprompt = "{long}"\n'
+    )
+    render = "render", "--bundle", umt5_bundle(tmp_path), "--encoder", umt5, "--seconds", 1
+    for prompts in ((long,), ("--schedule", scenes)):
+        refused = run(*render, *prompts, "--out", video, "--strict")
+        assert_refused(refused, "11 tokens, of which 8", "not read: 'dog'")
+        result = run(*render, *prompts, "--out", video)
+        assert result.exit_code == 0 and "not read: 'dog'" in result.stderr, result.stderr
 
 
 def test_damaged_encoders_are_refused(umt5, tmp_path):
