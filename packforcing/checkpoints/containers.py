@@ -43,6 +43,13 @@ _MAGIC: list[tuple[bytes, str, str]] = [
 ]  # fmt: skip
 
 
+def one_line(text: object) -> str:
+    """Return a text from a file as one line without control characters, for a message."""
+    line = " ".join(str(text).split())
+    line = "".join(one if one.isprintable() else "?" for one in line)
+    return line if len(line) <= 2 * QUOTED else f"{line[: 2 * QUOTED]}..."
+
+
 def container(path: Path) -> Container:
     """Tell what holds the weights in a file. Nothing is executed, and little is read.
 
@@ -153,7 +160,8 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
-        raise CheckpointError(f"{path} is cut off or damaged ({error}): {AGAIN}") from error
+        reason = one_line(error)
+        raise CheckpointError(f"{path} is cut off or damaged ({reason}): {AGAIN}") from error
     names = [entry.filename for entry in entries]
     pickles = [name for name in names if name.rpartition("/")[2] == "data.pkl"]
     if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
@@ -161,7 +169,7 @@ def _check_zip(path: Path) -> None:
             f"{path} is a TorchScript program, which could run code: use the model's weights"
         )
     if not pickles:
-        first = ", ".join(names[:3]) or "nothing"
+        first = one_line(", ".join(names[:3])) or "nothing"
         raise CheckpointError(
             f"{path} is a zip archive with {first} in it: unpack it and name the weights inside"
         )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packforcing.checkpoints.containers import AGAIN, one_line
 from packforcing.errors import CheckpointError
 from packforcing.extras import optional_imports
 
@@ -89,28 +90,33 @@ def read_gguf(path: Path) -> GgufFile:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             cursor.fail(f"its alignment is {alignment}")
         start = -(-cursor.position // alignment) * alignment
-        tensors = []
+        tensors, expected_offset = [], 0
         for name, sizes, number, offset in infos:
             try:
                 kind = GGMLQuantizationType(number)
             except ValueError:
                 raise CheckpointError(
-                    f"{path} holds {name} in quantization type {number}, which the installed gguf "
-                    "package does not know: update it, or use another quantization"
+                    f"{path} holds {one_line(name)} in quantization type {number}, which the "
+                    "installed gguf package does not know: update it, or use another quantization"
                 ) from None
             block, block_bytes = GGML_QUANT_SIZES[kind]
             count = math.prod(sizes)
             if count % block or (sizes and sizes[0] % block):
                 cursor.fail(f"{name} has rows of {sizes[0]} values in blocks of {block}")
             size_bytes = count // block * block_bytes
+            if offset != expected_offset:
+                cursor.fail(f"{name} begins at {offset}, not at {expected_offset}")
             if start + offset + size_bytes > len(content):
                 cursor.fail(f"{name} ends behind the end of the file")
+            expected_offset += -(-size_bytes // alignment) * alignment
             shape = tuple(reversed(sizes))
             if (original := metadata.get(_ORIGINAL_SHAPE + name)) is not None:
                 if not isinstance(original, list) or math.prod(original) != count:
                     cursor.fail(f"the original shape of {name} is {original}, its shape {shape}")
                 shape = tuple(original)
             tensors.append(GgufTensor(name, shape, kind.name, start + offset, size_bytes))
+        if start + expected_offset < len(content):
+            cursor.fail(f"{len(content) - start - expected_offset} bytes behind the last tensor")
     return GgufFile(metadata, tensors)
 
 
@@ -167,7 +173,7 @@ class _Cursor:
         self.path, self.content, self.position = path, content, 0
 
     def fail(self, problem: str) -> None:
-        raise CheckpointError(f"{self.path} is damaged or cut off ({problem}): download it again")
+        raise CheckpointError(f"{self.path} is damaged or cut off ({one_line(problem)}): {AGAIN}")
 
     def skip(self, size_bytes: int) -> int:
         """Go on by some bytes; return where they begin."""

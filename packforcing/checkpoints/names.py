@@ -6,10 +6,11 @@ Everything that reads names of Wan's transformer goes through `split_name`: chec
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # Components that wrap modules anywhere in a name: torch.compile, FSDP, DDP, activation checkpoints,
 # Lightning
-_WRAPPING = re.compile(r"module|_\w*mod(?:ule)?")
+_WRAPPING = re.compile(r"module|_orig_mod|_\w*module")
 
 # Leading components that say nothing about which weights these are: attributes and dictionaries of
 # trainers and pipelines, PEFT, ComfyUI
@@ -66,10 +67,36 @@ def split_name(name: str) -> tuple[str, str]:
         "critic", "first_stage_model"), "" for none; and the name without wrappers, from diffusers'
         names. A name that is not of Wan's transformer only loses its wrappers.
     """
-    components = [part for part in name.split(".") if not _WRAPPING.fullmatch(part)]
-    root = next((i for i, part in enumerate(components) if part in _ROOTS), None)
+    components, root = _components(name)
     if root is None:
         root = next((i for i, part in enumerate(components) if part not in _NEUTRAL), 0)
+    return _split(name, components, root)
+
+
+def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Split all names of a file, as `split_name` does one.
+
+    A name that no known model gives is put into the entry whose names begin like it, so that an
+    unknown tensor among a model's is not taken for one beside it.
+    """
+    parts = {name: _components(name) for name in names}
+    prefixes = {tuple(parts[:root]) for parts, root in parts.values() if root is not None}
+    result = {}
+    for name, (components, root) in parts.items():
+        if root is None and prefixes:
+            lengths = [n for n in range(len(components)) if tuple(components[:n]) in prefixes]
+            root = max(lengths) if lengths else len(components) - 1
+        result[name] = split_name(name) if root is None else _split(name, components, root)
+    return result
+
+
+def _components(name: str) -> tuple[list[str], int | None]:
+    """Return a name's components without wrappers, and where the model's own name begins."""
+    components = [part for part in name.split(".") if not _WRAPPING.fullmatch(part)]
+    return components, next((i for i, part in enumerate(components) if part in _ROOTS), None)
+
+
+def _split(name: str, components: list[str], root: int) -> tuple[str, str]:
     entry = ".".join(part for part in components[:root] if part not in _NEUTRAL)
     return entry, _from_diffusers(".".join(components[root:]) or name)
 

@@ -71,7 +71,7 @@ def join_scales(
     path: Path,
     tensors: list[StoredTensor],
     metadata: Mapping[str, str],
-    read: Callable[[StoredTensor], Tensor],
+    read: Callable[[str], Tensor],
 ) -> list[StoredTensor]:
     """Give each fp8 weight of a file its scale, and leave out what is no weight.
 
@@ -79,7 +79,7 @@ def join_scales(
         path: The file.
         tensors: As they are stored.
         metadata: Of a safetensors file.
-        read: Reads one of the tensors as it is stored.
+        read: Reads one of the tensors by name, as it is stored.
 
     Returns:
         The weights: with the dtype that they are read in, and how they are stored.
@@ -175,7 +175,7 @@ def _refuse_foreign(
     path: Path,
     by_name: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
-    read: Callable[[StoredTensor], Tensor],
+    read: Callable[[str], Tensor],
 ) -> None:
     """Raise `CheckpointError` for quantization of another kind than fp8, by its name."""
     kinds = [(kind, name) for pattern, kind in _FOREIGN for name in by_name if pattern.search(name)]
@@ -204,7 +204,7 @@ def _comfy_layers(
     path: Path,
     by_name: Mapping[str, StoredTensor],
     metadata: Mapping[str, str],
-    read: Callable[[StoredTensor], Tensor],
+    read: Callable[[str], Tensor],
 ) -> list[tuple[str, dict]]:
     """List the layers that ComfyUI's metadata or markers call quantized, and how."""
     layers: dict[str, dict] = {}
@@ -214,7 +214,7 @@ def _comfy_layers(
                 layers[layer] = settings if isinstance(settings, dict) else {"format": settings}
         for name, stored in by_name.items():
             if name.endswith(COMFY_QUANT) and len(stored.shape) == 1 and stored.shape[0] < 4096:
-                text = bytes(read(stored).to(torch.uint8).tolist())
+                text = bytes(read(name).to(torch.uint8).tolist())
                 layers[name.removesuffix(COMFY_QUANT)] = dict(json.loads(text))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from packforcing.checkpoints.containers import AGAIN, container
+from packforcing.checkpoints.containers import AGAIN, container, one_line
 from packforcing.checkpoints.gguf_file import FLOATS, check_gguf_dtypes, gguf_reader, read_gguf
 from packforcing.checkpoints.quantized import (
     DTYPES,
@@ -22,7 +22,7 @@ from packforcing.checkpoints.quantized import (
     apply_scale,
     join_scales,
 )
-from packforcing.checkpoints.torch_file import load_torch, torch_dtype
+from packforcing.checkpoints.torch_file import check_torch_file, load_torch, torch_dtype
 from packforcing.errors import CheckpointError
 
 Tensors = dict[str, StoredTensor]  # by checkpoint name
@@ -96,7 +96,7 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         shards = [index.parent / name for name in names]
-        if not names or any(Path(name).name != name for name in names):
+        if not names or any(Path(name).name != name or not name.isprintable() for name in names):
             raise ValueError("no names of files")
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
@@ -132,30 +132,39 @@ def list_tensors(path: Path) -> list[StoredTensor]:
             is not read.
     """
     kind = container(path)
+    metadata: dict[str, str] = {}
+    get: Callable[[str], Tensor] | None = None
     if kind == "gguf":
         tensors = read_gguf(path).tensors
         check_gguf_dtypes(path, tensors)
-        return [
+        listed = [
             StoredTensor(path, one.name, one.shape, one.dtype)
             if one.dtype in FLOATS
             else StoredTensor(path, one.name, one.shape, "F32", one.dtype)
             for one in tensors
         ]
-    if kind == "torch":
+    elif kind == "torch":
+        check_torch_file(path)
         entries = load_torch(path)
         listed = [
             StoredTensor(path, name, tuple(tensor.shape), torch_dtype(tensor))
             for name, tensor in entries.items()
         ]
-        return join_scales(path, listed, {}, lambda stored: entries[stored.name])
-    file = _open_safetensors(path)
-    listed = []
-    for name in file.keys():  # noqa: SIM118
-        tensor = file.get_slice(name)
-        listed.append(StoredTensor(path, name, tuple(tensor.get_shape()), tensor.get_dtype()))
-    return join_scales(
-        path, listed, file.metadata() or {}, lambda stored: file.get_tensor(stored.name)
-    )
+        get = entries.__getitem__
+    else:
+        file = _open_safetensors(path)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        listed = [
+            StoredTensor(path, name, tuple(one.get_shape()), one.get_dtype())
+            for name, one in slices.items()
+        ]
+        metadata, get = file.metadata() or {}, file.get_tensor
+    for stored in listed:
+        if not stored.name.isprintable():  # messages name tensors
+            raise CheckpointError(
+                f"{path} is damaged: it holds a tensor named {one_line(stored.name)!r}: {AGAIN}"
+            )
+    return join_scales(path, listed, metadata, get) if get else listed
 
 
 def tensor_reader(path: Path) -> Callable[[StoredTensor], Tensor]:
@@ -198,7 +207,8 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot read {path}, which is damaged: {_missing_bytes(path) or error}: {AGAIN}"
+            f"cannot read {path}, which is damaged: {_missing_bytes(path) or one_line(error)}: "
+            f"{AGAIN}"
         ) from error
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packforcing.checkpoints.fetch import FetchedFile, recorded_file
 from packforcing.checkpoints.lora import LONGLIVE_ENTRY, LORA_NAME
-from packforcing.checkpoints.names import split_name
+from packforcing.checkpoints.names import split_name, split_names
 from packforcing.checkpoints.published import AUTOENCODER_PARTS, PARTS, PUBLISHED, published
 from packforcing.checkpoints.reading import StoredTensor, Tensors, list_tensors
 from packforcing.config import Config
@@ -43,6 +43,9 @@ _RELATIVES = [
         (r"critic|fake[_-]?score", "a critic, which training alone uses"),
     )
 ]
+
+# Entries that training alone uses
+_TRAINING_ONLY = re.compile(r"critic|discriminator|teacher|(fake|real)_?score")
 
 # Tensors that other models of Wan have beside those of the text-to-video transformer
 _OTHER_WANS = [
@@ -75,8 +78,10 @@ def survey_file(path: Path) -> list[CheckpointPart]:
         CheckpointError: The file is damaged or unsafe.
     """
     entries: dict[str, Tensors] = {}
-    for stored in list_tensors(path):
-        entry, name = split_name(stored.name)
+    listed = list_tensors(path)
+    names = split_names(stored.name for stored in listed)
+    for stored in listed:
+        entry, name = names[stored.name]
         if "." not in name and math.prod(stored.shape) == 1:
             continue  # a trainer's counter: step, n_averaged
         tensors = entries.setdefault(entry, {})
@@ -281,9 +286,10 @@ def describe_other_wan(tensors: Tensors, config: Config) -> str:
     if embedding is None or len(embedding.shape) != 5:
         return ""
     width, channels = embedding.shape[:2]
-    layers = 1 + max(
-        (int(n.split(".")[1]) for n in tensors if re.match(r"blocks\.\d", n)), default=0
-    )
+    numbers = [
+        int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d{1,3})\.", name))
+    ]
+    layers = 1 + max(numbers, default=0)
     if channels == 36 != config.latent_channels:
         return f"an image-to-video model ({channels} input channels, width {width})"
     if channels != config.latent_channels:
@@ -312,12 +318,12 @@ def select_transformer(
         CheckpointError: The file has no such entry, or several.
     """
     by_entry, name = {part.entry: part for part in parts}, entry or published(kind).entry
-    if name in by_entry:
-        return by_entry[name]
-    if not entry and list(by_entry) == [""]:
+    if (key := split_name(f"{name}.blocks.0")[0] if entry else name) in by_entry:
+        return by_entry[key]
+    if not entry and [one for one in by_entry if not _TRAINING_ONLY.search(one)] == [""]:
         return by_entry[""]
     path = parts[0].path
-    available = ", ".join(f"'{entry}'" for entry in by_entry if entry) or "no entries"
+    available = ", ".join(f"'{entry or 'model'}'" for entry in by_entry)
     if not name:
         raise CheckpointError(
             f"{path} is divided into {available}, which {kind} is not: name another --model"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packforcing.checkpoints.names import split_name, wan_name
+from packforcing.checkpoints.names import split_name, split_names, wan_name
 from tests.packforcing.checkpoints.layouts import TINY_SHAPES, diffusers_name
 
 # The wrapper, and what adds it
@@ -68,3 +68,16 @@ def test_other_parts_are_told_apart(name, entry, normalized):
 )  # fmt: skip
 def test_loras_have_the_same_names(name, module):
     assert wan_name(name) == f"{module}.lora_A.weight"
+
+
+def test_an_unknown_name_stays_with_those_that_begin_like_it():
+    names = {
+        "step": ("", "step"),
+        "generator_ema.model.blocks.0.ffn.0.bias": ("generator_ema", "blocks.0.ffn.0.bias"),
+        "generator_ema.model.extra.gate": ("generator_ema", "extra.gate"),
+        "optimizer.state.exp_avg": ("optimizer.state", "exp_avg"),
+        "critic.blocks.0.ffn.0.bias": ("critic", "blocks.0.ffn.0.bias"),
+    }
+    assert split_names(names) == names
+    kohya = {"lora_unet_blocks_0_ffn_0.alpha": ("", "lora_unet_blocks_0_ffn_0.alpha")}
+    assert split_names(kohya) == kohya
