@@ -6,13 +6,77 @@ models are distilled without classifier-free guidance, so a step is one forward 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from packforcing.config import Config
+from packforcing.errors import ConfigError
 
 Array = Any  # numpy or torch
+
+
+@dataclass(frozen=True)
+class StepOverrides:
+    """Denoising steps in place of a model's own; None leaves the model's.
+
+    Attributes:
+        timesteps: Before the shift, decreasing from at most 1000 to at least 1.
+        first_timesteps: Of the first block that is generated.
+        shift: Of the noise levels, above 0.
+    """
+
+    timesteps: tuple[float, ...] | None = None
+    first_timesteps: tuple[float, ...] | None = None
+    shift: float | None = None
+
+    def apply(self, config: Config) -> Config:
+        """Return the config with these steps.
+
+        Raises:
+            ConfigError: A list or the shift is impossible.
+        """
+        changes: dict[str, Any] = {}
+        for name in ("timesteps", "first_timesteps"):
+            if (timesteps := getattr(self, name)) is not None:
+                _check_timesteps(timesteps)
+                changes[name] = tuple(timesteps)
+        if self.shift is not None:
+            changes["shift"] = float(self.shift)
+        return msgspec.structs.replace(config, **changes)
+
+
+def _check_timesteps(timesteps: tuple[float, ...]) -> None:
+    """Raise `ConfigError` unless timesteps can be denoised at, one after the other."""
+    listed = ",".join(f"{timestep:g}" for timestep in timesteps)
+    if not timesteps:
+        raise ConfigError("a list of steps is empty: name one at least, like 1000,750,500,250")
+    if timesteps[-1] == 0:
+        raise ConfigError(f"the steps {listed} end in 0, which is no step: leave it out")
+    if not all(1 <= timestep <= 1000 for timestep in timesteps):
+        raise ConfigError(f"the steps {listed} are not all from 1 to 1000")
+    if not all(before > after for before, after in pairwise(timesteps)):
+        raise ConfigError(f"the steps {listed} do not decrease: begin with the noisiest, 1000")
+
+
+def describe_steps(config: Config) -> str:
+    """Describe the denoising steps of a model in a line, exactly."""
+
+    def exact(value: float) -> str:
+        return repr(float(value)).removesuffix(".0")
+
+    def listed(timesteps: tuple[float, ...]) -> str:
+        return " ".join(map(exact, timesteps))
+
+    first = config.first_timesteps
+    return (
+        f"{config.sampler} at {listed(config.timesteps)}"
+        + (f" (the first block generated at {listed(first)})" if first else "")
+        + f", shift {exact(config.shift)}{'' if config.warp else ', not warped'}"
+    )
 
 
 def denoising_steps(config: Config, generated: int) -> list[tuple[float, float, float]]:

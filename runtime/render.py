@@ -28,6 +28,7 @@ from packforcing.runtime.resume import (
     unfinished_record,
 )
 from packforcing.runtime.video import BlockInfo
+from packforcing.sampler import describe_steps
 
 if TYPE_CHECKING:
     from packforcing.runtime.rollout import Rollout
@@ -194,6 +195,8 @@ def _request_fields(
     from packforcing.runtime.backends.onnxruntime import import_onnxruntime
     from packforcing.runtime.video_files import segment_suffix
 
+    config, own = session.config, session.manifest.config
+    other_steps = describe_steps(config) != describe_steps(own)  # not named by older releases
     return {
         "output": segment_suffix(path),
         "frames": str(request.frames),
@@ -202,7 +205,8 @@ def _request_fields(
         "start": "none" if request.start is None else _digest(request.start),
         "interval": str(interval),
         "bundle": hashlib.sha256(msgspec.json.encode(session.manifest)).hexdigest(),
-        "policy": msgspec.json.encode(session.config.policy).decode(),
+        "policy": msgspec.json.encode(config.policy).decode(),
+        **({"denoising": describe_steps(config)} if other_steps else {}),
         "runs on": session.backend.identity,
         "made with": f"packforcing {__version__}, onnxruntime {import_onnxruntime().__version__}, "
         f"av {av.__version__}",

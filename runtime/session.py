@@ -22,6 +22,7 @@ from packforcing.runtime.request import VideoRequest, check_memory, check_reques
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import BlockInfo, Recorder, Video
+from packforcing.sampler import StepOverrides
 
 
 class Session:
@@ -48,6 +49,7 @@ class Session:
         bundle: str | Path,
         *,
         policy: Policy | None = None,
+        steps: StepOverrides | None = None,
         threads: int | None = None,
         backend: str = "onnxruntime",
         make_rollout: Callable[[Config, Backend], Rollout] = Rollout,
@@ -57,6 +59,7 @@ class Session:
         Args:
             bundle: The bundle's folder.
             policy: Which history blocks read; None means the bundle's own.
+            steps: Denoising steps in place of the bundle's own.
             threads: Of each graph on the CPU. None: one for each core of this process; a render
                 that is resumed has as many as it began with.
             backend: One of `packforcing.runtime.backends.BACKENDS`.
@@ -65,14 +68,16 @@ class Session:
         Raises:
             BundleError: The bundle is missing or damaged.
             BackendError: The backend cannot be used here.
+            ConfigError: The steps are impossible.
         """
         manifest = read_manifest(bundle)
-        config = _with_policy(manifest, policy)
+        config = _configure(manifest, policy, steps)
 
         def load(threads: int | None) -> Backend:
             return open_backend(backend, Path(bundle), manifest, config, threads)
 
-        session = cls(manifest, load(threads), policy=policy, make_rollout=make_rollout)
+        opened = load(threads)
+        session = cls(manifest, opened, policy=policy, steps=steps, make_rollout=make_rollout)
         session._load = None if threads else load
         return session
 
@@ -82,6 +87,7 @@ class Session:
         backend: Backend,
         *,
         policy: Policy | None = None,
+        steps: StepOverrides | None = None,
         make_rollout: Callable[[Config, Backend], Rollout] = Rollout,
     ) -> None:
         """Make videos with a backend that is open already.
@@ -90,10 +96,11 @@ class Session:
             manifest: Of the bundle whose graphs the backend has.
             backend: Runs the graphs. The session closes it.
             policy: Which history blocks read; None means the bundle's own.
+            steps: Denoising steps in place of the bundle's own.
             make_rollout: Makes the rollout of a config on the backend.
         """
         self.manifest, self.backend = manifest, backend
-        self.config = _with_policy(manifest, policy)
+        self.config = _configure(manifest, policy, steps)
         self.rollout: Rollout | None = None
         self._make_rollout = make_rollout
         self._video: Video | None = None
@@ -314,6 +321,7 @@ class Session:
             raise BackendError("the session is closed; open another one")
 
 
-def _with_policy(manifest: Manifest, policy: Policy | None) -> Config:
-    config = manifest.config
+def _configure(manifest: Manifest, policy: Policy | None, steps: StepOverrides | None) -> Config:
+    """Return a bundle's config with another policy and other denoising steps."""
+    config = steps.apply(manifest.config) if steps else manifest.config
     return msgspec.structs.replace(config, policy=policy) if policy else config

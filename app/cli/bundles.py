@@ -266,11 +266,12 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     import msgspec
 
     from packforcing.app.reports.tables import make_table
-    from packforcing.checkpoints.published import describe_differences, describe_schedule
+    from packforcing.checkpoints.published import describe_differences
     from packforcing.presets import switch_history
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.allocations import allocations, memory_by_purpose
     from packforcing.runtime.bundle import check_files, read_manifest
+    from packforcing.sampler import describe_steps
 
     directory = bundle or demo_bundle()
     manifest = read_manifest(directory)
@@ -300,7 +301,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
         "model": f"{config.name}: {config.width}x{config.height} at {config.fps} frames/s, "
         f"blocks of {config.block_pixel_frames} frames ({block_seconds:g} s)",
         "network": f"{config.layers} layers of width {config.dim}, {config.heads} heads",
-        "denoising": describe_schedule(config),
+        "denoising": describe_steps(config),
         "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
         "history": f"{config.policy}; a prompt switch: {switch_history(config)}",
         "tokens": ", ".join(f"{count:,} {name}" for name, count in _tokens(config).items()),

@@ -200,6 +200,21 @@ class PrecisionType(click.ParamType):
         return weights, cache or weights
 
 
+class StepsType(click.ParamType):
+    """Timesteps before the shift, as in 1000,750,500,250."""
+
+    name = "steps"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            parts = value.split(",") if "," in value else value.split()
+            return tuple(map(float, parts))
+        except ValueError:
+            self.fail(f"'{value}' is not STEP,STEP,..., like 1000,750,500,250", param, ctx)
+
+
 def _integers(text: str, separator: str, count: int) -> list[int] | None:
     parts = text.split(separator)
     if len(parts) != count or not all(part.isascii() and part.isdigit() for part in parts):
@@ -211,7 +226,7 @@ COMPUTE_DTYPES = ("fp32", "fp16")
 WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4", "fp8")
 CACHE_DTYPES = ("fp32", "fp16", "int8", "fp8")
 SIZE, HISTORY, BUDGETS, NAMES = SizeType(), HistoryType(), BudgetsType(), NamesType()
-PRECISION = PrecisionType()
+PRECISION, STEPS = PrecisionType(), StepsType()
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
@@ -255,6 +270,27 @@ strict_option = option(
 )
 encoder_attrs: dict[str, Any] = {"type": FOLDER, "metavar": "DIR"}
 target_attrs: dict[str, Any] = {"type": NAMES, "metavar": "NAME[,NAME...]"}
+step_options = options(
+    option(
+        "--steps",
+        type=STEPS,
+        metavar="STEP,...",
+        help="Denoising steps from 1000 down, before the shift, like 1000,750,500,250.  "
+        "[default: the model's]",
+    ),
+    option(
+        "--first-steps",
+        type=STEPS,
+        metavar="STEP,...",
+        help="Denoising steps of the first block that is generated.  [default: the model's]",
+    ),
+    option(
+        "--shift",
+        type=float,
+        metavar="S",
+        help="Shift of the noise levels toward more noise, like 5.  [default: the model's]",
+    ),
+)
 shape_options = options(
     option("--size", type=SIZE, metavar="WxH", help="Pixels of a frame.  [default: the model's]"),
     option(
@@ -283,6 +319,7 @@ shape_options = options(
         help="Autoencoder: a tiny one, or Wan's.  [default: the one in the weights, or the tiny "
         "one; `plan --budget` picks Wan's if everything else stays whole]",
     ),
+    step_options,
 )
 run_options = options(
     option(

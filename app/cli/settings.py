@@ -18,6 +18,9 @@ def with_shape(
     history: tuple[int, int, int] | None,
     policy: str | None,
     vae: str | None,
+    steps: tuple[float, ...] | None,
+    first_steps: tuple[float, ...] | None,
+    shift: float | None,
     dtype: str | None = None,
 ) -> Config:
     """Return the config with the values of the shape options, and with one dtype throughout.
@@ -29,6 +32,7 @@ def with_shape(
 
     from packforcing.config import Precision
     from packforcing.presets import policies, with_autoencoder
+    from packforcing.sampler import StepOverrides
 
     changes: dict[str, Any] = {}
     if size is not None:
@@ -47,7 +51,7 @@ def with_shape(
         partitions = dict(zip(("sink", "mid", "recent"), history))
         resized = msgspec.structs.replace(config.policy, **partitions)
         config = msgspec.structs.replace(config, policy=resized)
-    return config
+    return StepOverrides(steps, first_steps, shift).apply(config)
 
 
 def policy_by_name(name: str, by_name: Mapping[str, Policy]) -> Policy:

@@ -20,6 +20,7 @@ from packforcing.app.cli.options import (
     run_options,
     seconds_option,
     seed_option,
+    step_options,
     strict_option,
 )
 from packforcing.app.cli.output import make_folder, print_json, print_training_free
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from packforcing.embeddings import Embedding
     from packforcing.prompts import Prompts, Switch
     from packforcing.runtime import BlockInfo, Session
+    from packforcing.sampler import StepOverrides
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
 
@@ -134,6 +136,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     help="History policy, like packforcing or full-history. An unknown name lists all. Engines fit "
     "the bundle's policy alone.  [default: the bundle's]",
 )
+@step_options
 @option(
     "--resume",
     is_flag=True,
@@ -153,6 +156,9 @@ def render(
     seed: int,
     start: str | None,
     policy: str | None,
+    steps: tuple[float, ...] | None,
+    first_steps: tuple[float, ...] | None,
+    shift: float | None,
     resume: bool,
     threads: int | None,
     backend: str,
@@ -195,6 +201,7 @@ def render(
     from packforcing.runtime.request import check_request, check_schedule
     from packforcing.runtime.resume import finished
     from packforcing.runtime.video_files import check_output
+    from packforcing.sampler import StepOverrides, describe_steps
 
     if sum(source is not None for source in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
@@ -208,6 +215,8 @@ def render(
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
     switches = as_schedule(prompts)
     directory, config, chosen = _bundle_and_policy(bundle, policy)
+    overrides, own_steps = StepOverrides(steps, first_steps, shift), describe_steps(config)
+    config = overrides.apply(config)
     if encoder is None:
         prompts = check_request(config, prompts, seconds, seed)
     else:
@@ -220,7 +229,7 @@ def render(
         encoded = _encode_schedule(prompts, encoder, strict, quiet=as_json)
         prompts = check_request(config, encoded, seconds, seed)
     with (
-        _open_session(directory, chosen, threads, backend, quiet=as_json) as session,
+        _open_session(directory, chosen, overrides, threads, backend, as_json) as session,
         frame_meter(quiet=as_json) as show_block,
         _stopping(session, "with the same command and --resume"),
     ):
@@ -243,6 +252,8 @@ def render(
         if any(switch.history is None for switch in switches[1:]):
             default = switch_history(config)
             click.echo(f"a switch without a history: {default}, as {config.name} was published")
+        if (used_steps := describe_steps(config)) != own_steps:
+            click.echo(f"denoising: {used_steps}; the bundle's: {own_steps}")
         print_training_free(config, policy_used)
 
 
@@ -394,6 +405,7 @@ def _bundle_and_policy(
 def _open_session(
     directory: Path,
     policy: Policy | None = None,
+    steps: StepOverrides | None = None,
     threads: int | None = None,
     backend: str = "onnxruntime",
     quiet: bool = False,
@@ -401,7 +413,7 @@ def _open_session(
     from packforcing.runtime import Session
 
     print_status(f"loading {directory} ...", quiet)
-    return Session.open(directory, policy=policy, threads=threads, backend=backend)
+    return Session.open(directory, policy=policy, steps=steps, threads=threads, backend=backend)
 
 
 @contextmanager

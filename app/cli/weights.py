@@ -28,10 +28,10 @@ def models(as_json: bool) -> None:
     from packforcing.checkpoints.published import (
         PARTS,
         PUBLISHED,
-        describe_schedule,
         published_config,
     )
     from packforcing.presets import switch_history
+    from packforcing.sampler import describe_steps
 
     if as_json:
         print_json(
@@ -52,7 +52,7 @@ def models(as_json: bool) -> None:
             click.echo(f"  weights only: {row.refused}")
         else:
             click.echo(
-                f"  blocks of {config.block_frames}, {describe_schedule(config)}; {config.policy}; "
+                f"  blocks of {config.block_frames}, {describe_steps(config)}; {config.policy}; "
                 f"a prompt switch: {switch_history(config)}"
             )
             if row.note:

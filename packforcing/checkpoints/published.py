@@ -16,6 +16,7 @@ from packforcing.config import Config
 from packforcing.errors import CheckpointError
 from packforcing.files import Upgrade, VersionError, decode_versioned
 from packforcing.presets import MODELS, PAPER
+from packforcing.sampler import describe_steps
 
 # Licenses
 UNREAD = "not read here: see the source before use"
@@ -148,20 +149,6 @@ def published_config(kind: str) -> Config:
     return MODELS.get(kind, plain)
 
 
-def describe_schedule(config: Config) -> str:
-    """Describe the denoising steps of a model in a line."""
-
-    def listed(timesteps: tuple[float, ...]) -> str:
-        return " ".join(f"{timestep:g}" for timestep in timesteps)
-
-    first = config.first_timesteps
-    return (
-        f"{config.sampler} at {listed(config.timesteps)}"
-        + (f" (the first block generated at {listed(first)})" if first else "")
-        + f", shift {config.shift:g}{'' if config.warp else ', not warped'}"
-    )
-
-
 def describe_differences(config: Config) -> list[str]:
     """Say how a model is rolled out otherwise than it was published, a line for each difference.
 
@@ -174,7 +161,7 @@ def describe_differences(config: Config) -> list[str]:
     lines = [row.note] if row.note and config.policy == own.policy else []
     facts = [
         {
-            "denoising": describe_schedule(one),
+            "denoising": describe_steps(one),
             "blocks": f"{one.block_frames} latent frames",
             "history": str(one.policy),
         }

@@ -11,7 +11,8 @@ from tests.helpers import PROMPT, assert_one_line, run, run_without
 
 def test_export_writes_a_bundle_that_inspect_shows(tiny_config, out, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", tiny_config)
-    result = run("export", "--model", "tiny", "--random-weights", "--out", out / "b", "--json")
+    result = run("export", "--model", "tiny", "--random-weights", "--out", out / "b", "--json",
+                 "--steps", "1000,400", "--first-steps", "1000 700 400", "--shift", 3)  # fmt: skip
     assert (result.exit_code, result.stderr) == (0, "")
     exported = json.loads(result.stdout)
     assert exported["bytes"] == sum(path.stat().st_size for path in (out / "b").glob("*.onnx"))
@@ -19,10 +20,15 @@ def test_export_writes_a_bundle_that_inspect_shows(tiny_config, out, monkeypatch
     bundle_json = json.loads(run("inspect", out / "b", "--json").stdout)
     assert bundle_json["files"] == exported["files"]
     assert bundle_json["config"]["name"] == "tiny"
+    assert bundle_json["config"]["timesteps"] == [1000, 400]
+    assert bundle_json["config"]["first_timesteps"] == [1000, 700, 400]
+    assert bundle_json["config"]["shift"] == 3
+    assert (bundle_json["differences"], bundle_json["switch_history"]) == ([], "keep")
     assert bundle_json["tokens"]["of context"] == tiny_config.context_tokens
     assert bundle_json["memory"]["context"] > 0
     text = run("inspect", out / "b").stdout
     assert "tiny: 96x64 at 8 frames/s" in text and "all intact" in text
+    assert "renoise at 1000 400 (the first block generated at 1000 700 400), shift 3" in text
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")

@@ -36,6 +36,25 @@ def test_render_prints_its_speed(tiny_bundle, out):
     assert re.fullmatch(r".*a\.mp4: 8 frames, 1\.0 s of video in .*real time\n", result.stdout)
 
 
+def test_render_takes_other_steps_and_says_so(tiny_bundle, out):
+    ask = "render", PROMPT, "--bundle", tiny_bundle, "--out", out / "a.mkv", "--seconds", 1
+    result = run(*ask, "--steps", "1000,500", "--shift", 8)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[1:] == [
+        "denoising: renoise at 1000 500, shift 8; the bundle's: renoise at 1000 750 500 250, "
+        "shift 5"
+    ]
+    for steps, message in (
+        (("--steps", "1000,500,0"), "end in 0"),
+        (("--steps", "500,1000"), "do not decrease"),
+        (("--first-steps", "1000,2000"), "not all from 1 to 1000"),
+        (("--steps", "four"), "'four' is not STEP,STEP,..."),
+        (("--shift", "0"), "shift must be above 0"),
+    ):
+        result = run(*ask, *steps)
+        assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+
+
 def test_one_seed_gives_one_video(tiny_bundle, out):
     for name, seed in (("a/", 3), ("b/", 3), ("c/", 4)):
         result = run("render", PROMPT, "--bundle", tiny_bundle, "--out", f"{out}/{name}",

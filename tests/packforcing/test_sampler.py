@@ -1,12 +1,22 @@
 """Denoising steps, samplers and noise."""
 
+import math
+
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from packforcing import model_config
-from packforcing.sampler import advance, denoising_steps, draw_noise
+from packforcing.errors import ConfigError
+from packforcing.sampler import (
+    StepOverrides,
+    advance,
+    denoising_steps,
+    describe_steps,
+    draw_noise,
+)
 
 WAN = model_config("wan-1.3b")
 
@@ -49,3 +59,44 @@ def test_noise_depends_on_seed_block_and_step_alone(tiny_config):
     others = [draw_noise(tiny_config, *key) for key in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (1, 3, 2))]
     assert all(abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.1 for other in others)
     assert abs(first.mean()) < 0.1 and abs(first.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"timesteps": ()}, "empty: name one"),
+        ({"timesteps": (1000, 750, 500, 250, 0)}, "1000,750,500,250,0 end in 0.*leave it out"),
+        ({"timesteps": (250, 500, 750, 1000)}, "250,500,750,1000 do not decrease"),
+        ({"timesteps": (1000, 1000)}, "do not decrease"),
+        ({"timesteps": (1001, 500)}, "not all from 1 to 1000"),
+        ({"first_timesteps": (1000, 0.5)}, "not all from 1 to 1000"),
+        ({"timesteps": (1000, math.nan)}, "not all from 1 to 1000"),
+        ({"timesteps": (1000, -5)}, "not all from 1 to 1000"),
+        ({"shift": 0}, "shift must be above 0"),
+        ({"shift": math.nan}, "shift must be above 0"),
+        ({"shift": math.inf}, "shift must be above 0"),
+    ],
+)
+def test_steps_that_cannot_be_denoised_at_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        StepOverrides(**overrides).apply(WAN)
+
+
+def test_overrides_change_what_they_name_alone():
+    config = model_config("causal-forcing-frame-2step")
+    assert StepOverrides().apply(config) == config
+    changed = StepOverrides(timesteps=(1000, 757, 522), shift=8).apply(config)
+    assert (changed.timesteps, changed.shift) == ((1000, 757, 522), 8)
+    assert changed.first_timesteps == config.first_timesteps
+    assert changed.policy == config.policy
+
+
+@given(
+    st.lists(st.floats(1, 1000), min_size=1, max_size=6, unique=True),
+    st.floats(0.01, 100),
+)
+def test_steps_are_described_exactly(timesteps, shift):
+    timesteps = tuple(sorted(timesteps, reverse=True))
+    text = describe_steps(StepOverrides(timesteps, shift=shift).apply(WAN))
+    listed, _, rest = text.removeprefix("renoise at ").partition(", shift ")
+    assert (tuple(map(float, listed.split())), float(rest)) == (timesteps, shift)

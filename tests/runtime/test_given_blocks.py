@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from packforcing import Config, Policy
-from packforcing.errors import RenderStopped
+from packforcing.errors import RenderStopped, ResumeError
 from packforcing.export.exporter import save_graph
 from packforcing.export.graphs import export_graph
 from packforcing.model import Model
@@ -27,7 +27,7 @@ from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.bundle import contract
 from packforcing.runtime.encoder import encode_start
 from packforcing.runtime.rollout import Rollout
-from packforcing.sampler import draw_noise
+from packforcing.sampler import StepOverrides, draw_noise
 from packforcing.words import encode_words
 from tests.golden import cases as golden
 from tests.golden.numpy_autoencoder import decode, encode
@@ -259,3 +259,22 @@ def test_a_resumed_render_takes_the_first_list_once(open_few_steps, tmp_path):
         session.render(**request, start=start, on_block=stop_after(session, 4), resume=True)
     session.render(**request, start=start, resume=True)
     np.testing.assert_array_equal(frames_of(tmp_path / "a.mkv"), whole)
+
+
+def test_other_steps_are_those_of_a_bundle_that_has_them(open_few_steps, tiny_bundle, tmp_path):
+    """Whether a bundle was exported with them or a session is opened with them, the frames are the
+    same; a render that was begun with other ones is not resumed."""
+    exported, start = open_few_steps(), random_clip(9)
+    expected = np.concatenate(list(exported.stream(PROMPT, 6, SEED, start=start)))
+    steps = StepOverrides(FEW_STEPS.timesteps, FEW_STEPS.first_timesteps)
+    request = {"prompt": PROMPT, "seconds": 6, "path": tmp_path / "a.mkv", "seed": SEED}
+    with Session.open(tiny_bundle, policy=FEW_STEPS.policy, steps=steps, threads=1) as session:
+        frames = np.concatenate(list(session.stream(PROMPT, 6, SEED, start=start)))
+        np.testing.assert_array_equal(frames, expected)
+        with pytest.raises(RenderStopped):
+            session.render(**request, on_block=stop_after(session, 1))
+    with (
+        Session.open(tiny_bundle, policy=FEW_STEPS.policy, threads=1) as session,
+        pytest.raises(ResumeError, match=r"denoising was renoise at 1000 500 .*, now none"),
+    ):
+        session.render(**request, resume=True)
