@@ -45,11 +45,9 @@ def render_all(
             print(f"{path.name}  failed  {error}", flush=True)
             failures += 1
         else:
-            fresh = summary.frames - summary.frames_resumed
-            print(
-                f"{path.name}  {fresh} frames in {summary.seconds_total:.1f} s  {prompt}",
-                flush=True,
-            )
+            generated = f"{summary.frames_generated} of {summary.frames} frames"
+            seconds_text = f"{summary.seconds_generating:.1f} s"
+            print(f"{path.name}  {generated} in {seconds_text}  {prompt}", flush=True)
     return failures
 
 
@@ -68,7 +66,8 @@ def main() -> None:
             stopped.set()
             session.stop()  # after the current block; all blocks until then are on the disk
 
-        signal.signal(signal.SIGINT, stop)
+        for number in signal.SIGINT, signal.SIGTERM:
+            signal.signal(number, stop)
         failures = render_all(
             session, list(filter(None, map(str.strip, lines))), args.folder, args.seconds, stopped
         )

@@ -60,9 +60,12 @@ class RenderSummary:
         frames: Frames of the video.
         blocks: Blocks of the video.
         frames_resumed: Those of `frames` that the last snapshot of an earlier run had.
-        seconds_total: Wall time.
-        seconds_graphs: Time inside each graph, by name.
-        seconds_video: Time spent encoding and writing the video.
+        frames_recovered: Those after them that the earlier run had generated too: they were decoded
+            and committed again.
+        seconds_total: Wall time of this run.
+        seconds_recovered: Those of `seconds_total` until the last recovered frame.
+        seconds_graphs: Time inside each graph since then, by name.
+        seconds_video: Time spent encoding and writing the video since then.
         archive_bytes: Size of the archive.
         prompts: Each prompt and when the video begins to follow it.
     """
@@ -70,11 +73,48 @@ class RenderSummary:
     frames: int
     blocks: int
     frames_resumed: int
+    frames_recovered: int
     seconds_total: float
+    seconds_recovered: float
     seconds_graphs: dict[str, float]
     seconds_video: float
     archive_bytes: int
     prompts: list[SwitchInfo]
+
+    @property
+    def frames_generated(self) -> int:
+        """Frames that this run generated, not an earlier one."""
+        return self.frames - self.frames_resumed - self.frames_recovered
+
+    @property
+    def seconds_generating(self) -> float:
+        """Wall time that the generated frames took."""
+        return self.seconds_total - self.seconds_recovered
+
+
+class _Stopwatch:
+    """Measures what a run generates: the time up to the last recovered block is kept apart."""
+
+    def __init__(self, session: Session) -> None:
+        self._session, self._began = session, time.perf_counter()
+        self.frames_before, self.seconds_before = 0, 0.0
+        self._graphs, self.seconds_video = session.graph_seconds(), 0.0
+
+    def begin_again(self, frames: int) -> None:
+        """Measure from here on; so many frames of the video are an earlier run's."""
+        self.frames_before, self.seconds_before = frames, self.seconds
+        self._graphs, self.seconds_video = self._session.graph_seconds(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @property
+    def seconds_graphs(self) -> dict[str, float]:
+        return {
+            name: seconds - self._graphs.get(name, 0.0)
+            for name, seconds in self._session.graph_seconds().items()
+        }
 
 
 class _FolderRecorder:
@@ -112,9 +152,8 @@ def render_video(
     from packforcing.runtime.video_files import check_output
 
     config, timeline = session.config, request.timeline
-    began = time.perf_counter()
     session.use_threads(_recorded_threads(path) if resume else None)
-    seconds_before = session.graph_seconds()
+    stopwatch = _Stopwatch(session)
     if not 0 < checkpoint_seconds <= LONGEST:
         raise ConfigError(
             f"checkpoint_seconds must be above 0 and at most {LONGEST:.0f}; "
@@ -122,28 +161,27 @@ def render_video(
         )
     interval = snapshot_interval(config, checkpoint_seconds)
     fields = _request_fields(session, request, path, interval)
-    frames_resumed, seconds_video = request.frames, 0.0
+    frames_resumed = request.frames
     if not (resume and remove_leftovers(path, fields)):
         check_output(path, request.frames, config.width, config.height)
         length = request.frames, timeline.blocks
         with render_folder(path, config, fields, *length, resume) as render:
             frames_resumed = frames_before(render.record.block, timeline, config)
             try:
-                seconds_video = _write_segments(session, request, render, on_block)
+                _write_segments(session, request, render, on_block, stopwatch)
             except RenderStopped as error:
                 raise RenderStopped(f"{error}; {render.remedy}") from None
-            seconds_video += _join_segments(render, path, config, timeline.blocks)
+            stopwatch.seconds_video += _join_segments(render, path, config, timeline.blocks)
             render.remove()
     return RenderSummary(
         frames=request.frames,
         blocks=timeline.blocks,
         frames_resumed=frames_resumed,
-        seconds_total=time.perf_counter() - began,
-        seconds_graphs={
-            name: seconds - seconds_before.get(name, 0.0)
-            for name, seconds in session.graph_seconds().items()
-        },
-        seconds_video=seconds_video,
+        frames_recovered=max(0, stopwatch.frames_before - frames_resumed),
+        seconds_total=stopwatch.seconds,
+        seconds_recovered=stopwatch.seconds_before,
+        seconds_graphs=stopwatch.seconds_graphs,
+        seconds_video=stopwatch.seconds_video,
         archive_bytes=archive_bytes(config, timeline.blocks),
         prompts=_switch_infos(timeline, config),
     )
@@ -154,12 +192,20 @@ def _write_segments(
     request: VideoRequest,
     render: RenderFolder,
     on_block: Callable[[BlockInfo], None] | None,
-) -> float:
-    """Write the segments that are missing; return the seconds spent on writing."""
+    stopwatch: _Stopwatch,
+) -> None:
+    """Write the segments that are missing."""
     from packforcing.runtime.video_files import open_video
 
-    config, seconds = session.config, 0.0
-    stream = session.stream_request(request, on_block, _FolderRecorder(render))
+    latest: list[BlockInfo] = []
+
+    def after_block(info: BlockInfo) -> None:
+        latest[:] = [info]
+        if on_block:
+            on_block(info)
+
+    config = session.config
+    stream = session.stream_request(request, after_block, _FolderRecorder(render))
     for block in range(render.record.block, request.timeline.blocks, render.interval):
         part = islice(stream, render.interval)
         first = next(part)  # the snapshot before it is saved before the segment's file is open
@@ -169,8 +215,9 @@ def _write_segments(
             for frames in chain((first,), part):
                 began = time.perf_counter()
                 video.write(frames)
-                seconds += time.perf_counter() - began
-    return seconds
+                stopwatch.seconds_video += time.perf_counter() - began
+                if latest[0].recovered:
+                    stopwatch.begin_again(latest[0].frames)
 
 
 def _join_segments(

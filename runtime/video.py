@@ -33,6 +33,7 @@ class BlockInfo:
         read: The archived blocks that this block read.
         seconds: Wall time of the block, without the consumer's.
         switch: The switch that takes effect with this block, or None.
+        recovered: Whether an interrupted run had generated it: it was decoded and committed again.
     """
 
     index: int
@@ -42,6 +43,7 @@ class BlockInfo:
     read: list[int]
     seconds: float
     switch: Switch | None
+    recovered: bool = False
 
 
 class Recorder(Protocol):
@@ -107,8 +109,9 @@ class Video:
         latest = max(block for block in timeline.switches if block < max(1, self.block))
         folder = recorder.folder if recorder else None
         rollout.begin(timeline.embeddings[latest], timeline.blocks, request.seed, folder)
-        if recorder:
-            self._clean |= recorder.restore(rollout)
+        recovered = recorder.restore(rollout) if recorder else {}
+        self._clean |= recovered
+        self._recovered = frozenset(recovered)
 
     @property
     def finished(self) -> bool:
@@ -141,7 +144,14 @@ class Video:
         self.frames += len(frames)
         seconds = time.perf_counter() - began
         return frames, BlockInfo(
-            block, timeline.blocks, self.frames, self.frames_total, read, seconds, switch
+            index=block,
+            blocks=timeline.blocks,
+            frames=self.frames,
+            frames_total=self.frames_total,
+            read=read,
+            seconds=seconds,
+            switch=switch,
+            recovered=block in self._recovered,
         )
 
     def _first_generated(self) -> int:

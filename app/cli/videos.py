@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from packforcing.config import Config, Policy
     from packforcing.embeddings import Embedding
     from packforcing.prompts import Prompts, Switch
-    from packforcing.runtime import BlockInfo, Session
+    from packforcing.runtime import BlockInfo, RenderSummary, Session
     from packforcing.sampler import StepOverrides
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
@@ -89,8 +89,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
             page, video, prompt, seed, config, blocks, summary, memory_by_purpose(config),
             session.manifest.tools,
         )  # fmt: skip
-    fresh_frames = summary.frames - summary.frames_resumed
-    click.echo(f"video:  {video} ({_format_speed(fresh_frames, config, summary.seconds_total)})")
+    click.echo(f"video:  {video} ({_format_speed(summary, config)})")
     click.echo(f"report: {page}")
 
 
@@ -244,8 +243,7 @@ def render(
         fields = msgspec.to_builtins(summary)
         print_json({"path": out, "fps": config.fps, "training_free": training_free, **fields})
     else:
-        fresh_frames = summary.frames - summary.frames_resumed
-        click.echo(f"{out}: {_format_speed(fresh_frames, config, summary.seconds_total)}")
+        click.echo(f"{out}: {_format_speed(summary, config)}")
         for switch in summary.prompts[1:]:
             name = switch.prompt or "another embedding"
             click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {name}")
@@ -453,9 +451,14 @@ def _read_start(path: str, config: Config) -> Any:
     return read_start(path, config.width, config.height, config.fps, limit)
 
 
-def _format_speed(frames: int, config: Config, seconds: float) -> str:
+def _format_speed(summary: RenderSummary, config: Config) -> str:
+    """Say how fast the frames were that this run generated, and how many an earlier one did."""
+    frames, earlier = summary.frames_generated, summary.frames - summary.frames_generated
     length_seconds = frames / config.fps
+    resumed = f"; {earlier} frames are from an earlier run" if earlier else ""
+    if not frames:
+        return f"{summary.frames} frames, all from an earlier run"
     return (
-        f"{frames} frames, {length_seconds:.1f} s of video in {seconds:.1f} s, "
-        f"{length_seconds / seconds:.1f} times real time"
+        f"{frames} frames, {length_seconds:.1f} s of video in {summary.seconds_generating:.1f} s, "
+        f"{length_seconds / summary.seconds_generating:.1f} times real time{resumed}"
     )

@@ -43,7 +43,7 @@ def write_report(
         prompt: What the video shows.
         seed: Its seed.
         config: The model.
-        blocks: The blocks that this process rendered: after a resume, those since.
+        blocks: The blocks that this process made: after a resume, those since its last snapshot.
         summary: What the render took.
         memory: Bytes by buffer.
         tools: Versions of what exported the bundle.
@@ -51,7 +51,7 @@ def write_report(
     Raises:
         OutputError: The page cannot be written.
     """
-    fresh_frames = summary.frames - summary.frames_resumed
+    generated = [block for block in blocks if not block.recovered]
     save_page(
         path,
         "demo.html.j2",
@@ -62,13 +62,14 @@ def write_report(
             {"url": picture_url(picture, "png"), "time": f"{index / config.fps:.1f} s"}
             for index, picture in sample_frames(video, summary.frames, SAMPLES, SAMPLE_WIDTH)
         ],
-        render=_render_facts(seed, config, blocks, summary),
-        durations=_durations(blocks, config.block_pixel_frames / config.fps),
+        render=_render_facts(seed, config, generated, summary),
+        durations=_durations(generated, summary.blocks, config.block_pixel_frames / config.fps),
         reads=read_paths([block.read for block in blocks], config.policy, blocks[0].index)
         if blocks
         else {},
+        first_read=blocks[0].index if blocks else 0,
         blocks=summary.blocks,
-        time_rows=_time_rows(summary, len(blocks)) if fresh_frames else {},
+        time_rows=_time_rows(summary, len(generated)) if generated else {},
         memory_rows=_memory_rows(memory, summary.archive_bytes),
         versions={
             "Rendered with": runtime_versions(),
@@ -78,7 +79,7 @@ def write_report(
 
 
 def _render_facts(
-    seed: int, config: Config, blocks: Sequence[BlockInfo], summary: RenderSummary
+    seed: int, config: Config, generated: Sequence[BlockInfo], summary: RenderSummary
 ) -> dict[str, str]:
     length_seconds = summary.frames / config.fps
     facts = {
@@ -87,15 +88,16 @@ def _render_facts(
         "History": str(config.policy),
         "Length": f"{summary.frames} frames, {length_seconds:.1f} s, in {summary.blocks} blocks",
     }
-    fresh_seconds = (summary.frames - summary.frames_resumed) / config.fps
-    if summary.frames_resumed:
-        rest = f"times are of the remaining {fresh_seconds:.1f} s"
-        facts["Resumed"] = f"after {summary.frames_resumed} frames; {rest}"
-    if fresh_seconds:
-        speed = fresh_seconds / summary.seconds_total
-        facts["Time"] = f"{summary.seconds_total:.1f} s, {speed:.1f} times real time"
-    if blocks:
-        block_seconds = [block.seconds for block in blocks]
+    generated_seconds = summary.frames_generated / config.fps
+    if summary.frames_generated < summary.frames:
+        rest = (
+            f"times are of the remaining {generated_seconds:.1f} s" if generated else "none is new"
+        )
+        facts["Resumed"] = f"after {summary.frames - summary.frames_generated} frames; {rest}"
+    if generated:
+        speed = generated_seconds / summary.seconds_generating
+        facts["Time"] = f"{summary.seconds_generating:.1f} s, {speed:.1f} times real time"
+        block_seconds = [block.seconds for block in generated]
         facts["Time per block"] = (
             f"median {statistics.median(block_seconds) * 1e3:.0f} ms, "
             f"longest {max(block_seconds) * 1e3:.0f} ms"
@@ -105,13 +107,13 @@ def _render_facts(
 
 def _time_rows(summary: RenderSummary, blocks: int) -> dict[str, tuple[str, ...]]:
     seconds_by_part = {**summary.seconds_graphs, "writing the video": summary.seconds_video}
-    others = summary.seconds_total - sum(seconds_by_part.values())
+    others = summary.seconds_generating - sum(seconds_by_part.values())
     seconds_by_part["everything else"] = max(0.0, others)
     return {
         name: (
             f"{seconds:.2f} s",
-            f"{seconds / max(1, blocks) * 1e3:.1f} ms",
-            f"{seconds / summary.seconds_total:.0%}",
+            f"{seconds / blocks * 1e3:.1f} ms",
+            f"{seconds / summary.seconds_generating:.0%}",
         )
         for name, seconds in seconds_by_part.items()
     }
@@ -126,19 +128,22 @@ def _memory_rows(memory: dict[str, int], archive_bytes: int) -> dict[str, tuple[
     return {**rows, "archive of this video": (format_memory(archive_bytes),)}
 
 
-def _durations(blocks: Sequence[BlockInfo], playing_seconds: float) -> dict[str, Any] | None:
-    """Draw the time per block as bars in a box of 100 by 20."""
-    if not blocks:
+def _durations(
+    generated: Sequence[BlockInfo], blocks: int, playing_seconds: float
+) -> dict[str, Any] | None:
+    """Draw the time per block as bars in a box of 100 by 20, each where its block is."""
+    if not generated:
         return None
-    top = max(playing_seconds, *(block.seconds for block in blocks)) * 1.05
-    step = 100 / len(blocks)
+    top = max(playing_seconds, *(block.seconds for block in generated)) * 1.05
+    step = 100 / blocks
     bars = "".join(
-        f"M{number * step:.3f} 20h{step * 0.8:.3f}v{-20 * block.seconds / top:.3f}"
+        f"M{block.index * step:.3f} 20h{step * 0.8:.3f}v{-20 * block.seconds / top:.3f}"
         f"h{-step * 0.8:.3f}z"
-        for number, block in enumerate(blocks)
+        for block in generated
     )
     return {
         "bars": bars,
+        "first_block": generated[0].index,
         "level": f"{20 * (1 - playing_seconds / top):.3f}",
         "playing_ms": f"{playing_seconds * 1e3:.0f}",
         "top_ms": f"{top * 1e3:.0f}",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from packforcing.runtime.resume import RenderFolder
 from packforcing.runtime.rollout import Rollout
 from tests.helpers import PROMPT, assert_one_line, run, run_without
 
@@ -272,3 +273,28 @@ def test_a_second_signal_stops_at_once(tiny_bundle, out, monkeypatch, name):
     assert result.exit_code == 130
     assert result.stderr.strip() == "interrupted: no unfinished file has its final name"
     assert [path.name for path in out.iterdir()] == [f"{name.rstrip('/')}.render"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "earlier_frames"),
+    [("add_latents", 0), ("segments", 48), ("remove", 48)],
+    ids=["before a block", "before the segments are joined", "when the video has its name"],
+)
+def test_demo_resumes_and_reports_what_it_generated(
+    tiny_bundle, out, monkeypatch, moment, earlier_frames
+):
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    command = "demo", "--bundle", tiny_bundle, "--out", out, "--seconds", 6
+    with monkeypatch.context() as patch:
+        patch.setattr(RenderFolder, moment, interrupt)
+        assert run(*command).exit_code == 130
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    page = (out / "demo.html").read_text(encoding="utf-8")
+    speed = "48 frames, all from an earlier run" if earlier_frames else "48 frames, 6.0 s of video"
+    assert f"demo.mp4 ({speed}" in result.stdout
+    resumed = f"after {earlier_frames} frames; none is new"
+    assert (resumed in page, "real time" in page) == (bool(earlier_frames), not earlier_frames)
+    assert sorted(path.name for path in out.iterdir()) == ["demo.html", "demo.mp4"]

@@ -2,11 +2,11 @@
 
 import html
 import re
-from types import SimpleNamespace
 
 import pytest
 
 from packforcing.app.reports.demo import write_report
+from packforcing.runtime import BlockInfo, RenderSummary
 from packforcing.runtime.allocations import memory_by_purpose
 from tests.helpers import PROMPT, run
 
@@ -17,15 +17,19 @@ def report(tiny_bundle, tiny_config, tmp_path):
     assert run("render", PROMPT, "--bundle", tiny_bundle, "--out", tmp_path / "a b.mkv",
                "--seconds", 2).exit_code == 0  # fmt: skip
 
-    def write(blocks: list[float], frames_resumed: int) -> str:
-        summary = SimpleNamespace(
-            frames=16, frames_resumed=frames_resumed, blocks=4, seconds_total=0.8,
-            seconds_graphs={"denoiser": 0.5}, seconds_video=0.1, archive_bytes=3 << 20,
+    def write(blocks: list[float], frames_resumed: int, recovered: int = 0) -> str:
+        summary = RenderSummary(
+            frames=16, blocks=4, frames_resumed=frames_resumed, frames_recovered=4 * recovered,
+            seconds_total=0.8 + recovered, seconds_recovered=recovered,
+            seconds_graphs={"denoiser": 0.5}, seconds_video=0.1, archive_bytes=3 << 20, prompts=[],
         )  # fmt: skip
         infos = [
-            SimpleNamespace(index=4 - len(blocks) + number, seconds=seconds, read=[])
+            BlockInfo(
+                index=4 - len(blocks) + number, blocks=4, frames=0, frames_total=16, read=[],
+                seconds=seconds, switch=None, recovered=number < recovered,
+            )
             for number, seconds in enumerate(blocks)
-        ]
+        ]  # fmt: skip
         write_report(
             tmp_path / "demo.html", tmp_path / "a b.mkv", PROMPT, 0, tiny_config, infos, summary,
             memory_by_purpose(tiny_config), {"torch": "2"},
@@ -50,6 +54,19 @@ def test_after_a_resume_speed_is_of_the_frames_rendered_since(report):
     assert "<td>0.50 s</td><td>250.0 ms</td><td>62%</td>" in text
     numbers = {int(block) for block in re.findall(r"M(\d+) \d+h\.9", text)}
     assert numbers == {2, 3}
+
+
+def test_recovered_blocks_have_no_times(report):
+    """An interrupted run generated block 1; this one decoded it again, which took 10 ms."""
+    text = report([0.01, 0.2, 0.4], frames_resumed=4, recovered=1)
+    assert "after 8 frames; times are of the remaining 1.0 s" in text
+    assert "0.8 s, 1.2 times real time" in text and "median 300 ms" in text
+    assert "<td>0.50 s</td><td>250.0 ms</td><td>62%</td>" in text
+    bars = re.search(r'<path class="mid" d="(M[^"]* 20h[^"]*)"', text)
+    assert bars is not None
+    assert re.findall(r"M([\d.]+) 20h", bars[1]) == ["50.000", "75.000"]  # blocks 2 and 3 of 4
+    assert "Blocks before 2 have no bar" in text and "Blocks before 1 are not drawn" in text
+    assert {int(block) for block in re.findall(r"M(\d+) \d+h\.9", text)} == {1, 2, 3}
 
 
 def test_a_video_that_was_finished_before_has_a_page_without_times(report):

@@ -359,6 +359,23 @@ def test_contradictory_counters_are_refused(plain, stopped, tmp_path, change):
         render(plain, tmp_path / "a.mkv", resume=True)
 
 
+def test_a_resumed_render_says_what_it_generated_itself(plain, tmp_path):
+    """Stopped one block after a snapshot: that block is decoded again, and not generated."""
+    blocks = []
+    with pytest.raises(RenderStopped):
+        render(plain, tmp_path / "a.mkv", on_block=stop_after(plain, 5))
+    summary = render(plain, tmp_path / "a.mkv", resume=True, on_block=blocks.append)
+    assert [info.index for info in blocks if info.recovered] == [4]
+    assert [info.index for info in blocks if not info.recovered] == [5, 6, 7, 8, 9, 10]
+    per_block = plain.config.block_pixel_frames
+    assert summary.frames_resumed == 4 * per_block - plain.config.trimmed_frames
+    assert summary.frames_recovered == per_block
+    assert summary.frames_generated == summary.frames - 5 * per_block + plain.config.trimmed_frames
+    block_seconds = sum(info.seconds for info in blocks if not info.recovered)
+    assert block_seconds < summary.seconds_generating < summary.seconds_total - blocks[0].seconds
+    assert sum(summary.seconds_graphs.values()) < block_seconds
+
+
 def test_files_of_others_stay(plain, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     (tmp_path / "a.mkv.render" / "notes.txt").touch()
