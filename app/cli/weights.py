@@ -28,6 +28,7 @@ def models(as_json: bool) -> None:
     from packforcing.checkpoints.published import (
         PARTS,
         PUBLISHED,
+        UNSUPPORTED,
         published_config,
     )
     from packforcing.presets import switch_history
@@ -59,6 +60,8 @@ def models(as_json: bool) -> None:
                 click.echo(f"  not as published: {row.note}")
         where = f"{row.source}: {', '.join(row.files)}" if row.source else "not published"
         click.echo(f"  {where}{f', {row.entry}' if row.entry else ''}; license: {row.license}")
+    for kind, reason in UNSUPPORTED.items():
+        click.echo(f"{kind}\n  not supported: {reason}")
     for name, row in PARTS.items():
         click.echo(f"{name}\n  {row.source}: {', '.join(row.files)}; license: {row.license}")
 

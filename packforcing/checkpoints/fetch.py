@@ -31,6 +31,7 @@ from packforcing.checkpoints.published import (
     UNKNOWN,
     UNREAD,
     Published,
+    require_supported,
 )
 from packforcing.errors import CheckpointError, FetchError, OutputError
 from packforcing.extras import optional_imports
@@ -98,6 +99,7 @@ def look_up(name: str, out: Path, folder: Path | None = None) -> Offer:
         FetchError: The hub cannot be reached or refuses.
         MissingDependency: huggingface_hub is not installed.
     """
+    require_supported(name)
     row = {**PUBLISHED, **PARTS}.get(name)
     if row is None:
         names = ", ".join(name for name, row in (*PUBLISHED.items(), *PARTS.items()) if row.source)

@@ -45,26 +45,7 @@ PUBLISHED: dict[str, Published] = {
         _SELF_FORCING, ("checkpoints/self_forcing_dmd.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
         note=_SLIDES,
     ),
-    "self-forcing-sid": Published(
-        _SELF_FORCING, ("checkpoints/self_forcing_sid.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
-        note=_SLIDES,
-    ),
-    "self-forcing-sid-v2": Published(
-        _SELF_FORCING, ("checkpoints/self_forcing_sid_v2.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
-        note=f"{_NO_CONFIG}; {_SLIDES}",
-    ),
-    "self-forcing-gan": Published(
-        _SELF_FORCING, ("checkpoints/self_forcing_gan.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
-        note=f"{_NO_CONFIG}; {_SLIDES}",
-    ),
-    "self-forcing-10s": Published(
-        _SELF_FORCING, ("checkpoints/self_forcing_10s.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
-        note=f"{_NO_CONFIG}, with a sliding window of 21 latent frames",
-    ),
     "causvid": Published(_CAUSVID, ("autoregressive_checkpoint/model.pt",), "generator", UNREAD),
-    "causvid-4step": Published(
-        _CAUSVID, ("autoregressive_checkpoint_warp_4step_cfg2/model.pt",), "generator", UNREAD
-    ),
     "causal-forcing": Published(
         _CAUSAL_FORCING, ("chunkwise/causal_forcing.pt",), "generator", UNREAD, note=_SLIDES
     ),
@@ -96,6 +77,25 @@ PUBLISHED: dict[str, Published] = {
         "two are a block of three each, so that 9 frames are read where 6 are published",
     ),
     "packforcing-unofficial": Published("", (), "generator_ema", "its trainer's"),
+    "self-forcing-sid": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_sid.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=_SLIDES,
+    ),
+    "self-forcing-sid-v2": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_sid_v2.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=f"{_NO_CONFIG}; {_SLIDES}",
+    ),
+    "self-forcing-gan": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_gan.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=f"{_NO_CONFIG}; {_SLIDES}",
+    ),
+    "self-forcing-10s": Published(
+        _SELF_FORCING, ("checkpoints/self_forcing_10s.pt",), "generator_ema", "CC-BY-NC-SA-4.0",
+        note=f"{_NO_CONFIG}, with a sliding window of 21 latent frames",
+    ),
+    "causvid-4step": Published(
+        _CAUSVID, ("autoregressive_checkpoint_warp_4step_cfg2/model.pt",), "generator", UNREAD
+    ),
     "wan2.1-t2v-1.3b": Published(
         "Wan-AI/Wan2.1-T2V-1.3B", ("diffusion_pytorch_model.safetensors",), "", "Apache-2.0",
         refused="it denoises a whole clip at once, over many guided steps, and is not causal: use "
@@ -107,6 +107,21 @@ PUBLISHED: dict[str, Published] = {
         refused="it denoises five blocks together at five noise levels; a call here has one level",
     ),
 }  # fmt: skip
+
+# Files of the same repositories that are not models to run here, and what to do instead
+_UNDISTILLED = "it is not distilled and needs many guided steps"
+_INITIALIZATION = "it is an initialization for training"
+UNSUPPORTED: dict[str, str] = {
+    "causal-forcing-ar": f"{_UNDISTILLED}: use causal-forcing",
+    "causal-forcing-frame-ar": f"{_UNDISTILLED}: use causal-forcing-frame",
+    "causal-forcing-cd": f"{_INITIALIZATION}: use causal-forcing",
+    "causal-forcing-ode": f"{_INITIALIZATION}: use causal-forcing",
+    "causvid-bidirectional": "it denoises a whole clip at once and is not causal: use causvid",
+    "causvid-ode": f"{_INITIALIZATION}: use causvid",
+    "longlive-2.0": "it is another transformer, Wan2.2 TI2V 5B, with another autoencoder: use "
+    "longlive",
+    "self-forcing-ode": f"{_INITIALIZATION}: use self-forcing",
+}
 
 # Parts that models need beside their transformer
 PARTS: dict[str, Published] = {
@@ -133,11 +148,18 @@ def published(kind: str) -> Published:
     """Look up a published model by name.
 
     Raises:
-        CheckpointError: There is none of this name.
+        CheckpointError: There is none of this name, or it is not supported.
     """
+    require_supported(kind)
     if kind not in PUBLISHED:
         raise CheckpointError(f"unknown kind of model '{kind}'; known: {', '.join(PUBLISHED)}")
     return PUBLISHED[kind]
+
+
+def require_supported(kind: str) -> None:
+    """Raise `CheckpointError` for a name in `UNSUPPORTED`."""
+    if kind in UNSUPPORTED:
+        raise CheckpointError(f"{kind} is not supported: {UNSUPPORTED[kind]}")
 
 
 def published_config(kind: str) -> Config:

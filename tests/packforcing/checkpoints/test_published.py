@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from packforcing import MODELS, Policy, model_config
-from packforcing.checkpoints.published import PUBLISHED, describe_differences
+from packforcing.checkpoints.published import PUBLISHED, UNSUPPORTED, describe_differences
 from packforcing.presets import policies, switch_history
 from packforcing.runtime.cache import Cache
 from packforcing.sampler import denoising_steps
+from tests.helpers import run
 from tests.packforcing.checkpoints.layouts import run_command
 
 # The settings files of the published code: `denoising_step_list` without a final 0,
@@ -144,3 +145,15 @@ def test_the_list_of_models_says_how_they_run():
     table = json.loads(run_command("models", "--json"))
     assert table["longlive"]["switch_history"] == "recompute"
     assert table["self-forcing-gan"]["note"].startswith("its settings are not published")
+
+
+@pytest.mark.parametrize("kind", UNSUPPORTED)
+def test_files_beside_the_models_are_refused_by_name(kind, tmp_path):
+    reason = f"error: {kind} is not supported: {UNSUPPORTED[kind]}\n"
+    path = tmp_path / "model.pt"
+    for args in (("fetch", kind), ("import-checkpoint", path, "--model", kind, "--out", "out")):
+        result = run(*args)
+        assert (result.exit_code, result.stdout, result.stderr) == (2, "", reason)
+    assert f"{kind}\n  not supported: " in run_command("models")
+    advice = UNSUPPORTED[kind].rpartition("use ")[2]
+    assert kind not in PUBLISHED and not PUBLISHED[advice].refused
