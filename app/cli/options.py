@@ -268,7 +268,7 @@ strict_option = option(
     is_flag=True,
     help="Refuse a prompt of more than 512 tokens instead of reading the first 511.",
 )
-encoder_attrs: dict[str, Any] = {"type": FOLDER, "metavar": "DIR"}
+encoder_attrs: dict[str, Any] = {"type": PATH, "metavar": "DIR"}
 target_attrs: dict[str, Any] = {"type": NAMES, "metavar": "NAME[,NAME...]"}
 step_options = options(
     option(

@@ -11,7 +11,7 @@ import click
 
 from packforcing.app.cli.options import (
     FILE,
-    FOLDER,
+    PATH,
     argument_for,
     bundle_option,
     json_option,
@@ -110,9 +110,9 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 )
 @option(
     "--encoder",
-    type=FOLDER,
+    type=PATH,
     metavar="DIR",
-    help="Encode the prompts first, with UMT5 from this folder.",
+    help="Encode the prompts first, with UMT5 from this folder or file.",
 )
 @strict_option
 @option(
@@ -260,10 +260,11 @@ def render(
 @option("--prompt", metavar="TEXT", required=True, hidden=True)
 @option(
     "--encoder",
-    type=FOLDER,
+    type=PATH,
     metavar="DIR",
     required=True,
-    help="Folder of UMT5-XXL: as fetched, as saved by transformers, or of a diffusers Wan.",
+    help="Folder of UMT5-XXL: as fetched, as saved by transformers, or of a diffusers Wan; or its "
+    "file (safetensors or GGUF) with tokenizer.json beside it.",
 )
 @option("--out", metavar="FILE.safetensors", required=True, help="File for the embedding.")
 @option(

@@ -101,6 +101,14 @@ def _split(name: str, components: list[str], root: int) -> tuple[str, str]:
     return entry, _from_diffusers(".".join(components[root:]) or name)
 
 
+def unwrapped_name(name: str) -> str:
+    """Return a tensor's name without what wraps it and without its entry, not translated."""
+    components, root = _components(name)
+    if root is None:
+        root = next((i for i, part in enumerate(components) if part not in _NEUTRAL), 0)
+    return ".".join(components[root:]) or name
+
+
 def wan_name(name: str) -> str:
     """Translate a tensor's name to Wan's: without wrappers, from diffusers' names."""
     return split_name(name)[1]

@@ -44,6 +44,13 @@ _RELATIVES = [
     )
 ]
 
+# Names that T5's and CLIP's encoders alone have: transformers', Wan's and llama.cpp's
+_ENCODERS = [
+    (re.compile(r"\.(SelfAttention|DenseReluDense)\.|\.pos_embedding\.embedding\.|^enc\.blk\."),
+     "text encoder"),
+    (re.compile(r"^(visual|vision_model|textual|text_model)\."), "image encoder"),
+]  # fmt: skip
+
 # Entries that training alone uses
 _TRAINING_ONLY = re.compile(r"critic|discriminator|teacher|(fake|real)_?score")
 
@@ -101,17 +108,14 @@ def _survey_entry(path: Path, entry: str, tensors: Tensors) -> CheckpointPart:
     for role, vae in (("transformer", ""), ("autoencoder", "taehv")):
         if 2 * sum(f"{role}.{name}" in known_names for name in tensors) > len(tensors):
             return CheckpointPart(path, entry, tensors, role, vae)
+    for pattern, role in _ENCODERS:
+        if any(pattern.search(name) for name in tensors):
+            return CheckpointPart(path, entry, tensors, role)
     if any(re.match(r"(en|de)coder\.\w|conv[12]\.|(post_)?quant_conv\.", name) for name in tensors):
         known_names = weight_shapes(with_autoencoder(PAPER, "wan"))
         renamed = _wan_vae_names(tensors)
         if 2 * sum(f"autoencoder.{name}" in known_names for name in renamed) > len(renamed):
             return CheckpointPart(path, entry, renamed, "autoencoder", "wan")
-    for pattern, role in (
-        (r"\.SelfAttention\.|\.pos_embedding\.embedding\.|^enc\.blk\.", "text encoder"),
-        (r"^(visual|vision_model|textual|text_model)\.", "image encoder"),
-    ):
-        if any(re.search(pattern, name) for name in tensors):
-            return CheckpointPart(path, entry, tensors, role)
     return CheckpointPart(path, entry, tensors, "other")
 
 

@@ -27,13 +27,15 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from packforcing.checkpoints.names import unwrapped_name
 from packforcing.checkpoints.reading import (
+    WEIGHT_SUFFIXES,
     StoredTensor,
     check_dtypes,
     list_files,
-    list_tensors,
     tensor_reader,
 )
+from packforcing.checkpoints.recognition import describe_part, survey_file
 from packforcing.embeddings import (
     Embedding,
     cached_embedding_path,
@@ -53,17 +55,28 @@ from packforcing.model import describe_mismatch
 from packforcing.units import format_memory
 
 MAX_TOKENS = 512  # of a prompt, as in Wan
-UNUSED = ("decoder.", "lm_head.")  # prefixes of tensors that encoding does not use
+# Prefixes of tensors that encoding does not use; ComfyUI's files have the tokenizer as one
+UNUSED = ("decoder.", "lm_head.", "spiece_model")
 TIED = "encoder.embed_tokens.weight"  # the same tensor as this:
 EMBEDDING = "shared.weight"
 
-# Wan's own file, the folder of its tokenizer, and its names to transformers'
+# Wan's own file, the folder of its tokenizer, and names to transformers': Wan's, llama.cpp's
 WAN_FILE, WAN_TOKENIZER = "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl"
 TOKENIZER = "tokenizer.json"
 WAN_NAMES = [
     (re.compile(pattern), name)
     for pattern, name in (
         (r"^token_embedding\.", "shared."),
+        (r"^token_embd\.", "shared."),
+        (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+        (r"^enc\.blk\.(\d+)\.", r"encoder.block.\1."),
+        (r"\.attn_norm\.", ".layer.0.layer_norm."),
+        (r"\.attn_rel_b\.", ".layer.0.SelfAttention.relative_attention_bias."),
+        (r"\.attn_([qkvo])\.", r".layer.0.SelfAttention.\1."),
+        (r"\.ffn_norm\.", ".layer.1.layer_norm."),
+        (r"\.ffn_gate\.", ".layer.1.DenseReluDense.wi_0."),
+        (r"\.ffn_up\.", ".layer.1.DenseReluDense.wi_1."),
+        (r"\.ffn_down\.", ".layer.1.DenseReluDense.wo."),
         (r"^norm\.", "encoder.final_layer_norm."),
         (r"^blocks\.(\d+)\.", r"encoder.block.\1."),
         (r"\.norm1\.", ".layer.0.layer_norm."),
@@ -106,7 +119,8 @@ def encode_umt5(
     Args:
         prompts: What to encode.
         folder: UMT5 with its tokenizer as transformers saves them, the folder of a diffusers Wan,
-            which has both in `text_encoder` and `tokenizer`, or of Wan's own files.
+            which has both in `text_encoder` and `tokenizer`, of Wan's own files, or a file of the
+            encoder alone (safetensors, torch checkpoint or GGUF) with a tokenizer.json beside it.
         weights: dtype of the weights in memory. int8 has one scale per output channel and is
             dequantized to bfloat16 for each product.
         cache: A folder of earlier embeddings, by the encoder's hash and the prompt. A damaged
@@ -216,14 +230,20 @@ class Int8Linear(nn.Module):
 
 
 def _find_encoder(folder: Path) -> Encoder:
-    """Find the files of a text encoder, in one of three layouts."""
+    """Find the files of a text encoder: a file, or a folder in one of several layouts."""
+    if folder.is_file():
+        return _encoder_file(folder)
     if (folder / WAN_FILE).is_file():
         return Encoder(folder, [folder / WAN_FILE], [], folder / WAN_TOKENIZER / TOKENIZER)
     inside = folder / "text_encoder", folder / "tokenizer"
     place, tokens = inside if inside[0].is_dir() else (folder, folder)
+    files = [file for file in place.glob("*") if file.suffix in WEIGHT_SUFFIXES]
+    if len(files) == 1 and not (place / "config.json").exists():
+        return _encoder_file(files[0])
     try:
-        kind = json.loads((place / "config.json").read_bytes())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        settings = json.loads((place / "config.json").read_bytes())
+        kind = settings.get("model_type") or settings["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder} is not a text encoder: {place / 'config.json'} is missing or damaged; name "
             "a folder of UMT5 for transformers, one with text_encoder and tokenizer in it, or one "
@@ -234,6 +254,20 @@ def _find_encoder(folder: Path) -> Encoder:
     whole = place / "model.safetensors"
     weights = [whole] if whole.is_file() else list_files(place)
     return Encoder(place, weights, [place / "config.json"], tokens / TOKENIZER)
+
+
+def _encoder_file(file: Path) -> Encoder:
+    """Describe an encoder in a file of its own, as ComfyUI has it; its tokenizer is near it."""
+    _text_tensors([file])
+    beside = file.parent
+    near = beside, beside / WAN_TOKENIZER, beside / "tokenizer", beside.parent / "tokenizer"
+    for place in near:
+        if (place / TOKENIZER).is_file():
+            return Encoder(beside, [file], [], place / TOKENIZER)
+    raise CheckpointError(
+        f"{file} has no {TOKENIZER} beside it: copy that of google/umt5-xxl there, which "
+        "'packforcing fetch umt5-xxl' downloads"
+    )
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -294,12 +328,7 @@ def _sha256(files: list[Path], bar: Callable[..., Any] | None) -> str:
 
 def load_umt5(encoder: Encoder, weights: WeightDtype, max_token: int) -> UMT5EncoderModel:
     """Load the model; `max_token` is the highest token ID that it will read."""
-    tensors = {
-        name: stored
-        for path in encoder.weights
-        for stored in list_tensors(path)
-        if not (name := transformers_name(stored.name)).startswith(UNUSED)
-    }
+    tensors = _text_tensors(encoder.weights)
     model = _empty_model(encoder, tensors)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     del expected[TIED]
@@ -338,8 +367,28 @@ def load_umt5(encoder: Encoder, weights: WeightDtype, max_token: int) -> UMT5Enc
     return model
 
 
+def _text_tensors(files: list[Path]) -> dict[str, StoredTensor]:
+    """List the tensors of a text encoder in files, by transformers' names.
+
+    Raises:
+        CheckpointError: The files hold something else.
+    """
+    parts = [part for file in files for part in survey_file(file)]
+    known = [part for part in parts if part.role not in ("text encoder", "other")]
+    if not any(part.role == "text encoder" for part in parts) and known:
+        raise CheckpointError(f"{known[0].path} holds {describe_part(known[0])}, no text encoder")
+    return {
+        name: stored
+        for part in parts
+        if part not in known
+        for key, stored in part.tensors.items()
+        if not (name := transformers_name(unwrapped_name(stored.name))).startswith(UNUSED)
+        and not key.startswith(UNUSED)
+    }
+
+
 def transformers_name(name: str) -> str:
-    """Translate a tensor's name from Wan's to transformers'; others stay as they are."""
+    """Translate a tensor's name from Wan's or llama.cpp's to transformers'; others stay."""
     for pattern, replacement in WAN_NAMES:
         name = pattern.sub(replacement, name)
     return EMBEDDING if name == TIED else name
