@@ -19,6 +19,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -142,7 +143,7 @@ def build_engine(
         raise log.refusal()
     weights, scratch = log.memory_sizes(len(job.profiles))
     return Built(
-        FileRecord(writer.digest.hexdigest(), writer.size), weights, scratch, _peak_memory()
+        FileRecord(writer.digest.hexdigest(), writer.size), weights, scratch, peak_memory()
     )
 
 
@@ -299,13 +300,12 @@ def _writer(trt: Any, file: IO[bytes]) -> Any:
     return Writer()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Return the largest resident memory that this process has had, in bytes."""
-    if sys.platform == "linux":  # where ru_maxrss counts the parent's memory at the fork too
-        status = Path("/proc/self/status").read_text()
-        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
-        assert peak is not None
-        return int(peak[1]) * 1024
+    with suppress(OSError):  # Linux, where ru_maxrss counts the parent's memory at the fork too
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak:
+            return int(peak[1]) * 1024
     import psutil
 
     memory = psutil.Process().memory_info()
@@ -313,7 +313,8 @@ def _peak_memory() -> int:
         return memory.peak_wset
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: in bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ leaves the older file or the new one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -257,6 +258,9 @@ def flush_folder(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a network disk without that
+                raise
         finally:
             os.close(descriptor)
 

@@ -28,9 +28,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +41,13 @@ from packforcing.errors import BackendError, OutputError, ResumeError
 from packforcing.files import file_record, flush_folder, require_disk_space
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose, token_bytes
 from packforcing.runtime.archive import IN_MEMORY
+from packforcing.runtime.render_lock import (
+    LockedFolder,
+    delete,
+    locked_folder,
+    render_places,
+)
 from packforcing.runtime.render_record import (
-    LOCK,
     OWN_FILES,
     RECORD,
     RenderRecord,
@@ -122,8 +126,8 @@ def render_folder(
             f"cannot write PNG files to {target}: it is a link, a mount point or the current "
             "folder, and finished frames take a folder's place; name a new folder in it"
         )
-    with _locked(path) as (folder, target):
-        render = _open(folder, target, config, dict(request), resume)
+    with locked_folder(path) as folder:
+        render = _open(folder, config, dict(request), resume)
         try:
             render.check(frames, blocks)
             yield render
@@ -134,7 +138,7 @@ def render_folder(
 
 def unfinished_record(path: str | os.PathLike[str]) -> RenderRecord | None:
     """Return the record of the render of `path`, or None; raise `ResumeError` if it is damaged."""
-    return read_record(_places(path)[0])
+    return read_record(render_places(path)[0])
 
 
 def finished(path: str | os.PathLike[str]) -> bool:
@@ -145,7 +149,7 @@ def finished(path: str | os.PathLike[str]) -> bool:
     Raises:
         ResumeError: The record is damaged.
     """
-    folder, target = _places(path)
+    folder, target = render_places(path)
     record = read_record(folder)
     return record is not None and _placed(folder, record) and target.exists()
 
@@ -162,11 +166,11 @@ def remove_leftovers(path: str | os.PathLike[str], request: Mapping[str, str]) -
     """
     if not finished(path):
         return False
-    with _locked(path) as (folder, _):
-        record = read_record(folder)
+    with locked_folder(path) as folder:
+        record = read_record(folder.path)
         if not record or record.request != request:
             return False
-        _remove(folder)
+        folder.remove()
     return True
 
 
@@ -181,8 +185,8 @@ def discard(path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: The render is going on.
     """
-    with _locked(path) as (folder, _):
-        _remove(folder)
+    with locked_folder(path) as folder:
+        folder.remove()
 
 
 def _replaceable(folder: Path) -> bool:
@@ -190,41 +194,10 @@ def _replaceable(folder: Path) -> bool:
     return not (folder.is_symlink() or os.path.ismount(folder) or folder.samefile(os.curdir))
 
 
-def _places(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Return the folder of a render, and the file or folder to be made."""
-    target = Path(os.path.abspath(output_target(path)[1]))
-    return target.with_name(f"{target.name}.render"), target
-
-
-@contextmanager
-def _locked(path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
-    """Make and lock the folder of a render; yield it and the file or folder to be made."""
-    from filelock import FileLock, Timeout
-
-    folder, target = _places(path)
-    with output_errors(target, "choose another name or folder"):
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise OutputError(f"cannot write {target}: {folder} is in the way; remove it")
-        folder.mkdir(exist_ok=True)
-        if (folder / LOCK).is_symlink():  # what it leads to would be emptied
-            raise OutputError(f"cannot write {target}: {folder / LOCK} is a link; remove it")
-        lock = FileLock(folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
-                f"cannot write {target}: it is being rendered by another process (or one that "
-                f"hangs); {folder / LOCK} is locked"
-            ) from error
-    try:
-        yield folder, target
-    finally:
-        lock.release()
-
-
 def _open(
-    folder: Path, target: Path, config: Config, request: dict[str, str], resume: bool
+    locked: LockedFolder, config: Config, request: dict[str, str], resume: bool
 ) -> RenderFolder:
+    folder, target = locked.path, locked.target
     record = read_record(folder)
     if record and _placed(folder, record):  # of a video that is finished: nothing to resume
         record = None
@@ -245,7 +218,7 @@ def _open(
         )
     begun = record or RenderRecord(request=request)
     # an announced video is joined again
-    render = RenderFolder(folder, target, config, msgspec.structs.replace(begun, joined=False))
+    render = RenderFolder(locked, config, msgspec.structs.replace(begun, joined=False))
     with output_errors(target, render.remedy):
         if render.record == record:
             render.sweep()
@@ -265,12 +238,12 @@ class RenderFolder:
         remedy: The end of an error's message: how to resume.
     """
 
-    def __init__(self, path: Path, target: Path, config: Config, record: RenderRecord) -> None:
-        self.path, self.config, self.record = path, config, record
-        self._removed = False
+    def __init__(self, locked: LockedFolder, config: Config, record: RenderRecord) -> None:
+        self.path, self.config, self.record = locked.path, config, record
+        self._locked = locked
         self.interval = int(record.request["interval"])
-        self.remedy = f"finished blocks are in {path}: resume it"
-        self._target, self._suffix = target, record.request["output"]
+        self.remedy = f"finished blocks are in {self.path}: resume it"
+        self._target, self._suffix = locked.target, record.request["output"]
         self._key = hashlib.sha256(msgspec.json.encode(record.request)).digest()
 
     @property
@@ -378,7 +351,11 @@ class RenderFolder:
         names |= {self.latents.name} if is_plain_file(self.latents) else set()
         for path in self.path.iterdir():
             if OWN_FILES.fullmatch(path.name) and path.name not in names:
-                _delete(path)
+                try:
+                    delete(path)
+                except PermissionError:  # on Windows, open in another program: it goes later
+                    if path.is_symlink():
+                        raise
 
     def check(self, frames: int, blocks: int) -> None:
         """Check every file of the record, and the disk's room for the rest of the render.
@@ -443,10 +420,8 @@ class RenderFolder:
             raise self._damaged(name) from error
 
     def remove(self) -> None:
-        """Remove the folder, except files of others; once, as it may be another process's then."""
-        if not self._removed:
-            _remove(self.path)
-        self._removed = True
+        """Remove the folder, except files of others."""
+        self._locked.remove()
 
     def _check(self, name: str) -> None:
         """Raise `ResumeError` unless a file is the one that the record names."""
@@ -468,24 +443,6 @@ class RenderFolder:
     def _digest(self, block: int, data: bytes) -> bytes:
         """Hash a block's latents; those of another block or render have another digest."""
         return hashlib.sha256(self._key + block.to_bytes(8, "little") + data).digest()
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder, the record first: what an interrupt leaves is not a render."""
-    with suppress(OSError):
-        (folder / RECORD).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if OWN_FILES.fullmatch(path.name) or path.name == LOCK:
-                _delete(path)
-        folder.rmdir()
-
-
-def _delete(path: Path) -> None:
-    """Delete a file, a link or a folder of frames that was being joined."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def _snapshot_bytes(config: Config, blocks: int) -> int:

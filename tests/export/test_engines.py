@@ -511,3 +511,13 @@ def test_the_full_model_is_exported_and_built_within_its_memory(tmp_path, capsys
     assert max(scratch.values()) <= 330e6
     # the decoder takes its turn on the same scratch
     assert max(records["vae_decoder"].scratch.values()) <= max(scratch.values())
+
+
+@pytest.mark.parametrize("system", ["darwin", "linux"])
+def test_peak_memory_is_measured_without_proc(monkeypatch, system):
+    """macOS has no /proc, and counts in bytes where others count in KiB."""
+    resource = pytest.importorskip("resource")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(OSError(str(path))))
+    assert builder.peak_memory() >= peak * (1 if system == "darwin" else 1024)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 from collections import namedtuple
@@ -203,3 +206,23 @@ def test_every_error_is_drawn_in_the_tree_and_survives_pickling():
         error = kind("what, where", 5) if name == "PlanError" else kind("what, where")
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is kind and str(again) == "what, where" and vars(again) == vars(error)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="flushes no folders elsewhere")
+@pytest.mark.parametrize("refusal", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_disk_that_flushes_no_folders_will_do(tmp_path, monkeypatch, refusal):
+    """SMB, FUSE and 9p answer so; a disk that fails is another matter."""
+    fsync = os.fsync
+
+    def flush(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(refusal, os.strerror(refusal))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    if refusal == errno.EIO:
+        with pytest.raises(errors.OutputError):
+            files.write_file(tmp_path / "a", b"1")
+    else:
+        files.write_file(tmp_path / "a", b"1")
+        assert (tmp_path / "a").read_bytes() == b"1"
