@@ -45,6 +45,7 @@ from tests.packforcing.checkpoints.layouts import (
     base_original,
     imported,
     longlive,
+    record_fetched,
     run_command,
     self_forcing,
     wan_shapes,
@@ -143,6 +144,7 @@ def test_the_commands_for_an_8_gb_gpu_lead_to_a_video(tiny_autoencoder, tmp_path
     self_forcing(tmp_path, whole)
     (tmp_path / "downloads" / "taew2_1").mkdir(parents=True)
     shutil.copy(tiny_autoencoder, "downloads/taew2_1")
+    record_fetched([Path("downloads/taew2_1/taew2_1.pth")], "taew2_1", Path("downloads/taew2_1"))
     text = np.random.default_rng(0).standard_normal((3, config.text_dim), np.float32)
     save_embedding("cat.safetensors", Embedding(text, "a cat walks on the beach", "umt5", "0" * 64))
     Path("prompts.txt").write_text("cat.safetensors\n")
