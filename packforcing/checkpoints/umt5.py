@@ -139,7 +139,9 @@ def encode_umt5(
     cleaned = [clean_prompt(prompt) for prompt in prompts]
     encoder = _find_encoder(Path(folder))
     tokenizer = _tokenizer(encoder.tokenizer)
-    ids = {prompt: _tokenize(tokenizer, prompt, strict) for prompt in dict.fromkeys(cleaned)}
+    ids: dict[str, list[int]] = {}
+    for prompt in dict.fromkeys(cleaned):
+        ids[prompt] = _tokenize(tokenizer, prompt, strict)
     if not all(ids.values()):
         raise CheckpointError(
             f"{encoder.tokenizer} finds no token in a prompt: use another tokenizer"

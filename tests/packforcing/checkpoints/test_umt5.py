@@ -438,6 +438,7 @@ def test_a_longer_prompt_is_cut_as_wan_cuts_it_and_the_rest_is_shown(umt5, promp
     with pytest.warns(PromptWarning, match=f"has {tokens} tokens, of which 512") as caught:
         made = encode(prompt, umt5, "fp32")
     [warning] = caught
+    assert warning.filename == __file__  # of the caller
     assert (warning.message.prompt, warning.message.unread) == (wan_clean(prompt), unread)
     assert str(warning.message).endswith(f"{unread[-200:]}'")
     assert len(made.text) == MAX_TOKENS and made.prompt == wan_clean(prompt)
