@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ def as_schedule(prompts: Prompts) -> Sequence[Switch]:
     """Return the switches of a schedule; a single prompt becomes a schedule of one."""
     if isinstance(prompts, Timeline):
         return list(prompts.switches.values())
-    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+    if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes | bytearray):
         return prompts
     return [Switch(0, prompts)]
 
@@ -198,7 +199,11 @@ def _naming_switch(prompts: Prompts, number: int) -> Iterator[None]:
 
 def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, frames: int) -> None:
     """Raise `PromptError` unless a switch can follow the earlier ones, whatever the blocks are."""
-    if not isinstance(switch, Switch) or not isinstance(switch.time, Real):
+    if (
+        not (isinstance(switch, Switch) and isinstance(switch.time, Real))
+        or isinstance(switch.time, bool)
+        or switch.time > sys.float_info.max
+    ):
         raise PromptError(f"a schedule lists Switch(seconds, prompt), not {switch!r:.50}")
     if switch.history not in (None, *get_args(History)):
         names = ", ".join(get_args(History))
@@ -216,7 +221,7 @@ def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, fr
     rows = switch.prompt.text if isinstance(switch.prompt, Embedding) else switch.prompt
     if isinstance(rows, np.ndarray):
         check_embedding(rows, config)
-    elif not isinstance(rows, str):
+    elif not isinstance(switch.prompt, str):
         raise PromptError(f"a prompt must be words or an embedding, not {rows!r:.50}")
 
 

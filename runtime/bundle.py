@@ -46,6 +46,7 @@ from packforcing.config import TEMPORAL_FACTOR, Config
 from packforcing.errors import BundleError
 from packforcing.files import FileRecord, Upgrade, VersionError, decode_versioned, file_record
 from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
+from packforcing.runtime.arguments import check_path
 
 SCHEMA_VERSION = 3
 UPGRADES: dict[int, Upgrade] = {}  # of older manifests; none of the first two versions is read
@@ -199,6 +200,7 @@ def read_manifest(directory: str | Path) -> Manifest:
         BundleError: The manifest is missing or malformed, has a schema version that this release
             does not read, or lists graphs that are not those of its config.
     """
+    check_path("cannot open the bundle", directory, BundleError)
     path = Path(directory) / MANIFEST
     try:
         with path.open("rb") as file:

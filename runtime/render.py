@@ -14,9 +14,10 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.errors import ConfigError, RenderStopped
+from packforcing.errors import RenderStopped
 from packforcing.prompts import History, Timeline
 from packforcing.runtime.allocations import archive_bytes
+from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
 from packforcing.runtime.plan import LONGEST
 from packforcing.runtime.request import VideoRequest, frames_before
@@ -154,11 +155,9 @@ def render_video(
     config, timeline = session.config, request.timeline
     session.use_threads(_recorded_threads(path) if resume else None)
     stopwatch = _Stopwatch(session)
-    if not 0 < checkpoint_seconds <= LONGEST:
-        raise ConfigError(
-            f"checkpoint_seconds must be above 0 and at most {LONGEST:.0f}; "
-            f"it is {checkpoint_seconds:g}"
-        )
+    checkpoint_seconds = check_number(
+        "checkpoint_seconds", checkpoint_seconds, LONGEST, f"above 0 and at most {LONGEST:.0f}"
+    )
     interval = snapshot_interval(config, checkpoint_seconds)
     fields = _request_fields(session, request, path, interval)
     frames_resumed = request.frames

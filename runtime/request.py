@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +13,7 @@ from packforcing.machine import total_memory
 from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.archive import IN_MEMORY
+from packforcing.runtime.arguments import check_integer, check_number, check_type
 from packforcing.runtime.plan import LONGEST
 from packforcing.units import format_memory
 
@@ -48,19 +47,28 @@ def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) ->
         ConfigError: The length or the seed is impossible.
     """
     check_schedule(config, prompt, seconds, seed)
-    return plan_prompts(prompt, config, config.frames(seconds))
+    return plan_prompts(prompt, config, config.frames(check_seconds(config, seconds)))
 
 
 def check_schedule(config: Config, prompt: Prompts, seconds: float, seed: int) -> None:
     """Check what `check_request` does, except the words of prompts. Needs no text encoder."""
-    if not (math.isfinite(seconds) and 0 < seconds <= LONGEST and config.frames(seconds)):
-        raise ConfigError(
-            f"seconds must be above 0, at least one frame and at most {LONGEST:.0f}; "
-            f"it is {seconds:g}"
-        )
-    if not 0 <= operator.index(seed) < 2**64:
-        raise ConfigError(f"seed must be from 0 to 2^64 - 1; it is {seed}")
+    seconds = check_seconds(config, seconds)
+    check_seed(seed)
     plan_switches(prompt, config, config.frames(seconds))
+
+
+def check_seconds(config: Config, seconds: float) -> float:
+    """Return the length of a video; raise `ConfigError` unless it is possible."""
+    bounds = f"above 0, at least one frame and at most {LONGEST:.0f}"
+    length = check_number("seconds", seconds, LONGEST, bounds)
+    if not config.frames(length):
+        raise ConfigError(f"seconds must be {bounds}; it is {length:g}")
+    return length
+
+
+def check_seed(seed: int) -> int:
+    """Return the seed of a video; raise `ConfigError` unless it is possible."""
+    return check_integer("seed", seed, 0, 2**64 - 1, "from 0 to 2^64 - 1, an integer")
 
 
 def check_memory(config: Config, policy: Policy, blocks: int) -> None:
@@ -99,12 +107,13 @@ def check_start(config: Config, start: np.ndarray, timeline: Timeline) -> np.nda
     Raises:
         ConfigError: Shape or dtype differ, or a cut falls into the blocks that the clip fills.
     """
-    clip = start[None] if start.ndim == 3 else start
     size = (config.height, config.width, 3)
+    shape = f"uint8 [T, {size[0]}, {size[1]}, 3]"
+    check_type("start frames", start, np.ndarray, f"a NumPy array, {shape}")
+    clip = start[None] if start.ndim == 3 else start
     if clip.ndim != 4 or not len(clip) or clip.shape[1:] != size or clip.dtype != np.uint8:
         raise ConfigError(
-            f"start frames must be uint8 [T, {size[0]}, {size[1]}, 3]; "
-            f"they are {start.dtype} {list(start.shape)}"
+            f"start frames must be {shape}; they are {start.dtype} {list(start.shape)}"
         )
     clip_blocks = start_blocks(config, len(clip), timeline.blocks)
     for block, switch in timeline.switches.items():

@@ -11,18 +11,29 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config, Policy
-from packforcing.errors import BackendError, RenderStopped
+from packforcing.errors import BackendError, OutputError, RenderStopped
 from packforcing.prompts import Prompts
 from packforcing.runtime.allocations import memory_by_purpose
+from packforcing.runtime.arguments import check_integer, check_path, check_type
 from packforcing.runtime.backends import Backend, open_backend
 from packforcing.runtime.bundle import Manifest, read_manifest
 from packforcing.runtime.encoder import bind_encoder, encode_start
 from packforcing.runtime.render import RenderSummary, render_video
-from packforcing.runtime.request import VideoRequest, check_memory, check_request, check_start
+from packforcing.runtime.request import (
+    VideoRequest,
+    check_memory,
+    check_request,
+    check_seconds,
+    check_seed,
+    check_start,
+)
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import BlockInfo, Recorder, Video
 from packforcing.sampler import StepOverrides
+
+MAX_THREADS = 1024
+THREAD_BOUNDS = f"from 1 to {MAX_THREADS}, or None for one for each core"
 
 
 class Session:
@@ -72,6 +83,8 @@ class Session:
         """
         manifest = read_manifest(bundle)
         config = _configure(manifest, policy, steps)
+        if threads is not None:
+            threads = check_integer("threads", threads, 1, MAX_THREADS, THREAD_BOUNDS)
 
         def load(threads: int | None) -> Backend:
             return open_backend(backend, Path(bundle), manifest, config, threads)
@@ -140,7 +153,8 @@ class Session:
         Args:
             threads: Those that an unfinished render began with; None: one for each core.
         """
-        threads = threads or self._default_threads
+        if threads is None:
+            threads = self._default_threads
         with self._lock:
             self._require_open()
             if self._load is not None and threads != self.backend.threads:
@@ -201,7 +215,7 @@ class Session:
             RenderStopped: `stop` was called.
             BackendError: The session was closed, another video was begun, or a graph failed.
         """
-        return self.stream_request(self._request(prompt, seconds, seed, start), on_block)
+        return self.stream_request(self._request(prompt, seconds, seed, start, on_block), on_block)
 
     def render(
         self,
@@ -238,7 +252,8 @@ class Session:
             ResumeError: The unfinished render is damaged or of another request.
             PackForcingError: What `stream` raises.
         """
-        request = self._request(prompt, seconds, seed, start)
+        check_path("cannot write", path, OutputError)
+        request = self._request(prompt, seconds, seed, start, on_block)
         return render_video(
             self,
             request,
@@ -249,10 +264,17 @@ class Session:
         )
 
     def _request(
-        self, prompt: Prompts, seconds: float, seed: int, start: np.ndarray | None
+        self,
+        prompt: Prompts,
+        seconds: float,
+        seed: int,
+        start: np.ndarray | None,
+        on_block: Callable[[BlockInfo], None] | None,
     ) -> VideoRequest:
         """Check what a video is asked to be."""
         self._require_open()
+        seconds, seed = check_seconds(self.config, seconds), check_seed(seed)
+        check_type("on_block", on_block, Callable, "a function of a BlockInfo")
         timeline = check_request(self.config, prompt, seconds, seed)
         clip = None if start is None else check_start(self.config, start, timeline)
         check_memory(self.manifest.config, self.config.policy, timeline.blocks)
@@ -323,5 +345,7 @@ class Session:
 
 def _configure(manifest: Manifest, policy: Policy | None, steps: StepOverrides | None) -> Config:
     """Return a bundle's config with another policy and other denoising steps."""
+    check_type("policy", policy, Policy, "a Policy, as packforcing.presets.policies() has them")
+    check_type("steps", steps, StepOverrides, "StepOverrides of packforcing.sampler")
     config = steps.apply(manifest.config) if steps else manifest.config
     return msgspec.structs.replace(config, policy=policy) if policy else config
