@@ -42,8 +42,8 @@ class StepOverrides:
         changes: dict[str, Any] = {}
         for name in ("timesteps", "first_timesteps"):
             if (timesteps := getattr(self, name)) is not None:
-                _check_timesteps(timesteps)
-                changes[name] = tuple(timesteps)
+                changes[name] = tuple(map(float, timesteps))
+                _check_timesteps(changes[name])
         if self.shift is not None:
             changes["shift"] = float(self.shift)
         return msgspec.structs.replace(config, **changes)

@@ -12,7 +12,7 @@ n tokens, P numbers in a token's patch, D width, H heads, d numbers in a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +48,7 @@ class Settings:
     eps: float = 1e-6
     sampler: str  # "renoise" or "euler"
     timesteps: tuple[float, ...]
-    first_timesteps: tuple[float, ...] = ()  # of the first block, where it takes others
+    first_timesteps: tuple[float, ...] = ()  # of the first block generated, where it takes others
     warp: bool = True  # whether the shift applies to the timesteps
     shift: float
     sink: int  # blocks, as are mid and recent
@@ -74,12 +74,17 @@ class Result:
 
     latents: Array  # [F, C, h, w]
     frames: Array | None  # [4 F, 3, H, W] in 0..1; None if the weights have no autoencoder
-    first_flow: Array  # [F, C, h, w], of the first denoising step
+    first_flow: Array | None  # [F, C, h, w], of the first denoising step; None if it was given
     read: list[int]  # the compressed blocks in the context, oldest first
 
 
 def rollout(
-    weights: Weights, settings: Settings, text: Array, blocks: int, noise: Noise
+    weights: Weights,
+    settings: Settings,
+    text: Array,
+    blocks: int,
+    noise: Noise,
+    clip: Sequence[Array] = (),
 ) -> Iterator[Result]:
     """Generate a video block by block.
 
@@ -89,6 +94,7 @@ def rollout(
         text: Prompt embedding, [rows, text_dim], of at most `settings.text_len` rows.
         blocks: How many blocks to generate.
         noise: Gaussian noise of a block. Draw 0 starts it, draw s is added after its step s.
+        clip: Clean blocks [F, C, h, w] that the video begins with; they are committed alone.
 
     Yields:
         One `Result` per block, in order.
@@ -105,9 +111,11 @@ def rollout(
         at = full_positions(s, start)
 
         # Denoising reads the history and does not change it.
-        x = noise(index, 0)
-        flows = []
-        for step, (timestep, level, next_level) in enumerate(noise_levels(s, index)):
+        flows: list[Array] = []
+        is_start = index < len(clip)
+        x = clip[index] if is_start else noise(index, 0)
+        levels = [] if is_start else noise_levels(s, index - len(clip))
+        for step, (timestep, level, next_level) in enumerate(levels):
             tokens = to_tokens(x, s.patch)
             output = transformer(weights, s.heads, s.eps, tokens, timestep, at, cross, context)
             flow = from_tokens(output.flow, x.shape, s.patch)
@@ -134,7 +142,7 @@ def rollout(
             output = transformer(weights, s.heads, s.eps, tokens, 0.0, at, cross, context, features)
             block.compressed = output.key_values
 
-        yield Result(x, frames, flows[0], selected)
+        yield Result(x, frames, flows[0] if flows else None, selected)
         history.append(block)
         selected = select(s, history)
 
@@ -220,14 +228,15 @@ def compressed_positions(s: Settings, start: float, span: float) -> Array:
 # The sampler
 
 
-def noise_levels(s: Settings, index: int) -> list[tuple[float, float, float]]:
+def noise_levels(s: Settings, generated: int) -> list[tuple[float, float, float]]:
     """List the model's timestep, the noise level and the next level of each step of a block.
 
     A shift maps the level t / 1000 to shift t' / (1 + (shift - 1) t'). With `warp` the model's
     timestep is 1000 times the shifted level. Without it the model's timestep is the listed one, and
     its level is the nearest of those that the whole timesteps 1 to 1000 are shifted to (CausVid).
+    The first list is of the first block that is generated: Causal-Forcing's pipeline counts those.
     """
-    listed = s.first_timesteps if index == 0 and s.first_timesteps else s.timesteps
+    listed = s.first_timesteps if generated == 0 and s.first_timesteps else s.timesteps
 
     def shifted(level: float) -> float:
         return s.shift * level / (1 + (s.shift - 1) * level)

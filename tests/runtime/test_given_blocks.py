@@ -31,6 +31,7 @@ from packforcing.sampler import StepOverrides, draw_noise
 from packforcing.words import encode_words
 from tests.golden import cases as golden
 from tests.golden.numpy_autoencoder import decode, encode
+from tests.golden.numpy_rollout import rollout as numpy_rollout
 from tests.golden.weights import draw_weights
 from tests.helpers import PROMPT, SEED, TINY, frames_of, make_model, stop_after
 
@@ -229,23 +230,27 @@ def test_the_reference_generates_the_runtimes_frames_after_a_start(
     assert np.abs(np.concatenate(list(stream)) / 255 - expected).max() < 0.01
 
 
-def test_a_given_block_changes_nothing_but_the_history(tiny_model):
-    """After one given block, the next takes the first list: as if all blocks took it. After that
-    one, it is as if both had been given, and no block took it."""
-    text = torch.from_numpy(encode_words(PROMPT, TINY))
-    noise = lambda block, step: draw_noise(TINY, SEED, block, step)  # noqa: E731
-    start = torch.randn(9, 4, 8, 12, generator=torch.Generator().manual_seed(1))
-
-    def latents(clip, blocks, **steps):
-        config = msgspec.structs.replace(FEW_STEPS, **steps)
-        model = Model(config, tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor)
-        return [block.latents for block in rollout(model, text, blocks, noise, clip=clip)]
-
-    video = latents(start[:3], 4)
-    four_steps = {"timesteps": FEW_STEPS.first_timesteps, "first_timesteps": ()}
-    torch.testing.assert_close(video[1], latents(start[:3], 2, **four_steps)[1], rtol=0, atol=0)
-    later = latents(torch.cat(video[:2]), 4, first_timesteps=())
-    torch.testing.assert_close(video[2:], later[2:], rtol=0, atol=0)
+@pytest.mark.parametrize("start_blocks", [1, 2])
+@torch.inference_mode()
+def test_the_reference_equals_numpys_rollout_after_a_start(start_blocks):
+    case = golden.CASES["sink-window"]
+    assert case.sampler["first_timesteps"] == FEW_STEPS.first_timesteps
+    config = Config(**case.model, **case.sampler, policy=Policy(**case.policy))
+    weights, text = golden.make_weights(case.model), golden.make_text(case.model)
+    shape = (start_blocks, *golden.latent_shape(case))
+    start = np.random.default_rng(1).standard_normal(shape, np.float32)
+    expected = numpy_rollout(
+        weights, golden.settings(case), text, start_blocks + 3, golden.make_noise(case),
+        start.astype(np.float64),
+    )  # fmt: skip
+    noise = lambda block, step: draw_noise(config, case.seed, block, step)  # noqa: E731
+    clip = torch.from_numpy(start).flatten(0, 1)
+    model, embedding = make_model(config, weights), torch.from_numpy(text)[None]
+    blocks = rollout(model, embedding, start_blocks + 3, noise, clip=clip)
+    for block, truth in zip(blocks, expected, strict=True):
+        np.testing.assert_allclose(block.latents.numpy(), truth.latents, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(block.frames.numpy(), truth.frames, rtol=0, atol=1e-4)
+        assert (block.first_flow is None) == (truth.first_flow is None)
 
 
 def test_a_resumed_render_takes_the_first_list_once(open_few_steps, tmp_path):
