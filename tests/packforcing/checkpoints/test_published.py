@@ -13,7 +13,7 @@ from packforcing.presets import policies, switch_history
 from packforcing.runtime.cache import Cache
 from packforcing.sampler import denoising_steps
 from tests.helpers import run
-from tests.packforcing.checkpoints.layouts import run_command
+from tests.packforcing.checkpoints.layouts import infinity_rope, run_command
 
 # The settings files of the published code: `denoising_step_list` without a final 0,
 # `warp_denoising_step`, `timestep_shift` under `model_kwargs` (CausVid: at the top), and
@@ -130,6 +130,16 @@ def test_what_differs_from_what_is_published_is_listed():
     )
     assert history.startswith("history: 3 sink, 16 mid and 2 recent blocks")
     assert history.endswith("published with 1 sink, 0 mid and 2 recent blocks, absolute positions")
+
+
+def test_import_says_what_differs(weights, tmp_path):
+    """Where a page alone would say it, nobody reads it."""
+    [path] = infinity_rope(tmp_path, weights)
+    ask = "import-checkpoint", path, "--model", "infinity-rope", "--out"
+    line = "a history has whole blocks: the published sink of one latent frame"
+    assert f"not as published: {line}" in run_command(*ask, tmp_path / "one")
+    [difference] = json.loads(run_command(*ask, tmp_path / "two", "--json"))["differences"]
+    assert difference.startswith(line)
 
 
 def test_the_list_of_models_says_how_they_run():
