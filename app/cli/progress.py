@@ -125,9 +125,14 @@ def meter(label: str, unit: str, quiet: bool = False) -> Iterator[Meter]:
 
 @contextmanager
 def frame_meter(quiet: bool = False) -> Iterator[Callable[[BlockInfo], None]]:
-    """Show the frames of a render."""
+    """Show the frames of a render; recovered ones would promise a speed that is not theirs."""
     with meter("rendering", "frames", quiet) as frames:
-        yield lambda info: frames.update(info.frames, info.frames_total)
+
+        def show_block(info: BlockInfo) -> None:
+            if not info.recovered:
+                frames.update(info.frames, info.frames_total)
+
+        yield show_block
 
 
 @contextmanager

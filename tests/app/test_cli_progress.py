@@ -43,6 +43,17 @@ def test_a_resumed_task_counts_what_it_did_itself(clock, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_recovered_frames_promise_no_speed(clock, capsys, monkeypatch):
+    monkeypatch.setattr(LineMeter.__init__, "__defaults__", (clock,))
+    with frame_meter() as show_block:
+        for frames in range(100, 1100, 100):  # a second for 100 frames, then ten for each
+            clock.now += 1 if frames <= 600 else 10
+            recovered = frames <= 600
+            show_block(SimpleNamespace(frames=frames, frames_total=1600, recovered=recovered))
+    line = "rendering: 900 of 1,600 frames, 0:00:36 elapsed, about 0:01:10 left\n"
+    assert capsys.readouterr().err == line
+
+
 def test_without_a_total_no_time_is_left(clock, capsys):
     tensors = LineMeter("importing", "tensors", clock)
     clock.now += LINE_SECONDS
@@ -52,7 +63,7 @@ def test_without_a_total_no_time_is_left(clock, capsys):
 
 def test_a_short_task_prints_nothing(capsys):
     with frame_meter() as show_block:
-        show_block(SimpleNamespace(frames=8, frames_total=16))
+        show_block(SimpleNamespace(frames=8, frames_total=16, recovered=False))
     assert capsys.readouterr() == ("", "")
 
 
