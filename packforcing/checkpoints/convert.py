@@ -42,6 +42,7 @@ from packforcing.checkpoints.recognition import (
     PACK_COMPRESSOR,
     CheckpointPart,
     Records,
+    describe_other_autoencoder,
     describe_other_wan,
     describe_part,
     has_diffusers_name,
@@ -234,12 +235,13 @@ def _check_weights(config: Config, kind: str, tensors: Tensors, files: str) -> N
     if kind == "packforcing-unofficial":
         expected |= {name: shapes.get(name, ()) for name in PACK_COMPRESSOR}
     if problems := describe_mismatch(shapes, expected):
-        transformer = {
-            name.removeprefix("transformer."): stored
-            for name, stored in tensors.items()
-            if name.startswith("transformer.")
-        }
-        other = describe_other_wan(transformer, config)
+        of_part: dict[str, Tensors] = {"transformer": {}, "autoencoder": {}}
+        for name, stored in tensors.items():
+            part, _, rest = name.partition(".")
+            of_part[part][rest] = stored
+        other = describe_other_wan(of_part["transformer"], config) or describe_other_autoencoder(
+            of_part["autoencoder"], config
+        )
         what = f" holds {other}, which is none of the models here: it" if other else ""
         raise CheckpointError(f"{files}{what} does not hold the weights of {kind} {problems}")
     check_dtypes(tensors.values())

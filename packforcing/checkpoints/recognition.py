@@ -305,6 +305,20 @@ def describe_other_wan(tensors: Tensors, config: Config) -> str:
     return ""
 
 
+def describe_other_autoencoder(tensors: Tensors, config: Config) -> str:
+    """Say which autoencoder it is if it has other latents than `config`, as `describe_other_wan`.
+
+    Args:
+        tensors: By TAEHV's or diffusers' names.
+        config: What it should be.
+    """
+    stored = tensors.get("post_quant_conv.weight") or tensors.get("decoder.1.weight")
+    channels = stored.shape[1] if stored and len(stored.shape) > 3 else config.latent_channels
+    if channels == config.latent_channels:
+        return ""
+    return f"an autoencoder of {channels} latent channels{' (Wan2.2)' if channels == 48 else ''}"
+
+
 # Which entry
 
 

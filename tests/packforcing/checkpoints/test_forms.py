@@ -195,6 +195,18 @@ def test_other_models_of_wan_are_named(changes, message, weights, tmp_path):
     assert_refused([path], tmp_path, message)
 
 
+def test_autoencoders_of_other_models_are_named(weights, wan_vae, tiny_autoencoder, tmp_path):
+    """Wan2.2's, and the tiny one for it (taew2_2), by the channels of their latents."""
+    save_file(weights, tmp_path / "a.safetensors")
+    wide = wan_vae | {"post_quant_conv.weight": torch.zeros(48, 48, 1, 1, 1)}
+    tiny = torch.load(tiny_autoencoder, weights_only=True)
+    tiny["decoder.1.weight"] = torch.zeros(8, 48, 3, 3)
+    for tensors, options in ((wide, {}), (tiny, {"vae": "taehv"})):
+        files = [tmp_path / "a.safetensors", save(tmp_path / "vae.pth", tensors)]
+        message = r"holds an autoencoder of 48 latent channels \(Wan2.2\), which is none"
+        assert_refused(files, tmp_path, message, **options)
+
+
 def test_a_shard_alone_is_named(weights, tmp_path):
     save_file(weights, tmp_path / "a-00002-of-00003.safetensors")
     message = "comes in 3 shards, and these are missing: 00001, 00003"
