@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from packforcing.checkpoints.names import split_names
 from packforcing.errors import CheckpointError
 
 # dtypes that weights may have: safetensors' names, and bytes per value
@@ -91,26 +92,26 @@ def join_scales(
     _refuse_foreign(path, by_name, metadata, read)
     scales: dict[str, StoredTensor] = {}
     for name, stored in by_name.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf in _SCALES:
-            weight = f"{layer}.weight" if layer else "weight"
+        if _is_scale(name):
+            weight = _partner(name)
             if weight in scales:
                 raise CheckpointError(
                     f"{path} holds two scales of {weight}, {scales[weight].name} and {name}: "
                     f"{ORIGINAL}"
                 )
             scales[weight] = stored
-    is_scaled = bool(scales) or COMFY_METADATA in metadata or any(map(_CLAIM.search, by_name))
+    names = split_names(by_name)  # one entry may be scaled and another cast
+    scaled_entries = {names[name][0] for name in by_name if _is_scale(name) or _CLAIM.search(name)}
     weights = []
     for name, stored in by_name.items():
-        partner = by_name.get(_partner(name)) if stored in scales.values() else None
+        partner = by_name.get(_partner(name)) if _is_scale(name) else None
         if _MARKER.search(name) or (partner and partner.dtype in FP8.values()):
             continue
         if stored.dtype not in FP8.values():
             weights.append(stored)
             continue
         scale = scales.get(name)
-        if scale is None and is_scaled and len(stored.shape) == 2:
+        if scale is None and names[name][0] in scaled_entries and len(stored.shape) == 2:
             raise CheckpointError(
                 f"{path} holds {name} in fp8 without its scale, and other weights with one: "
                 f"the file is incomplete; {ORIGINAL}"
@@ -148,6 +149,10 @@ def check_numbers(stored: StoredTensor, values: Tensor) -> None:
             f"{stored.path} holds {stored.name} with values that are not finite: it is damaged, "
             "download it again"
         )
+
+
+def _is_scale(name: str) -> bool:
+    return name.rpartition(".")[2] in _SCALES
 
 
 def _partner(scale_name: str) -> str:

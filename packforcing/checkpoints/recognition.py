@@ -104,13 +104,13 @@ def _survey_entry(path: Path, entry: str, tensors: Tensors) -> CheckpointPart:
     """Tell what the tensors of an entry are for: what most of them belong to."""
     if any(LORA_NAME.match(name) for name in tensors):
         return CheckpointPart(path, entry, tensors, "LoRA")
+    for pattern, role in _ENCODERS:
+        if any(pattern.search(name) for name in tensors):
+            return CheckpointPart(path, entry, tensors, role)
     known_names = weight_shapes(PAPER)
     for role, vae in (("transformer", ""), ("autoencoder", "taehv")):
         if 2 * sum(f"{role}.{name}" in known_names for name in tensors) > len(tensors):
             return CheckpointPart(path, entry, tensors, role, vae)
-    for pattern, role in _ENCODERS:
-        if any(pattern.search(name) for name in tensors):
-            return CheckpointPart(path, entry, tensors, role)
     if any(re.match(r"(en|de)coder\.\w|conv[12]\.|(post_)?quant_conv\.", name) for name in tensors):
         known_names = weight_shapes(with_autoencoder(PAPER, "wan"))
         renamed = _wan_vae_names(tensors)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from tests.packforcing.checkpoints.layouts import diffusers_name, other, prefixed
@@ -63,8 +63,6 @@ def scaled_fp8(folder: Path, w: Weights, scales: str, per: str, marker=None, pre
 
 def dequantized(w: Weights, path: Path) -> Weights:
     """What a file of `scaled_fp8` stands for, by the products written down naively."""
-    from safetensors.torch import load_file
-
     stored, result = load_file(path), {}
     for name in w:
         key = next(key for key in stored if key.endswith(name))
@@ -199,8 +197,6 @@ def comfyui_scaled_fp8(folder, w):
 
 def comfyui_quantized(folder, w):
     """ComfyUI today: `comfy_quant` markers, with a scale of the inputs."""
-    from safetensors.torch import load_file
-
     path = scaled_fp8(folder, w, "weight_scale", "tensor")
     expected, tensors = dequantized(w, path), load_file(path)
     marker = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
@@ -214,13 +210,23 @@ def comfyui_quantized(folder, w):
 
 def comfyui_metadata(folder, w):
     """ComfyUI today, as its guide describes files: `_quantization_metadata`, names unprefixed."""
-    from safetensors.torch import load_file
-
     path = scaled_fp8(folder, w, "weight_scale", "tensor", prefix="model.diffusion_model.")
     expected, tensors = dequantized(w, path), load_file(path)
     layers = {n.removesuffix(".weight"): {"format": "float8_e4m3fn"} for n in w if linear(n, w[n])}
     settings = {"format_version": "1.0", "layers": layers}
     save_file(tensors, path, {"_quantization_metadata": json.dumps(settings)})
+    return path, expected
+
+
+def cast_beside_scaled(folder, w):
+    """An all-in-one checkpoint: the transformer cast to fp8, the text encoder scaled."""
+    path, expected = plain_fp8(folder, w)
+    tensors = prefixed(load_file(path), "model.diffusion_model.")
+    prefix = "text_encoders.umt5xxl.transformer."
+    layer = "encoder.block.0.layer.0.SelfAttention.q"
+    encoder = TEXT_ENCODER | {f"{layer}.weight": torch.ones(4, 4).to(torch.float8_e4m3fn)}
+    encoder |= {f"{layer}.scale_weight": torch.ones(()), "scaled_fp8": torch.zeros(0)}
+    save_file(tensors | prefixed(encoder, prefix), path)
     return path, expected
 
 
@@ -269,7 +275,7 @@ READ = [
     compiled, compiled_blocks, deepspeed, averaged, nested, comfyui,
     comfyui_all_in_one, critic_beside, pipeline_root, numbered_shards, torch_shards, plain_fp8,
     plain_fp8_e5m2, comfyui_scaled_fp8, comfyui_quantized, comfyui_metadata, lightx2v_fp8,
-    deepseek_fp8, gguf_file, gguf_half,
+    deepseek_fp8, cast_beside_scaled, gguf_file, gguf_half,
 ]  # fmt: skip
 
 
