@@ -10,6 +10,7 @@ import numpy as np
 from packforcing.config import Config
 from packforcing.embeddings import SUFFIX, load_embedding
 from packforcing.errors import ConfigError, PromptError
+from packforcing.text_files import decode_text
 from packforcing.words import make_prompt, random_attributes, random_tour
 
 
@@ -61,9 +62,9 @@ def read_prompts(path: Path, seed: int) -> list[Prompt]:
         PromptError: The file cannot be read or holds no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        lines = decode_text(path.read_bytes()).splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise PromptError(f"cannot read prompts from {path}: {reason}") from error
     prompts: list[Prompt] = []
     for text in filter(None, map(str.strip, lines)):

@@ -21,6 +21,7 @@ from pathlib import Path
 from packforcing import PackForcingError
 from packforcing.errors import RenderStopped
 from packforcing.runtime import Session, demo_bundle
+from packforcing.text_files import decode_text
 
 
 def render_all(
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--bundle", default=demo_bundle())
     args = parser.parse_args()
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    lines = decode_text(args.prompts.read_bytes()).splitlines()
     stopped = threading.Event()
     with Session.open(args.bundle) as session:
 

@@ -6,7 +6,7 @@ The published models are in `presets.py`. Free of torch, so that the runtime can
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Literal
 
 import msgspec
@@ -202,7 +202,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _require(
             self.height % cell == 0 and self.width % cell == 0,
             f"{self.width}x{self.height} pixels are not a whole number of tokens: width and height "
-            f"must be multiples of {cell}",
+            f"must be multiples of {cell}; nearest: {self._nearest_sizes(cell)}",
         )
         _require(self.dim % self.heads == 0, "dim must be a multiple of heads")
         _require(
@@ -220,7 +220,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         _require(
             self.policy.mid == 0 or min(self.grid) >= 4,
             f"a {self.grid[0]}x{self.grid[1]} token grid is too small to compress: mid blocks need "
-            "at least 4x4",
+            f"at least 4x4, which is {4 * cell}x{4 * cell} pixels",
         )
         _require(
             self.text_encoder != "words" or self.text_dim >= WORD_COUNT,
@@ -232,6 +232,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 steps[0] <= 1000 and steps[-1] > 0 and all(a > b for a, b in pairwise(steps)),
                 "timesteps must decrease from at most 1000 and stay above 0",
             )
+
+    def _nearest_sizes(self, cell: int) -> str:
+        """Name the sizes around this one that are whole numbers of tokens, the nearest first."""
+        fewest = 4 * cell if self.policy.mid else cell
+        sides = [
+            {max(fewest, side // cell * cell), max(fewest, -(-side // cell) * cell)}
+            for side in (self.width, self.height)
+        ]
+        sizes = sorted(
+            product(*sides),
+            key=lambda size: (abs(size[0] - self.width) + abs(size[1] - self.height), size),
+        )
+        return " or ".join(f"{width}x{height}" for width, height in sizes[:2])
 
     @property
     def wan_latents(self) -> bool:

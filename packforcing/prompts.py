@@ -51,6 +51,7 @@ from packforcing.config import Config
 from packforcing.embeddings import Embedding, check_embedding, load_embedding, pad_embedding
 from packforcing.errors import PromptError
 from packforcing.presets import switch_history
+from packforcing.text_files import decode_text
 from packforcing.words import encode_words
 
 History = Literal["keep", "recompute", "cut"]
@@ -249,10 +250,10 @@ def read_schedule(path: str | os.PathLike[str]) -> list[Switch]:
     load = functools.cache(lambda name: load_embedding(Path(path).parent / name))
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
             raise PromptError(f"{path} is not a schedule: it is larger than {MAX_FILE_BYTES} bytes")
-        entries = msgspec.toml.decode(text, type=_File).switch
+        entries = msgspec.toml.decode(decode_text(data), type=_File).switch
     except OSError as error:
         raise PromptError(f"cannot read a schedule from {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

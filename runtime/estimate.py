@@ -8,6 +8,7 @@ roofline, which no kernel reaches: lower bounds and predictions, never measureme
 from __future__ import annotations
 
 import math
+import re
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,20 +45,54 @@ GPUS = {
 }
 
 
+_AROUND_NAME = re.compile(  # what tools print before and after a GPU's name
+    r"""^\s*(?:gpu|device)?\s*\#?\d{1,2}\s*[:-]  # nvidia-smi -L, Task Manager: an index
+    | ^\s*cuda:\d+                               # torch
+    | \(uuid:.*\)                                # nvidia-smi -L
+    | ^.*\[(?=[^]]*rtx) | \].*$                  # lspci: the chip, and a revision
+    | /pcie/sse2                                 # OpenGL
+    | \((?:tm|r)\)                               # trademarks
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_GENERIC_WORDS = {"nvidia", "corporation", "geforce", "rtx", "gpu", "graphics", "card", "desktop"}
+_ARCHITECTURES = {  # of names without figures
+    r"rtx pro \d+.* blackwell|rtx 50[5-9]0": "sm120",
+    r"\bada\b|rtx 40[5-9]0|\bl40?s?\b": "sm89",
+    r"rtx 30[5-9]0|\brtx a\d{3,4}\b|\ba(?:10|16|40)\b": "sm86",
+    r"\ba(?:30|100)\b": "sm80",
+    r"rtx 20[5-8]0|quadro rtx|titan rtx|gtx 16\d0|\bt4\b": "sm75",
+}
+
+
 def find_gpu(name: str) -> GpuFigures:
-    """Return the figures of a GPU by its name; spaces and case do not matter.
+    """Return the figures of a GPU by its name, as tools print it.
+
+    A word that is not part of the product's name, like Ti, SUPER, D, Laptop or Max-Q, or another
+    amount of memory, makes it another GPU.
 
     Raises:
         ConfigError: There are no figures for it.
     """
-    by_key = {full_name.replace(" ", "").lower(): gpu for full_name, gpu in GPUS.items()}
-    key = name.replace(" ", "").replace("-", "").lower().removeprefix("geforce")
-    if key not in by_key:
+    text = _AROUND_NAME.sub(" ", name.lower())
+    memory = re.search(r"(\d+)\s*([gm])i?b\b", text)
+    memory_gib = int(memory[1]) / (1 if memory[2] == "g" else 1024) if memory else 0
+    words = re.findall(r"[^\W\d_]+|\d+", text.replace(memory[0], " ") if memory else text)
+    number = " ".join(word for word in words if word not in _GENERIC_WORDS)
+    known = {full_name.lower(): gpu for full_name, gpu in GPUS.items()}
+    gpu = known.get(f"rtx {number}")
+    if gpu is None or (memory and round(memory_gib) != gpu.memory):
+        spaced = re.sub(r"\brtx(?=\d)", "rtx ", " ".join(re.findall(r"\w+", text)))
+        target = next((t for form, t in _ARCHITECTURES.items() if re.search(form, spaced)), None)
         raise ConfigError(
             f"no figures for a GPU '{name}'; known: {', '.join(GPUS)}. "
-            "For others use --budget and --target"
+            + (
+                f"For this one use --target {target}, and --budget with its memory in GiB"
+                if target
+                else "For others use --budget and --target"
+            )
         )
-    return by_key[key]
+    return gpu
 
 
 def matrix_bytes(config: Config) -> list[int]:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,7 +128,9 @@ class SizeType(click.ParamType):
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        width, height = _integers(value, "x", 2) or self.fail(
+        # Wan's own tools write 832*480, others 832 x 480
+        text = re.sub(r"\s*[xX\u00d7*]\s*", "x", value.strip())
+        width, height = _integers(text, "x", 2) or self.fail(
             f"'{value}' is not WxH, like 832x480", param, ctx
         )
         return width, height

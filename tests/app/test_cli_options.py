@@ -26,6 +26,10 @@ def parse_in_group(*args: str) -> dict[str, object]:
     ("option_type", "text", "value"),
     [
         (SIZE, "832x480", (832, 480)),
+        (SIZE, "832X480", (832, 480)),
+        (SIZE, " 832 x 480 ", (832, 480)),
+        (SIZE, "832\u00d7480", (832, 480)),
+        (SIZE, "832*480", (832, 480)),  # Wan's generate.py
         (HISTORY, "2,16,1", (2, 16, 1)),
         (BUDGETS, "8", (8 * GIB,)),
         (BUDGETS, "4GiB, 6.5 gib", (4 * GIB, 13 * GIB // 2)),

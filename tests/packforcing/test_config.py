@@ -2,12 +2,15 @@
 
 import msgspec
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from packforcing import Policy
 from packforcing.config import WORD_COUNT
 from packforcing.errors import ConfigError
 from packforcing.presets import MODELS, model_config, policies
 from packforcing.words import VOCABULARY
+from tests.helpers import assert_refused, run
 
 WAN = model_config("wan-1.3b")
 
@@ -72,3 +75,40 @@ def test_the_high_branch_alone_needs_a_compressor():
 def test_impossible_configs_are_refused(change):
     with pytest.raises(ConfigError):
         msgspec.structs.replace(WAN, **change).__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [
+        ((1920, 1080), "1920x1072 or 1920x1088"),
+        ((854, 480), "848x480 or 864x480"),
+        ((1280, 718), "1280x720 or 1280x704"),
+        ((100, 100), "96x96 or 96x112"),
+        ((480, 1), "480x64"),  # mid blocks need four tokens each way
+        ((1, 1), "64x64"),
+    ],
+)
+def test_an_invalid_size_names_the_nearest_valid_ones(size, nearest):
+    with pytest.raises(ConfigError, match=rf"multiples of 16; nearest: {nearest}$"):
+        msgspec.structs.replace(model_config("wan-1.3b"), width=size[0], height=size[1])
+
+
+@given(st.sampled_from(["wan-1.3b", "demo"]), st.integers(1, 3000), st.integers(1, 3000))
+def test_nearest_sizes_are_valid_and_none_is_nearer(name, width, height):
+    config = model_config(name)
+    cell = config.spatial_factor * config.patch
+    assume(width % cell or height % cell)
+    with pytest.raises(ConfigError) as refusal:
+        msgspec.structs.replace(config, width=width, height=height)
+    first = str(refusal.value).rpartition("nearest: ")[2].split(" or ")[0]
+    sizes = {"width": int(first.split("x")[0]), "height": int(first.split("x")[1])}
+    msgspec.structs.replace(config, **sizes)
+    for name, side in ("width", width), ("height", height):
+        valid = range(4 * cell, side + 8 * cell, cell)
+        assert abs(sizes[name] - side) == min(abs(other - side) for other in valid)
+
+
+@pytest.mark.parametrize("command", [("export", "--random-weights", "--out", "a"), ("plan",)])
+def test_every_command_with_a_size_names_them(command):
+    result = run(*command, "--model", "wan-1.3b", "--size", "1920x1080")
+    assert_refused(result, "multiples of 16", "1920x1072 or 1920x1088")

@@ -266,14 +266,79 @@ def test_predicted_times_are_the_roofline():
     assert seconds_per_block(WAN, starved) == pytest.approx(slow / 1e6)
 
 
-@pytest.mark.parametrize("name", ["RTX 4060", "rtx4060", "GeForce RTX 4060", "rtx-4060"])
-def test_gpu_names_ignore_case_and_spaces(name):
-    assert find_gpu(name).target == "sm89"
+@pytest.mark.parametrize(
+    "form",
+    [
+        "RTX {}", "rtx{}", "RTX-{}", "rtx_{}", "GeForce RTX {}", "geforce rtx{}", "{}",
+        "NVIDIA GeForce RTX {}",  # nvidia-smi, NVML, torch, Windows
+        "  NVIDIA  GeForce RTX {} ",
+        "NVIDIA GEFORCE RTX {}",
+        "NVIDIA GeForce RTX\u2122 {}", "NVIDIA(R) GeForce(TM) RTX {}",  # shops, NVIDIA's site
+        "GPU 0: NVIDIA GeForce RTX {} (UUID: GPU-1c2f5a1e-9d3b-4060-8a52-0d6b8a4f5e6d)",
+        "GPU 1 - NVIDIA GeForce RTX {}", "cuda:0 NVIDIA GeForce RTX {}",
+        "GPU 0: NVIDIA GeForce RTX {}",
+        "NVIDIA Corporation AD107 [GeForce RTX {}] (rev a1)",  # lspci
+        "NVIDIA GeForce RTX {}/PCIe/SSE2",  # OpenGL
+        "NVIDIA GeForce RTX {} Graphics Card",
+    ],
+)  # fmt: skip
+def test_gpus_are_known_by_the_names_that_tools_print(form):
+    for name, gpu in GPUS.items():
+        assert find_gpu(form.format(name.removeprefix("RTX "))) is gpu
 
 
-def test_an_unknown_gpu_is_refused():
-    with pytest.raises(ConfigError, match="no figures for a GPU 'RTX 1'; known: RTX 3060"):
-        find_gpu("RTX 1")
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("NVIDIA GeForce RTX 4060, 8188 MiB", "sm89"),  # --query-gpu=name,memory.total
+        ("RTX 3060 12GB", "sm86"),
+        ("NVIDIA GeForce RTX 5090, 32607 MiB", "sm120"),
+    ],
+)
+def test_a_gpu_has_the_memory_that_its_name_says(name, target):
+    assert find_gpu(name).target == target
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("NVIDIA GeForce RTX 4060 Ti", "sm89"),
+        ("rtx4060ti", "sm89"),
+        ("NVIDIA GeForce RTX 4060 Laptop GPU", "sm89"),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", "sm89"),
+        ("RTX 4060 (Laptop)", "sm89"),
+        ("RTX 4060M", "sm89"),
+        ("RTX 4060 \u7b14\u8bb0\u672c\u7535\u8111", "sm89"),  # laptop
+        ("AD107M [GeForce RTX 4060 Max-Q / Mobile]", "sm89"),
+        ("NVIDIA GeForce RTX 4090 D", "sm89"),
+        ("NVIDIA GeForce RTX 5090 D v2", "sm120"),
+        ("NVIDIA GeForce RTX 4080 SUPER", "sm89"),
+        ("NVIDIA GeForce RTX 3080 with Max-Q Design", "sm86"),
+        ("NVIDIA GeForce RTX 3060 8GB", "sm86"),
+        ("NVIDIA GeForce RTX 3080, 12288 MiB", "sm86"),
+        ("NVIDIA RTX A6000", "sm86"),
+        ("NVIDIA A10", "sm86"),
+        ("NVIDIA A100-SXM4-80GB", "sm80"),
+        ("NVIDIA L40S", "sm89"),
+        ("NVIDIA RTX 4000 Ada Generation", "sm89"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "sm120"),
+        ("NVIDIA GeForce RTX 2080 Ti", "sm75"),
+        ("Quadro RTX 4000", "sm75"),
+        ("Tesla T4", "sm75"),
+    ],
+)
+def test_another_gpu_is_never_taken_for_a_known_one(name, target):
+    with pytest.raises(ConfigError, match=rf"For this one use --target {target}, and --budget"):
+        find_gpu(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["RTX 1", "GTX 4060", "AMD Radeon RX 7600", "4060 4060", "", "RTX", "RTX 40 60", "gpu 0:"],
+)
+def test_an_unknown_gpu_is_refused(name):
+    with pytest.raises(ConfigError, match=r"no figures for a GPU '.*'; known: RTX 3060.*others"):
+        find_gpu(name)
 
 
 def test_estimates_are_close_to_what_the_builder_says(tmp_path):
