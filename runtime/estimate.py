@@ -55,7 +55,7 @@ _AROUND_NAME = re.compile(  # what tools print before and after a GPU's name
     """,
     re.IGNORECASE | re.VERBOSE,
 )
-_GENERIC_WORDS = {"nvidia", "corporation", "geforce", "rtx", "gpu", "graphics", "card", "desktop"}
+_GENERIC_WORDS = {"nvidia", "corporation", "geforce", "rtx", "gpu", "graphics", "desktop"}
 _ARCHITECTURES = {  # of names without figures
     r"rtx pro \d+.* blackwell|rtx 50[5-9]0": "sm120",
     r"\bada\b|rtx 40[5-9]0|\bl40?s?\b": "sm89",

@@ -279,7 +279,7 @@ def test_predicted_times_are_the_roofline():
         "GPU 0: NVIDIA GeForce RTX {}",
         "NVIDIA Corporation AD107 [GeForce RTX {}] (rev a1)",  # lspci
         "NVIDIA GeForce RTX {}/PCIe/SSE2",  # OpenGL
-        "NVIDIA GeForce RTX {} Graphics Card",
+        "NVIDIA GeForce RTX {} Graphics", "NVIDIA GeForce RTX {} GPU",
     ],
 )  # fmt: skip
 def test_gpus_are_known_by_the_names_that_tools_print(form):
