@@ -260,12 +260,12 @@ def _find_encoder(folder: Path) -> Encoder:
 
 def _encoder_file(file: Path) -> Encoder:
     """Describe an encoder in a file of its own, as ComfyUI has it; its tokenizer is near it."""
-    _text_tensors([file])
     beside = file.parent
     near = beside, beside / WAN_TOKENIZER, beside / "tokenizer", beside.parent / "tokenizer"
     for place in near:
         if (place / TOKENIZER).is_file():
             return Encoder(beside, [file], [], place / TOKENIZER)
+    _text_tensors([file])  # raises for what is no encoder
     raise CheckpointError(
         f"{file} has no {TOKENIZER} beside it: copy that of google/umt5-xxl there, which "
         "'packforcing fetch umt5-xxl' downloads"

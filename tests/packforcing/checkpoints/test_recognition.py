@@ -205,6 +205,18 @@ def test_a_lora_of_longlives_layout_is_not_longlives(weights, tmp_path):
     assert_refused(LAYOUTS["longlive"](tmp_path, weights), tmp_path, message, kind=None)
 
 
+def test_the_license_of_a_merged_lora_is_stated_too(weights, tmp_path):
+    """Of the base it is recorded, of the LoRA nothing is."""
+    base, adapter = LAYOUTS["longlive"](tmp_path, weights)
+    path = tmp_path / "models" / base.name
+    path.parent.mkdir()
+    base.rename(path)
+    record_fetched([path], "longlive", tmp_path)
+    done = import_checkpoint([path, adapter], tmp_path / "model")
+    assert done.folder.kind == "longlive"
+    assert done.folder.license == f"{LICENSE}; of the LoRA lora.pt: {UNKNOWN}"
+
+
 @pytest.mark.parametrize(
     "changes", [{"source": "somebody/else"}, {"revision": ""}, {"source": "gdhe17/self-forcing"}]
 )
