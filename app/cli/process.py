@@ -47,7 +47,7 @@ def guard() -> Iterator[None]:
         received.append(number)
         raise KeyboardInterrupt
 
-    with _tolerant_streams(), handle_signals(interrupt):
+    with _tolerant_streams(), handle_signals(interrupt), _repeated_interrupts(received):
         try:
             yield
         except SystemExit:
@@ -60,6 +60,29 @@ def guard() -> Iterator[None]:
             word = _ENDINGS[signal.Signals(number)]
             print(f"{word}: no unfinished file has its final name", file=sys.stderr)
             raise SystemExit(128 + number) from None
+
+
+@contextmanager
+def _repeated_interrupts(received: list[int]) -> Iterator[None]:
+    """Repeat an interrupt that came in a callback which drops exceptions, as imports have many."""
+    before = sys.unraisablehook
+
+    def repeat(dropped: Any) -> None:
+        if not (received and issubclass(dropped.exc_type, KeyboardInterrupt)):
+            return before(dropped)
+        import _thread
+        import threading
+
+        # later, as it would be dropped once more while this function runs
+        timer = threading.Timer(0.02, _thread.interrupt_main, received[-1:])
+        timer.daemon = True
+        return timer.start()
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -254,3 +254,22 @@ def test_an_interrupt_of_any_import_is_one_line(arguments):
         assert process.returncode == 130 and not printed, (number, errors)
         lines = ["", "interrupted: no unfinished file has its final name"]
         assert errors.strip() in lines[number > 4 :], number
+
+
+def test_an_interrupt_in_a_callback_that_drops_exceptions_is_not_lost(monkeypatch, capfd):
+    """As in those of weak references, of which every import has one."""
+
+    class Dropping:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def diagnose(folder: object) -> None:
+        Dropping()
+        while True:
+            pass
+
+    monkeypatch.setattr("packforcing.runtime.doctor.diagnose", diagnose)
+    result = run("doctor")
+    assert result.exit_code == 128 + signal.SIGTERM
+    last = "terminated: no unfinished file has its final name"
+    assert result.stderr.strip() == last and capfd.readouterr() == ("", "")
