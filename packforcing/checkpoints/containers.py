@@ -90,6 +90,17 @@ def container(path: Path) -> Container:
     raise CheckpointError(f"{path} {_describe_binary(head, path)}")
 
 
+def check_json(path: Path) -> None:
+    """Raise `CheckpointError` if a file that should be JSON is something else, by what it is."""
+    try:
+        with path.open("rb") as file:
+            begins = file.read(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"[")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if not begins:
+        container(path)
+
+
 def _is_safetensors(head: bytes, size_bytes: int) -> bool:
     """Tell whether a file begins as safetensors does: the length of the header, the header."""
     length = int.from_bytes(head[:8], "little")

@@ -119,6 +119,8 @@ def import_checkpoint(
     if autoencoder:
         vae = recognize_autoencoder(autoencoder, vae, records)
         config = with_autoencoder(config, vae)
+    elif vae is not None:
+        raise CheckpointError(f"--vae {vae} has no effect: none of {names} is an autoencoder")
     if row.lora and not any(part.role == "LoRA" for part in surveyed):
         raise CheckpointError(
             f"{kind} is {row.files[0]} with {row.files[1]} merged into it: name both files, or "

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from packforcing.checkpoints.containers import AGAIN, container, one_line
+from packforcing.checkpoints.containers import AGAIN, check_json, container, one_line
 from packforcing.checkpoints.gguf_file import FLOATS, check_gguf_dtypes, gguf_reader, read_gguf
 from packforcing.checkpoints.quantized import (
     DTYPES,
@@ -101,6 +101,7 @@ def _shards(index: Path) -> list[Path]:
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
     ) as error:  # fmt: skip
+        check_json(index)  # a pointer, or a server's page
         raise CheckpointError(f"{index} is not the index of a sharded checkpoint") from error
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise CheckpointError(

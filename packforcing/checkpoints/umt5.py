@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from packforcing.checkpoints.containers import check_json
 from packforcing.checkpoints.names import unwrapped_name
 from packforcing.checkpoints.reading import (
     WEIGHT_SUFFIXES,
@@ -246,6 +247,8 @@ def _find_encoder(folder: Path) -> Encoder:
         settings = json.loads((place / "config.json").read_bytes())
         kind = settings.get("model_type") or settings["_class_name"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if (place / "config.json").is_file():
+            check_json(place / "config.json")
         raise CheckpointError(
             f"{folder} is not a text encoder: {place / 'config.json'} is missing or damaged; name "
             "a folder of UMT5 for transformers, one with text_encoder and tokenizer in it, or one "
@@ -277,6 +280,8 @@ def _tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises bare exceptions
+        if path.is_file():
+            check_json(path)  # a pointer, or a server's page
         raise CheckpointError(f"cannot read a tokenizer from {path}: {error}") from error
     tokenizer.enable_truncation(MAX_TOKENS)
     tokenizer.no_padding()

@@ -148,6 +148,13 @@ def test_an_index_without_shards_beside_it_is_refused(index, tmp_path):
     assert_refused([tmp_path], tmp_path / "x", "is not the index of a sharded checkpoint")
 
 
+@pytest.mark.parametrize("form", ["a Git LFS pointer", "a web page", "nothing", "zip"])
+def test_what_comes_in_place_of_an_index_is_named(form, tmp_path):
+    content, message = IN_PLACE[form]
+    (tmp_path / "a.safetensors.index.json").write_bytes(content)
+    assert_refused([tmp_path], tmp_path / "x", message)
+
+
 def test_an_index_of_any_name_is_read(weights, tmp_path):
     save_file(weights, tmp_path / "a.safetensors")
     index = {"weight_map": dict.fromkeys(weights, "a.safetensors")}
@@ -193,6 +200,12 @@ def test_other_models_of_wan_are_named(changes, message, weights, tmp_path):
     save_file(prefixed(tensors, "model.diffusion_model."), path)
     message = f"holds .*{message}.*which is none of the models here: it does not hold the weights"
     assert_refused([path], tmp_path, message)
+
+
+def test_an_autoencoders_name_without_one_is_refused(weights, tmp_path):
+    save_file(weights, tmp_path / "a.safetensors")
+    message = "--vae taehv has no effect: none of .* is an autoencoder"
+    assert_refused([tmp_path / "a.safetensors"], tmp_path, message, vae="taehv")
 
 
 def test_autoencoders_of_other_models_are_named(weights, wan_vae, tiny_autoencoder, tmp_path):

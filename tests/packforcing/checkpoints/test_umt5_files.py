@@ -105,6 +105,12 @@ def test_what_is_no_text_encoder_is_named(umt5, tmp_path):
         shutil.copy(tmp_path / f"{name}.safetensors", umt5 / "model.safetensors")
         with pytest.raises(CheckpointError, match=message):
             encode("a fox", umt5)
+    for name in ("tokenizer.json", "config.json"):  # a clone without Git LFS
+        (umt5 / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+        )
+        with pytest.raises(CheckpointError, match=f"{name} is a Git LFS pointer"):
+            encode("a fox", umt5)
     (umt5 / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
     with pytest.raises(CheckpointError, match="of kind 'WanTransformer3DModel', not umt5"):
         encode("a fox", umt5)
