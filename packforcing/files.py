@@ -15,8 +15,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 _LOCK, _RETIRED = ".packforcing-lock", ".packforcing-replaced"  # beside what is written
 
 HASH_CHUNK = 1 << 18  # bytes read at a time
+
+_DEVICES = re.compile(r"(?:con|prn|aux|nul|(?:com|lpt)[1-9\u00b9\u00b2\u00b3])", re.IGNORECASE)
 
 T = TypeVar("T")
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]  # of the next version, from those of one
@@ -85,6 +89,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: The file cannot be written.
     """
     target = Path(path)
+    check_name(target)
     try:
         sweep(target)
         with _workplace(target) as folder:
@@ -136,9 +141,25 @@ def new_folder(
         raise OutputError(f"cannot write {target}: {error}") from error
 
 
+def check_name(path: Path) -> None:
+    """Refuse a name under which Windows would write to something else, with nothing said.
+
+    Raises:
+        OutputError: On Windows, the name of a device, as in "nul.mp4"; with a colon, a hidden
+            stream of another file; with a dot or a space at the end, which is dropped.
+    """
+    name = path.name
+    device = _DEVICES.fullmatch(name.partition(".")[0].rstrip(" "))
+    if sys.platform == "win32" and (device or ":" in name or name.rstrip(". ") not in (name, "")):
+        raise OutputError(
+            f"cannot write {path}: '{name}' is no file's name on Windows: choose another name"
+        )
+
+
 def _free_folder(path: str | os.PathLike[str], replaceable: Callable[[Path], bool]) -> Path:
     """Return the folder that a path means, once it may be written; make its parents."""
     try:
+        check_name(Path(path))
         target = Path(path).resolve()  # so that '.' has a name and a link stays a link
         with suppress(FileNotFoundError, NotADirectoryError):
             target.stat()  # raises for a name that is too long, before the work and not after it

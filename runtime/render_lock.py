@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packforcing.errors import OutputError
+from packforcing.files import check_name
 from packforcing.runtime.render_record import LOCK, OWN_FILES, RECORD
 from packforcing.runtime.video_files import output_errors, output_target
 
@@ -72,6 +73,7 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[LockedFolder]:
 
     folder, target = render_places(path)
     with output_errors(target, "choose another name or folder"):
+        check_name(target)
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise OutputError(f"cannot write {target}: {folder} is in the way; remove it")
         folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from packforcing.errors import BackendError, OutputError, RenderStopped
 from packforcing.prompts import Prompts
 from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.arguments import check_integer, check_path, check_type
-from packforcing.runtime.backends import Backend, open_backend
+from packforcing.runtime.backends import MAX_THREADS, Backend, open_backend
 from packforcing.runtime.bundle import Manifest, read_manifest
 from packforcing.runtime.encoder import bind_encoder, encode_start
 from packforcing.runtime.render import RenderSummary, render_video
@@ -32,7 +32,6 @@ from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import BlockInfo, Recorder, Video
 from packforcing.sampler import StepOverrides
 
-MAX_THREADS = 1024
 THREAD_BOUNDS = f"from 1 to {MAX_THREADS}, or None for one for each core"
 
 

@@ -221,3 +221,29 @@ def test_a_disk_that_flushes_no_folders_will_do(tmp_path, monkeypatch, refusal):
     else:
         files.write_file(tmp_path / "a", b"1")
         assert (tmp_path / "a").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nul", "NUL.mp4", "con.mkv", "aux", "prn.tar.gz", "com1.mp4", "LPT9.json", "com\u00b2.mp4",
+     "nul .mp4", "fox:1.mp4", "frames.", "fox.mp4 "],
+)  # fmt: skip
+def test_names_that_windows_takes_for_something_else_are_refused_there(tmp_path, monkeypatch, name):
+    """The names are of Microsoft's page "Naming Files, Paths, and Namespaces"."""
+    files.check_name(tmp_path / name)  # elsewhere they are names as others are
+    monkeypatch.setattr(sys, "platform", "win32")
+    for write in (lambda path: files.write_file(path, b"1"), lambda path: enter(path)):
+        with pytest.raises(errors.OutputError, match="is no file's name on Windows"):
+            write(tmp_path / name)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["null.mp4", "console", "com10.mp4", "com.mp4", "a.nul", ".aux", "..", "."])
+def test_names_that_look_like_those_are_names(monkeypatch, name):
+    monkeypatch.setattr(sys, "platform", "win32")
+    files.check_name(Path(name))
+
+
+def enter(path):
+    with files.new_folder(path):
+        pass
