@@ -149,7 +149,14 @@ def fetch(model: str, out: Path | None, folder: Path | None, as_json: bool) -> N
     "--lora-alpha",
     type=float,
     metavar="ALPHA",
-    help="Scale of a LoRA that has no alpha: ALPHA over its rank.  [default: its rank]",
+    help="Scale of LoRAs that state no alpha: ALPHA over the rank.  [default: the rank]",
+)
+@option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:STRENGTH]",
+    help="A LoRA to merge, as if named among FILE... May be used several times.",
 )
 @json_option
 def import_checkpoint(
@@ -159,6 +166,7 @@ def import_checkpoint(
     entry: str | None,
     vae: str | None,
     lora_alpha: float | None,
+    loras: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Convert a published checkpoint to a model folder.
@@ -166,7 +174,8 @@ def import_checkpoint(
     `packforcing export --weights` reads the folder. FILE is a torch checkpoint, a safetensors or
     GGUF file, the index or folder of a sharded one, or a diffusers pipeline's folder. Weights in
     fp8, with scales or without, and in GGUF's quantizations are dequantized. Add LoRAs to merge
-    them. Add the weights of an autoencoder, the tiny one's or Wan's, for export.
+    them, as FILE:0.8 for another strength than 1. Add the weights of an autoencoder, the tiny one's
+    or Wan's, for export.
 
     Several models have the same tensors. What `packforcing fetch` downloaded is known by its
     record; for other files, say with --model which model it is. Pickled code is never executed.
@@ -178,6 +187,7 @@ def import_checkpoint(
     Examples:
       packforcing import-checkpoint dmd.pt taew2_1.pth --model self-forcing --vae taehv --out mine
       packforcing import-checkpoint longlive_base.pt lora.pt --model longlive --out longlive
+      packforcing import-checkpoint dmd.pt style.safetensors:0.8 --model self-forcing --out styled
       packforcing export --weights mine --policy packforcing --out my-bundle
     """
     import msgspec
@@ -189,7 +199,13 @@ def import_checkpoint(
         from packforcing.checkpoints import convert
     with count_meter("importing", "tensors", quiet=as_json) as on_tensor:
         imported = convert.import_checkpoint(
-            files, out, kind=model, entry=entry, vae=vae, lora_alpha=lora_alpha, on_tensor=on_tensor
+            [*files, *loras],
+            out,
+            kind=model,
+            entry=entry,
+            vae=vae,
+            lora_alpha=lora_alpha,
+            on_tensor=on_tensor,
         )
     folder = imported.folder
     refused = published(folder.kind).refused

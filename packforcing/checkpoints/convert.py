@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +20,9 @@ import msgspec
 import torch
 
 from packforcing.checkpoints.containers import container
-from packforcing.checkpoints.lora import Lora, merge_lora, read_lora
+from packforcing.checkpoints.lora import Lora, LoraSummary, read_lora, split_strength
+from packforcing.checkpoints.lora_formulas import Addition, merge_loras
+from packforcing.checkpoints.lora_scale import OPTION
 from packforcing.checkpoints.published import (
     AUTOENCODER_PARTS,
     DESCRIPTION,
@@ -50,7 +52,6 @@ from packforcing.checkpoints.recognition import (
     recognize_model,
     relative_hint,
     select_autoencoder,
-    select_lora,
     select_transformer,
     survey_file,
 )
@@ -69,6 +70,7 @@ class ImportSummary(msgspec.Struct, frozen=True):
     lines: list[str] = msgspec.field(name="said")  # what was used of each file
     tensors: int
     bytes: int
+    loras: list[LoraSummary] = []
 
 
 def import_checkpoint(
@@ -87,14 +89,15 @@ def import_checkpoint(
 
     Args:
         files: Torch checkpoints, safetensors and GGUF files, indices of sharded ones, or folders.
-            One model, optionally with LoRAs to merge and an autoencoder's weights.
+            One model, optionally with LoRAs to merge and an autoencoder's weights. A LoRA as
+            FILE:STRENGTH is merged with another strength than 1.
         directory: The folder to write, new or empty.
         kind: A name in `PUBLISHED`. None: what `fetch` recorded of the file, or tensors that one
             model alone has.
         entry: Of a file with several sets of weights. None: the one that models of this kind are
             run with.
         vae: Which tiny autoencoder it is, "taehv" or "lighttae". None: what `fetch` recorded.
-        lora_alpha: LoRAs without an alpha are scaled by this over their rank, or by 1 if None.
+        lora_alpha: LoRAs that state no alpha are scaled by this over their rank, or by 1 if None.
         on_tensor: Called with the number of tensors written and of all tensors.
 
     Raises:
@@ -106,11 +109,9 @@ def import_checkpoint(
     """
     if kind is not None:
         published(kind)  # raises for an unknown one
-    paths = [part for file in files for part in list_files(Path(file))]
-    if again := [path for path, count in Counter(paths).items() if count > 1]:
-        raise CheckpointError(f"{again[0]} is named twice")
-    check_shards(paths)
-    surveyed = [part for path in paths for part in survey_file(path)]
+    strengths = _list_strengths(files)
+    check_shards(strengths)
+    surveyed = [part for path in strengths for part in survey_file(path)]
     records, names = Records(), ", ".join(map(str, files))
     _require_transformer(surveyed, names)
     kind, why = (kind, "by --model") if kind else recognize_model(surveyed, records)
@@ -130,10 +131,11 @@ def import_checkpoint(
     tensors = _join_tensors(selected)
     _check_weights(config, kind, tensors, names)
     loras = [
-        read_lora(part.path, part.tensors, tensors, lora_alpha)
+        read_lora(part.path, part.tensors, tensors, lora_alpha, strengths[part.path])
         for part in selected
         if part.role == "LoRA"
     ]
+    _check_options(loras, lora_alpha, strengths)
     folder = ModelFolder(
         kind=kind,
         config=config,
@@ -144,13 +146,12 @@ def import_checkpoint(
     record = records[autoencoder.path] if autoencoder else None
     copied = {name: stored for name, stored in tensors.items() if name not in PACK_COMPRESSOR}
     size_bytes = _write_folder(Path(directory), folder, copied, loras, on_tensor)
-    lines = [_describe_file(path, surveyed, selected) for path in dict.fromkeys(paths)]
-    for path in paths:
+    lines = [_describe_file(path, surveyed, selected) for path in strengths]
+    for path in strengths:
         if (what := relative_hint(path)) and why == "by --model":
             lines.append(f"the name {path.name} suggests {what}: imported as {kind} by --model")
-    for lora in loras:
-        scales = ", ".join(f"{scale:g}" for scale in sorted({one.scale for one in lora.values()}))
-        lines.append(f"LoRA merged into {len(lora)} weights at scale {scales}")
+    summaries = [lora.summary for lora in loras]
+    lines += [summary.line for summary in summaries]
     if autoencoder and vae:
         license_name = record[1].license if record else UNKNOWN
         name = AUTOENCODER_PARTS[vae]
@@ -159,7 +160,36 @@ def import_checkpoint(
         lines.append(
             "pack_compressor left out: it is not the paper's; the low branch is used alone"
         )
-    return ImportSummary(folder, why, lines, len(copied), size_bytes)
+    return ImportSummary(folder, why, lines, len(copied), size_bytes, summaries)
+
+
+def _list_strengths(files: Sequence[str | os.PathLike[str]]) -> dict[Path, float | None]:
+    """List all files that are read, with the strengths that are stated for them."""
+    strengths: dict[Path, float | None] = {}
+    for file in files:
+        path, strength = split_strength(os.fspath(file))
+        for part in list_files(Path(path)):
+            if part in strengths:
+                raise CheckpointError(f"{part} is named twice")
+            strengths[part] = strength
+    return strengths
+
+
+def _check_options(
+    loras: list[Lora], lora_alpha: float | None, strengths: dict[Path, float | None]
+) -> None:
+    """Raise `CheckpointError` if an alpha, or the strength of another file, has no effect."""
+    for path, strength in strengths.items():
+        if strength is not None and path not in [lora.path for lora in loras]:
+            raise CheckpointError(f"{path} is no LoRA: leave out its strength :{strength:g}")
+    sources = [source for lora in loras for source in lora.summary.sources]
+    if lora_alpha is not None and OPTION not in sources:
+        stated = f"states its own alpha in {' and '.join(sources)}" if sources else "has no rank"
+        raise CheckpointError(
+            f"{OPTION} has no effect: "
+            + (f"the LoRA {stated}" if loras else "no FILE is a LoRA")
+            + ". Leave it out; FILE:STRENGTH changes how much a LoRA adds"
+        )
 
 
 def _require_transformer(parts: list[CheckpointPart], files: str) -> None:
@@ -188,8 +218,7 @@ def _select_parts(
         of_file = [part for part in parts if part.path == path]
         if transformers := [part for part in of_file if part.role == "transformer"]:
             selected.append(select_transformer(transformers, kind, entry))
-        if loras := [part for part in of_file if part.role == "LoRA"]:
-            selected.append(select_lora(loras))
+        selected += [part for part in of_file if part.role == "LoRA"]
         if autoencoder in of_file:
             selected.append(autoencoder)
     return selected
@@ -278,7 +307,7 @@ def _write_folder(
     directory: Path,
     folder: ModelFolder,
     tensors: Tensors,
-    loras: list[dict[str, Lora]],
+    loras: list[Lora],
     on_tensor: Callable[[int, int], None] | None,
 ) -> int:
     """Write weights and description; return the bytes of the weights."""
@@ -300,7 +329,7 @@ def _write_weights(
     path: Path,
     kind: str,
     tensors: Tensors,
-    loras: list[dict[str, Lora]],
+    loras: list[Lora],
     on_tensor: Callable[[int, int], None] | None,
 ) -> None:
     """Copy tensors into one safetensors file, file after file, and merge the LoRAs.
@@ -309,7 +338,10 @@ def _write_weights(
     every tensor.
     """
     order = sorted(tensors.items(), key=lambda item: (-BYTES[item[1].dtype], str(item[1].path)))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "model": kind}}
+    metadata = {"format": "pt", "model": kind}
+    if loras:
+        metadata["loras"] = "\n".join(lora.summary.line for lora in loras)
+    header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, stored in order:
         begin, end = end, end + _tensor_bytes(stored)
@@ -318,10 +350,11 @@ def _write_weights(
         }  # fmt: skip
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    lora_readers = {
-        file: tensor_reader(file)
-        for file in {one.up.path for lora in loras for one in lora.values()}
-    }
+    additions: dict[str, list[Addition]] = defaultdict(list)
+    for lora in loras:
+        for name, added in lora.additions.items():
+            additions[name] += added
+    lora_readers = {lora.path: tensor_reader(lora.path) for lora in loras}
     written = 0
     with path.open("wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
@@ -330,9 +363,8 @@ def _write_weights(
             for name, stored in group:
                 tensor = read(stored)
                 check_numbers(stored, tensor)
-                for lora in loras:
-                    if one := lora.get(name):
-                        tensor = merge_lora(name, tensor, one, lora_readers[one.up.path])
+                if name in additions:
+                    tensor = merge_loras(name, tensor, additions[name], lora_readers)
                 out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 written += 1
                 if on_tensor:

@@ -55,6 +55,27 @@ _DIFFUSERS = [
     )
 ]
 
+_WAN = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^text_embedding\.0\b", "condition_embedder.text_embedder.linear_1"),
+        (r"^text_embedding\.2\b", "condition_embedder.text_embedder.linear_2"),
+        (r"^time_embedding\.0\b", "condition_embedder.time_embedder.linear_1"),
+        (r"^time_embedding\.2\b", "condition_embedder.time_embedder.linear_2"),
+        (r"^time_projection\.1\b", "condition_embedder.time_proj"),
+        (r"^head\.modulation$", "scale_shift_table"),
+        (r"^head\.head\b", "proj_out"),
+        (r"\.modulation$", ".scale_shift_table"),
+        (r"\.norm3\b", ".norm2"),
+        (r"_attn\.([qkv])\b", r"_attn.to_\1"),
+        (r"_attn\.o\b", "_attn.to_out.0"),
+        (r"\.self_attn\b", ".attn1"),
+        (r"\.cross_attn\b", ".attn2"),
+        (r"\.ffn\.0\b", ".ffn.net.0.proj"),
+        (r"\.ffn\.2\b", ".ffn.net.2"),
+    )
+]
+
 
 def split_name(name: str) -> tuple[str, str]:
     """Split a tensor's name into the entry that it belongs to and Wan's name for it.
@@ -112,6 +133,13 @@ def unwrapped_name(name: str) -> str:
 def wan_name(name: str) -> str:
     """Translate a tensor's name to Wan's: without wrappers, from diffusers' names."""
     return split_name(name)[1]
+
+
+def diffusers_name(name: str) -> str:
+    """Translate Wan's name of a parameter of its text-to-video transformer to diffusers'."""
+    for pattern, replacement in _WAN:
+        name = pattern.sub(replacement, name)
+    return name
 
 
 def _from_diffusers(name: str) -> str:

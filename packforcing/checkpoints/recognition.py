@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packforcing.checkpoints.fetch import FetchedFile, recorded_file
-from packforcing.checkpoints.lora import LONGLIVE_ENTRY, LORA_NAME
+from packforcing.checkpoints.lora_names import is_lora
 from packforcing.checkpoints.names import split_name, split_names
 from packforcing.checkpoints.published import AUTOENCODER_PARTS, PARTS, PUBLISHED, published
 from packforcing.checkpoints.reading import StoredTensor, Tensors, list_tensors
@@ -69,7 +69,10 @@ _OTHER_WANS = [
 
 @dataclass(frozen=True)
 class CheckpointPart:
-    """The tensors of one entry of a file, by the names of Wan, TAEHV or diffusers' Wan VAE."""
+    """The tensors of one entry of a file, by the names of Wan, TAEHV or diffusers' Wan VAE.
+
+    A LoRA's are of all entries that hold one, by their names in the file.
+    """
 
     path: Path
     entry: str  # "" where the file is not divided
@@ -84,26 +87,38 @@ def survey_file(path: Path) -> list[CheckpointPart]:
     Raises:
         CheckpointError: The file is damaged or unsafe.
     """
-    entries: dict[str, Tensors] = {}
+    entries: dict[str, list[tuple[str, StoredTensor]]] = {}
     listed = list_tensors(path)
     names = split_names(stored.name for stored in listed)
     for stored in listed:
         entry, name = names[stored.name]
-        if "." not in name and math.prod(stored.shape) == 1:
-            continue  # a trainer's counter: step, n_averaged
-        tensors = entries.setdefault(entry, {})
+        if (
+            "." in name or math.prod(stored.shape) != 1
+        ):  # else a trainer's counter: step, n_averaged
+            entries.setdefault(entry, []).append((name, stored))
+    parts, lora = [], Tensors()
+    for entry, named in entries.items():
+        if is_lora(stored.name for _, stored in named):
+            lora |= {stored.name: stored for _, stored in named}
+        else:
+            parts.append(_survey_entry(path, entry, _join_names(named)))
+    return parts + ([CheckpointPart(path, "", lora, "LoRA")] if lora else [])
+
+
+def _join_names(named: list[tuple[str, StoredTensor]]) -> Tensors:
+    """Return the tensors of an entry by name, each of which may stand once."""
+    tensors: Tensors = {}
+    for name, stored in named:
         if name in tensors:
             raise CheckpointError(
-                f"{path} holds {name} twice, as {tensors[name].name} and {stored.name}"
+                f"{stored.path} holds {name} twice, as {tensors[name].name} and {stored.name}"
             )
         tensors[name] = stored
-    return [_survey_entry(path, entry, tensors) for entry, tensors in entries.items()]
+    return tensors
 
 
 def _survey_entry(path: Path, entry: str, tensors: Tensors) -> CheckpointPart:
     """Tell what the tensors of an entry are for: what most of them belong to."""
-    if any(LORA_NAME.match(name) for name in tensors):
-        return CheckpointPart(path, entry, tensors, "LoRA")
     for pattern, role in _ENCODERS:
         if any(pattern.search(name) for name in tensors):
             return CheckpointPart(path, entry, tensors, role)
@@ -350,23 +365,6 @@ def select_transformer(
         f"{path} has no entry '{name}', which {kind} is run with, but {available}: choose an "
         "entry with --entry, or another --model"
     )
-
-
-def select_lora(parts: Sequence[CheckpointPart]) -> CheckpointPart:
-    """Select the LoRA of a file that is used: the generator's, where its critic has one too.
-
-    Raises:
-        CheckpointError: The file has several.
-    """
-    by_entry = {part.entry: part for part in parts}
-    if LONGLIVE_ENTRY in by_entry:
-        return by_entry[LONGLIVE_ENTRY]
-    if len(parts) > 1:
-        raise CheckpointError(
-            f"{parts[0].path} holds several LoRAs ({', '.join(by_entry)}): save the one for the "
-            "transformer into a file of its own"
-        )
-    return parts[0]
 
 
 def select_autoencoder(parts: Sequence[CheckpointPart]) -> CheckpointPart | None:

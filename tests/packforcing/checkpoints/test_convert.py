@@ -174,8 +174,9 @@ def test_the_command_reports_each_file(weights, tmp_path):
     )
     for part in (
         "longlive_base.pt: transformer, 825 tensors of 'generator', torch checkpoint",
-        "lora.pt: LoRA, 600 tensors of 'generator_lora' (not critic_lora), torch checkpoint",
-        "LoRA merged into 300 weights at scale 1",
+        "lora.pt: LoRA, 1200 tensors, torch checkpoint",
+        "lora.pt: LoRA merged into 300 weights at scale 1; assumed for 300 modules: they have",
+        "; not applied: 600 tensors like critic_lora.base_model.model.blocks.0.self_attn.q.lora_A",
         "longlive (by --model), 825 tensors",
         "license of the weights: unknown: nothing recorded says where the file is from",
         "no autoencoder: export needs",
