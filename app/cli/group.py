@@ -19,7 +19,12 @@ import click
 
 from packforcing import __version__
 from packforcing.app.cli.options import JSON
-from packforcing.app.cli.process import BROKEN_PIPE, forgive_output, output_error
+from packforcing.app.cli.process import (
+    BROKEN_PIPE,
+    forgive_output,
+    interrupted,
+    output_error,
+)
 from packforcing.errors import PackForcingError
 
 GROUPS = {  # heading: names of commands, and the module that has each
@@ -92,6 +97,8 @@ class CommandGroup(click.Group):
             where = error.ctx.command_path if error.ctx else "packforcing"
             code = _print_error(f"{error.format_message().rstrip('.')} (see {where} --help)")
         except PackForcingError as error:
+            if interrupted():  # as where a library did not load because of it
+                raise KeyboardInterrupt from error
             code = _print_error(str(error))
         except click.Abort as error:  # raised by click for a KeyboardInterrupt
             raise KeyboardInterrupt from error

@@ -32,6 +32,7 @@ _ENDINGS = {  # signal: what the last line says
     )
     if hasattr(signal, name)
 }
+_received: list[int] = []  # signals that interrupted the command
 
 
 @contextmanager
@@ -41,40 +42,44 @@ def guard() -> Iterator[None]:
     Raises:
         SystemExit: A signal ended the block.
     """
-    received: list[int] = []
+    _received.clear()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        _received.append(number)
         raise KeyboardInterrupt
 
-    with _tolerant_streams(), handle_signals(interrupt), _repeated_interrupts(received):
+    with _tolerant_streams(), handle_signals(interrupt), _repeated_interrupts():
         try:
             yield
         except SystemExit:
             raise
         except BaseException as error:
-            # a library may have turned the interrupt into an error of its own
-            if not received and not isinstance(error, KeyboardInterrupt):
+            if not (interrupted() or isinstance(error, KeyboardInterrupt)):
                 raise
-            number = received[0] if received else signal.SIGINT
+            number = _received[0] if _received else signal.SIGINT
             word = _ENDINGS[signal.Signals(number)]
             print(f"{word}: no unfinished file has its final name", file=sys.stderr)
             raise SystemExit(128 + number) from None
 
 
+def interrupted() -> bool:
+    """Tell whether a signal interrupted the command: what a library makes of it is no error."""
+    return bool(_received)
+
+
 @contextmanager
-def _repeated_interrupts(received: list[int]) -> Iterator[None]:
+def _repeated_interrupts() -> Iterator[None]:
     """Repeat an interrupt that came in a callback which drops exceptions, as imports have many."""
     before = sys.unraisablehook
 
     def repeat(dropped: Any) -> None:
-        if not (received and issubclass(dropped.exc_type, KeyboardInterrupt)):
+        if not (_received and issubclass(dropped.exc_type, KeyboardInterrupt)):
             return before(dropped)
         import _thread
         import threading
 
         # later, as it would be dropped once more while this function runs
-        timer = threading.Timer(0.02, _thread.interrupt_main, received[-1:])
+        timer = threading.Timer(0.02, _thread.interrupt_main, _received[-1:])
         timer.daemon = True
         return timer.start()
 

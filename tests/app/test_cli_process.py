@@ -15,6 +15,7 @@ import pytest
 from packforcing.app.cli import main
 from packforcing.app.cli.group import COMMANDS, WRITING
 from packforcing.checkpoints.published import PARTS
+from packforcing.errors import BackendError
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.rollout import Rollout
 from tests.helpers import PROMPT, run
@@ -273,3 +274,18 @@ def test_an_interrupt_in_a_callback_that_drops_exceptions_is_not_lost(monkeypatc
     assert result.exit_code == 128 + signal.SIGTERM
     last = "terminated: no unfinished file has its final name"
     assert result.stderr.strip() == last and capfd.readouterr() == ("", "")
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_is_an_interrupt(monkeypatch):
+    """As ONNX Runtime does while it is loaded: "initialization failed"."""
+
+    def diagnose(folder: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise BackendError("initialization failed") from None
+
+    monkeypatch.setattr("packforcing.runtime.doctor.diagnose", diagnose)
+    result = run("doctor")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted: no unfinished file has its final name\n"
