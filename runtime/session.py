@@ -151,6 +151,10 @@ class Session:
 
         Args:
             threads: Those that an unfinished render began with; None: one for each core.
+
+        Raises:
+            BundleError: The bundle was replaced or damaged meanwhile; the session is closed then.
+            BackendError: The session is closed, or the backend cannot be used any more.
         """
         if threads is None:
             threads = self._default_threads
@@ -160,7 +164,9 @@ class Session:
                 self.rollout, self._video = None, None
                 self.backend.close()  # first, as two would not fit into memory
                 self.backend.graphs.clear()
+                self._closed = True  # unless they load
                 self.backend = self._load(threads)
+                self._closed = False
 
     def pause(self) -> None:
         """Begin no further block before `proceed` or `stop`."""

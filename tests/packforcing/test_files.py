@@ -238,7 +238,9 @@ def test_names_that_windows_takes_for_something_else_are_refused_there(tmp_path,
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["null.mp4", "console", "com10.mp4", "com.mp4", "a.nul", ".aux", "..", "."])
+@pytest.mark.parametrize(
+    "name", ["null.mp4", "console", "com10.mp4", "com.mp4", "a.nul", ".aux", "..", "."]
+)
 def test_names_that_look_like_those_are_names(monkeypatch, name):
     monkeypatch.setattr(sys, "platform", "win32")
     files.check_name(Path(name))

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from packforcing.errors import RenderStopped, ResumeError
+from packforcing.errors import BackendError, BundleError, RenderStopped, ResumeError
 from packforcing.runtime import Session, render_record
 from tests.helpers import PROMPT, frames_of, render, stop_after
 
@@ -51,6 +51,17 @@ def test_a_resumed_render_has_the_threads_it_began_with(tiny_bundle, begun, monk
         interrupt(session, path.with_name("b.mkv"))
         assert session.backend.threads == 1
     assert record_of(path.with_name("b.mkv")) == "onnxruntime, 1 threads, the CPU"
+
+
+def test_a_bundle_that_is_gone_closes_the_session(tiny_bundle, begun, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    with Session.open(bundle) as session:
+        (bundle / "denoiser.onnx").unlink()
+        with pytest.raises(BundleError, match="denoiser"):
+            render(session, begun[0], resume=True)
+        with pytest.raises(BackendError, match="the session is closed"):
+            session.stream(PROMPT, 1)
 
 
 def test_another_number_that_was_chosen_is_refused(tiny_bundle, begun):
