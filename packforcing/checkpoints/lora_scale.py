@@ -21,6 +21,7 @@ import msgspec
 import torch
 from safetensors import safe_open
 
+from packforcing.checkpoints.containers import container
 from packforcing.checkpoints.lora_formulas import rank_of
 from packforcing.checkpoints.lora_names import parse_piece
 from packforcing.checkpoints.names import diffusers_name
@@ -336,14 +337,13 @@ def _first_name(pieces: Tensors) -> str:
 
 def _read_metadata(path: Path) -> Mapping[str, Any]:
     """Read what a file holds beside tensors: safetensors' metadata, or entries of a checkpoint."""
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if not is_zip:
+    kind = container(path)
+    if kind == "safetensors":
         with safe_open(path, "pt") as tensors:
             return tensors.metadata() or {}
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(content, Mapping):
+    if kind != "torch":
         return {}
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return {
         str(name): value
         for name, value in content.items()

@@ -50,6 +50,7 @@ def scale_of(weights, path) -> float:
         (16.0, kohya_metadata(ss_network_args='{"rs_lora": "True"}'), None, 4.0),
         (6.0, kohya_metadata("Dynamic", "Dynamic"), None, 1.5),  # resize_lora.py
         (6.0, kohya_metadata("None", "None"), None, 1.5),
+        (None, kohya_metadata("4.0", "6"), None, 1.5),
         (
             None,
             {"ot_config": '{"lora_rank": 4, "lora_alpha": 2.0, "peft_type": "LORA"}'},
