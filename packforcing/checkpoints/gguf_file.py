@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -172,7 +172,7 @@ class _Cursor:
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self.path, self.content, self.position = path, content, 0
 
-    def fail(self, problem: str) -> None:
+    def fail(self, problem: str) -> NoReturn:
         raise CheckpointError(f"{self.path} is damaged or cut off ({one_line(problem)}): {AGAIN}")
 
     def skip(self, size_bytes: int) -> int:
@@ -190,7 +190,10 @@ class _Cursor:
     def text(self) -> str:
         length = self.scalar("Q")
         begin = self.skip(length)
-        return self.content[begin : begin + length].decode("utf-8", "replace")
+        try:
+            return self.content[begin : begin + length].decode()
+        except UnicodeDecodeError:
+            self.fail(f"a name at {begin} is not UTF-8")
 
     def value(self, kind: int, depth: int = 0) -> Any:
         """Read a value; of arrays of numbers the first 16, of others nothing."""
