@@ -113,7 +113,7 @@ def rename(rng: random.Random, w: Weights) -> Weights:
 
 
 def add(rng: random.Random, w: Weights) -> Weights:
-    name = rng.choice(["blocks.0.extra.weight", "blocks.9.ffn.0.bias", "head.other", "x.y.z"])
+    name = rng.choice(["blocks.0.extra.weight", "blocks.9.ffn.0.bias", "head.other", "head.x.y"])
     return w | {name: torch.zeros(rng.choice([(2,), (3, 4), (0,)]))}
 
 
