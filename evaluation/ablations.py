@@ -5,6 +5,8 @@ Each overrides one step of `packforcing.runtime.rollout.Rollout`; a session take
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from packforcing.config import Config
@@ -37,7 +39,7 @@ class LikenessRollout(Rollout):
 
     selections = ("likeness",)
 
-    def score(self, block: int, candidates: range) -> np.ndarray:
+    def score(self, block: int, candidates: Sequence[int]) -> np.ndarray:
         (own,) = self.archive.keys(range(block, block + 1))
         return likeness(own, self.archive.keys(candidates))
 

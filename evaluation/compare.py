@@ -283,7 +283,7 @@ def _render(
         nonlocal peak
         blocks.append(info)
         peak = max(peak, process.memory_info().rss)
-        on_share(info.frames / info.frames_total / 2)
+        on_share(info.frames / session.config.frames(seconds) / 2)
 
     video = job.video
     discard(video)  # of a comparison that was interrupted: every block is to be measured

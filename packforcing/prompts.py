@@ -22,12 +22,19 @@ video, whose first frames are trimmed as any video's are. From the cut on, the f
 bit-identical to those of the new prompt alone, except that random numbers, drawn for (seed, block,
 step), continue to count blocks from the beginning of the video.
 
-A switch that names none does what the model was published with: recompute for LongLive, keep for
-the others.
+A switch that names no history does what the model was published with: recompute for LongLive, keep
+for the others.
 
-A policy that restarts (CausVid's) does so before a switch of the first two kinds takes effect: the
-block that both rollouts share is generated under the old prompt, and `recompute` computes its keys
-and values again, as the only recent block there is.
+A switch may blend over several blocks (`over`): block i of n follows the embedding that is i/n of
+the way from what was followed before to the new prompt, row by row along the great circle between
+them, with lengths in proportion (spherical interpolation; rows that are zero or opposite are
+interpolated linearly). The n-th block and the later ones follow the new prompt itself. The history
+is kept or recomputed at each of the n blocks, as if each were a switch of its own. A later switch
+ends a blend where it is, and begins from there. A cut does not blend.
+
+A policy that restarts (CausVid's) does so before a switch takes effect, as a live switch may come
+at any time: the block that both rollouts share is generated under the old prompt, and `recompute`
+computes its keys and values again, as the only recent block there is.
 
 Free of torch.
 """
@@ -35,6 +42,7 @@ Free of torch.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,28 +56,45 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.embeddings import Embedding, check_embedding, load_embedding, pad_embedding
+from packforcing.embeddings import (
+    SUFFIX,
+    Embedding,
+    check_embedding,
+    load_embedding,
+    pad_embedding,
+    save_embedding,
+)
 from packforcing.errors import PromptError
+from packforcing.files import write_file
 from packforcing.presets import switch_history
 from packforcing.text_files import decode_text
 from packforcing.words import encode_words
 
 History = Literal["keep", "recompute", "cut"]
 MAX_FILE_BYTES = 1 << 20  # of a schedule file
+MAX_BLEND = 10_000  # blocks that a switch is spread over
 
 Prompt: TypeAlias = str | np.ndarray | Embedding  # words, or an embedding, float [T, text_dim]
 
 
 @dataclass(frozen=True)
 class Switch:
-    """A change to another prompt at `time`, in seconds; the first of a schedule is at 0.
+    """A change to another prompt.
 
-    Without a `history`, it does to the history what the model was published with.
+    Attributes:
+        time: Seconds; the first switch of a schedule is at 0.
+        prompt: The new prompt.
+        history: What later blocks read of the past; None: what the model was published with.
+        over: Blocks that the change is spread over.
+        block: The block that it takes effect with, where that was recorded: `time` has to lead to
+            it. None where it was not.
     """
 
     time: float
     prompt: Prompt
     history: History | None = None
+    over: int = 1
+    block: int | None = None
 
     @property
     def effect(self) -> History:
@@ -79,12 +104,74 @@ class Switch:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A schedule in blocks, its prompts encoded."""
+    """A schedule in blocks, its prompts encoded.
 
-    blocks: int  # of the whole video
-    switches: dict[int, Switch]  # by the block they take effect with, in order; the first is 0.
-    # All but the first have a history.
-    embeddings: dict[int, np.ndarray]  # by the same block, float32 [1, text_len, text_dim]
+    Attributes:
+        blocks: Blocks of the whole video; None while it has no end.
+        switches: By the block they take effect with, in order; the first is 0. All but the first
+            have a history.
+        embeddings: By the first block that follows them, float32 [1, text_len, text_dim]. A switch
+            has one for each block that it is spread over.
+    """
+
+    blocks: int | None
+    switches: dict[int, Switch]
+    embeddings: dict[int, np.ndarray]
+
+    def follow(self, block: int, switch: Switch, embedding: np.ndarray) -> None:
+        """Put a switch into effect from a block on; what was to follow later is forgotten.
+
+        Args:
+            block: The first block that it takes effect with.
+            switch: The change.
+            embedding: Its prompt, float32 [1, text_len, text_dim].
+        """
+        for later in [other for other in self.switches if other >= block]:
+            del self.switches[later]
+        for later in [other for other in self.embeddings if other >= block]:
+            del self.embeddings[later]
+        before = self.embeddings[max(self.embeddings)] if self.embeddings else embedding
+        self.switches[block] = switch
+        for i in range(1, switch.over + 1):
+            self.embeddings[block + i - 1] = blend(before, embedding, i / switch.over)
+
+    def followed(self, block: int) -> np.ndarray:
+        """Return the embedding that a block follows."""
+        return self.embeddings[max(first for first in self.embeddings if first <= block)]
+
+    def history(self, block: int) -> History | None:
+        """Return what happens to the history before a block; None where no switch acts on it."""
+        if not block or block not in self.embeddings:
+            return None
+        return self.switches[max(first for first in self.switches if first <= block)].effect
+
+
+def blend(before: np.ndarray, after: np.ndarray, share: float) -> np.ndarray:
+    """Interpolate between two embeddings: spherically by direction, linearly by length.
+
+    Args:
+        before: float32 [..., D].
+        after: The same shape.
+        share: 0 gives `before`, 1 gives `after`, both exactly.
+
+    Returns:
+        float32 of the same shape.
+    """
+    if share in (0, 1):
+        return after if share else before
+    rows = before.astype(np.float64), after.astype(np.float64)
+    lengths = [np.linalg.norm(part, axis=-1, keepdims=True) for part in rows]
+    tiny = np.finfo(np.float32).tiny
+    units = [part / np.maximum(length, tiny) for part, length in zip(rows, lengths)]
+    cosine = np.clip((units[0] * units[1]).sum(-1, keepdims=True), -1, 1)
+    angle = np.arccos(cosine)
+    sine = np.sin(angle)
+    spherical = (np.minimum(*lengths) > tiny) & (sine > 1e-6)
+    sine = np.where(spherical, sine, 1)
+    direction = (np.sin((1 - share) * angle) * units[0] + np.sin(share * angle) * units[1]) / sine
+    length = (1 - share) * lengths[0] + share * lengths[1]
+    straight = (1 - share) * rows[0] + share * rows[1]
+    return np.where(spherical, direction * length, straight).astype(np.float32)
 
 
 Prompts: TypeAlias = Prompt | Sequence[Switch] | Timeline
@@ -117,16 +204,18 @@ def as_schedule(prompts: Prompts) -> Sequence[Switch]:
     return [Switch(0, prompts)]
 
 
-def plan_switches(prompts: Prompts, config: Config, frames: int) -> tuple[int, dict[int, Switch]]:
+def plan_switches(
+    prompts: Prompts, config: Config, frames: int | None
+) -> tuple[int | None, dict[int, Switch]]:
     """Find the block with which each switch takes effect. Needs no text encoder.
 
     Args:
         prompts: One prompt or a schedule. Words are not looked at.
         config: The model.
-        frames: Pixel frames of the video.
+        frames: Pixel frames of the video; None: no end.
 
     Returns:
-        Blocks of the whole video, and the switches by block.
+        Blocks of the whole video, None without an end, and the switches by block.
 
     Raises:
         PromptError: A switch can never be followed, or an embedding has another shape than the
@@ -144,7 +233,12 @@ def plan_switches(prompts: Prompts, config: Config, frames: int) -> tuple[int, d
                     "the earlier prompt would never be followed: set the two further apart"
                 )
             block = config.blocks(frame, scenes) if switches else 0
-            if block >= config.blocks(frames, scenes):
+            if switch.block not in (None, block):
+                raise PromptError(
+                    f"{switch.time:g} s is block {block} of this model, block {switch.block} was "
+                    "recorded: use the bundle that it was recorded with, or leave out 'block'"
+                )
+            if frames is not None and block >= config.blocks(frames, scenes):
                 raise PromptError(
                     f"no block begins between {switch.time:g} s and the end of the video at "
                     f"{frames / config.fps:g} s: set the switch earlier, or make the video longer"
@@ -157,17 +251,17 @@ def plan_switches(prompts: Prompts, config: Config, frames: int) -> tuple[int, d
         scenes += switch.history == "cut"
     if not switches:
         raise PromptError("the schedule is empty: begin it with a prompt at time 0")
-    return config.blocks(frames, scenes), switches
+    return None if frames is None else config.blocks(frames, scenes), switches
 
 
-def plan_prompts(prompts: Prompts, config: Config, frames: int) -> Timeline:
+def plan_prompts(prompts: Prompts, config: Config, frames: int | None) -> Timeline:
     """Plan a schedule in blocks and encode each of its prompts, once.
 
     Args:
         prompts: One prompt, a schedule, or a timeline planned before, which is checked again
             and returned.
         config: The model.
-        frames: Pixel frames of the video.
+        frames: Pixel frames of the video; None: no end.
 
     Raises:
         PromptError: What `plan_switches` and `encode_prompt` raise. The message names the switch.
@@ -180,11 +274,11 @@ def plan_prompts(prompts: Prompts, config: Config, frames: int) -> Timeline:
         ):
             raise PromptError("the timeline was planned for another video: plan it again")
         return prompts
-    embeddings = {}
+    timeline = Timeline(blocks, {}, {})
     for number, (block, switch) in enumerate(switches.items(), 1):
         with _naming_switch(prompts, number):
-            embeddings[block] = encode_prompt(switch.prompt, config)
-    return Timeline(blocks, switches, embeddings)
+            timeline.follow(block, switch, encode_prompt(switch.prompt, config))
+    return timeline
 
 
 @contextmanager
@@ -198,7 +292,9 @@ def _naming_switch(prompts: Prompts, number: int) -> Iterator[None]:
         raise
 
 
-def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, frames: int) -> None:
+def _check_switch(
+    switch: Switch, earlier: dict[int, Switch], config: Config, frames: int | None
+) -> None:
     """Raise `PromptError` unless a switch can follow the earlier ones, whatever the blocks are."""
     if (
         not (isinstance(switch, Switch) and isinstance(switch.time, Real))
@@ -206,19 +302,36 @@ def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, fr
         or switch.time > sys.float_info.max
     ):
         raise PromptError(f"a schedule lists Switch(seconds, prompt), not {switch!r:.50}")
-    if switch.history not in (None, *get_args(History)):
-        names = ", ".join(get_args(History))
-        raise PromptError(f"history must be one of {names}, not '{switch.history}'")
+    check_switch(switch, config)
     if not earlier and switch.time != 0:
         raise PromptError(f"the first prompt must begin at time 0, not at {switch.time:g}")
     if not earlier and switch.history not in (None, "keep"):
         raise PromptError(f"the first prompt has no history to {switch.history}")
-    end = frames / config.fps
+    if not earlier and switch.over != 1:
+        raise PromptError("the first prompt has no earlier one to blend with: leave out 'over'")
+    end = math.inf if frames is None else frames / config.fps
     if not 0 <= switch.time < end:
         raise PromptError(f"{switch.time:g} s is outside of the video, which ends at {end:g} s")
     latest = max((other.time for other in earlier.values()), default=-1.0)
     if switch.time <= latest:
         raise PromptError(f"times must rise, but {switch.time:g} s follows {latest:g} s")
+
+
+def check_switch(switch: Switch, config: Config) -> None:
+    """Check all of a switch but its time. Words are not looked at.
+
+    Raises:
+        PromptError: It cannot be followed at any time.
+    """
+    if switch.history not in (None, *get_args(History)):
+        names = ", ".join(get_args(History))
+        raise PromptError(f"history must be one of {names}, not '{switch.history}'")
+    if not isinstance(switch.over, int) or not 1 <= switch.over <= MAX_BLEND:
+        raise PromptError(f"over must be from 1 to {MAX_BLEND} blocks; it is {switch.over!r:.20}")
+    if switch.history == "cut" and switch.over != 1:
+        raise PromptError(
+            "a cut leaves nothing to blend with: leave out 'over', or keep the history"
+        )
     rows = switch.prompt.text if isinstance(switch.prompt, Embedding) else switch.prompt
     if isinstance(rows, np.ndarray):
         check_embedding(rows, config)
@@ -226,11 +339,13 @@ def _check_switch(switch: Switch, earlier: dict[int, Switch], config: Config, fr
         raise PromptError(f"a prompt must be words or an embedding, not {rows!r:.50}")
 
 
-class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+class _Entry(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     time: float
     prompt: str | None = None
     embedding: str | None = None
     history: History | None = None
+    over: int = 1
+    block: int | None = None
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -242,7 +357,8 @@ def read_schedule(path: str | os.PathLike[str]) -> list[Switch]:
 
     Args:
         path: The file. It has a table [[switch]] per prompt: `time` in seconds, `prompt`, or
-            `embedding` with the name of a file beside this one, and optionally `history`.
+            `embedding` with the name of a file beside this one, and optionally `history`, `over`
+            and `block`.
 
     Raises:
         PromptError: The file is missing, too large or not such a list.
@@ -263,5 +379,30 @@ def read_schedule(path: str | os.PathLike[str]) -> list[Switch]:
         if (entry.prompt is None) == (entry.embedding is None):
             raise PromptError(f"{path}: switch {number} needs either 'prompt' or 'embedding'")
         prompt = load(entry.embedding) if entry.prompt is None else entry.prompt
-        switches.append(Switch(entry.time, prompt, entry.history))
+        switches.append(Switch(entry.time, prompt, entry.history, entry.over, entry.block))
     return switches
+
+
+def write_schedule(path: str | os.PathLike[str], switches: Sequence[Switch]) -> None:
+    """Write a schedule that `read_schedule` reads.
+
+    Args:
+        path: The TOML file. Embeddings are written beside it, under its name and their number.
+        switches: The schedule.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    path = Path(path)
+    entries = []
+    for number, switch in enumerate(switches, 1):
+        prompt = switch.prompt
+        entry = _Entry(switch.time, history=switch.history, over=switch.over, block=switch.block)
+        if isinstance(prompt, str):
+            entry.prompt = prompt
+        else:
+            entry.embedding = f"{path.stem}-{number}{SUFFIX}"
+            rows = prompt if isinstance(prompt, Embedding) else Embedding(prompt, "", "", "")
+            save_embedding(path.with_name(entry.embedding), rows)
+        entries.append(entry)
+    write_file(path, msgspec.toml.encode(_File(entries)))

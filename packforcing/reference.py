@@ -127,8 +127,7 @@ def rollout(
 
         latents, read = unpatchify(x, config.grid, config.patch), [scene + mid for mid in selected]
         block, frames, query, state = commit_block(model, call, start, len(history), latents, state)
-        goes_on = index + 1 < blocks and switches.get(index + 1, (text, "keep"))[1] != "cut"
-        if goes_on and len(history) + 1 == policy.restart:
+        if index + 1 < blocks and len(history) + 1 == policy.restart:
             state, history, selected, scene = model.autoencoder.decoder_state(), [], [], index
             generated = 0
             call, start = denoiser_call(model, cross, history, selected)

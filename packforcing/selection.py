@@ -13,6 +13,8 @@ key as the query and subtracts the mean of all keys.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import numpy as np
 
 from packforcing.config import Policy
@@ -78,3 +80,26 @@ def select(
         return np.sort(rng.choice(candidates, count, replace=False))
     assert scores is not None
     return np.sort(candidates[np.argsort(scores, kind="stable")[len(candidates) - count :]])
+
+
+def evict(blocks: Sequence[int], needed: Collection[int]) -> int:
+    """Choose the block that a full archive gives up: the one that leaves the smallest gap.
+
+    The archive so thins out evenly: what it holds spans the whole past, ever more coarsely. Of
+    equal gaps the older one is closed. The first block is never given up.
+
+    Args:
+        blocks: The stored blocks, ascending.
+        needed: Blocks that are not given up; fewer than there are blocks.
+
+    Returns:
+        A block out of `blocks`.
+    """
+    gaps = {
+        after - before: block
+        for before, block, after in reversed([*zip(blocks, blocks[1:], blocks[2:])])
+        if block not in needed
+    }
+    if gaps:
+        return gaps[min(gaps)]
+    return next(block for block in blocks if block not in needed)

@@ -108,7 +108,10 @@ class Cache:
 
     def select_mids(self, blocks: Sequence[int]) -> list[tuple[int, int]]:
         """Select archived blocks to read; return (block, first token) of each slot to fill."""
-        assert set(blocks) <= set(self.candidates()) and len(blocks) <= self.config.policy.mid
+        candidates = self.candidates()
+        assert (
+            all(block in candidates for block in blocks) and len(blocks) <= self.config.policy.mid
+        )
         assert len(blocks) >= len(self.mids)  # candidates only grow, so the prefix stays whole
         entering = [block for block in blocks if block not in self.mids]
         fill = []

@@ -18,6 +18,7 @@ import numpy as np
 
 from packforcing.errors import BackendError
 from packforcing.extras import optional_imports
+from packforcing.runtime import dlpack
 from packforcing.runtime.nvml import driver, gpus
 from packforcing.units import format_gib
 
@@ -34,6 +35,7 @@ class Array:
         dtype: Its dtype.
         host_view: The host's view of it; None where host code never reads or writes it.
         owner: Keeps the allocation alive.
+        device: DLPack's type and number of the device.
     """
 
     address: int
@@ -41,6 +43,14 @@ class Array:
     dtype: np.dtype
     host_view: np.ndarray | None
     owner: object = field(repr=False)
+    device: tuple[int, int] = (dlpack.CPU, 0)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, *, stream: int | None = None, **_: object) -> object:
+        """Lend the memory; it is ready, whatever stream the consumer works in."""
+        return dlpack.capsule(self.address, self.shape, self.dtype, self.device, self.owner)
 
     @property
     def host(self) -> np.ndarray:
@@ -69,9 +79,19 @@ class Array:
         address = self.address + position * part_bytes
         return replace(self, address=address, shape=shape, host_view=host_view)
 
+    def rows(self, first: int, stop: int) -> Array:
+        """Return the part from one leading index to another: `array[first:stop]`."""
+        row_bytes = self.nbytes // self.shape[0]
+        return replace(
+            self,
+            address=self.address + first * row_bytes,
+            shape=(stop - first, *self.shape[1:]),
+            host_view=None if self.host_view is None else self.host_view[first:stop],
+        )
+
     def on_host(self) -> Array:
         """Return the host's view as an array, for graphs that run on the host."""
-        return replace(self, address=self.host.ctypes.data)
+        return replace(self, address=self.host.ctypes.data, device=(dlpack.CPU, 0))
 
 
 class HostDevice:
@@ -88,6 +108,20 @@ class HostDevice:
     def host(self) -> HostDevice:
         """The device for memory that only the host needs."""
         return self
+
+    def use(self) -> None:
+        """Make it the device of the calling thread."""
+
+    def require(self, needed_bytes: int, what: str) -> None:
+        """Check that so much device memory is free.
+
+        Args:
+            needed_bytes: Bytes that will be allocated.
+            what: The subject of the message, like "the demo model".
+
+        Raises:
+            BackendError: Less is free. The host's memory is checked with the request instead.
+        """
 
     def allocate(
         self, purpose: str, shape: tuple[int, ...], dtype: Any, *, host: bool = False
@@ -147,12 +181,14 @@ class HostDevice:
 
 
 class CudaDevice(HostDevice):
-    """The first visible NVIDIA GPU, with one stream; host views are pinned memory.
+    """A visible NVIDIA GPU, with one stream; host views are pinned memory.
 
     Args:
         extra: The extra that installs CUDA's bindings for the backend in use.
+        number: The GPU's, among the visible ones.
 
     Attributes:
+        number: The GPU's.
         name: The GPU's name.
         target: Its compute capability, as engines name it: sm89 is 8.9.
         stream: The stream's handle.
@@ -162,17 +198,20 @@ class CudaDevice(HostDevice):
         MissingDependency: CUDA's bindings are not installed.
     """
 
-    def __init__(self, extra: str = "tensorrt-rtx") -> None:
+    def __init__(self, extra: str = "tensorrt-rtx", number: int = 0) -> None:
         super().__init__()
         self._cuda = cuda = _cuda_runtime(extra)
-        self._host = HostDevice()
+        count = self._call("cudaGetDeviceCount")
+        if not 0 <= number < count:
+            raise BackendError(f"there is no GPU {number}: the visible ones are 0 to {count - 1}")
+        self._host, self.number = HostDevice(), number
         major, minor = (
-            self._call("cudaDeviceGetAttribute", getattr(cuda.cudaDeviceAttr, name), 0)
+            self._call("cudaDeviceGetAttribute", getattr(cuda.cudaDeviceAttr, name), number)
             for name in ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
         )
         self.target = f"sm{major}{minor}"
-        self.name = self._call("cudaGetDeviceProperties", 0).name.decode()
-        self._call("cudaSetDevice", 0)
+        self.name = self._call("cudaGetDeviceProperties", number).name.decode()
+        self.use()
         self.stream = int(self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking))
         self._end = weakref.finalize(self, cuda.cudaStreamDestroy, self.stream)
         self._end.atexit = False
@@ -181,21 +220,15 @@ class CudaDevice(HostDevice):
     def host(self) -> HostDevice:
         return self._host
 
+    def use(self) -> None:
+        self._call("cudaSetDevice", self.number)
+
     def free_memory(self) -> tuple[int, int]:
         """Return the bytes of device memory that are free now, and all."""
         free_bytes, total_bytes = self._call("cudaMemGetInfo")
         return free_bytes, total_bytes
 
     def require(self, needed_bytes: int, what: str) -> None:
-        """Check that so much device memory is free.
-
-        Args:
-            needed_bytes: Bytes that will be allocated.
-            what: The subject of the message, like "the demo model".
-
-        Raises:
-            BackendError: Less is free.
-        """
         free_bytes, total_bytes = self.free_memory()
         if needed_bytes > free_bytes:
             raise BackendError(
@@ -215,7 +248,7 @@ class CudaDevice(HostDevice):
         weakref.finalize(owner, self._cuda.cudaFree, address).atexit = False
         self._count(purpose, size, owner)
         host_view = self._pinned(purpose, shape, dtype) if host else None
-        return Array(address, shape, dtype, host_view, owner)
+        return Array(address, shape, dtype, host_view, owner, (dlpack.CUDA, self.number))
 
     def _pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Allocate pinned host memory: copies to and from it run at full speed."""

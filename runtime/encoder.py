@@ -15,12 +15,13 @@ from packforcing.runtime.request import start_blocks
 Encode = Callable[[Iterable[np.ndarray]], Iterator[np.ndarray]]
 
 
-def bind_encoder(graph: LoadedGraph, arrays: Arrays) -> Encode:
+def bind_encoder(graph: LoadedGraph, arrays: Arrays, before_call: Callable[[], None]) -> Encode:
     """Bind the graph `vae_encoder`.
 
     Args:
         graph: The graph, on the host.
         arrays: What `encoder_arrays` allocates.
+        before_call: Called before each call of the graph; what it raises ends the encoding.
 
     Returns:
         A function that encodes a clip, beginning with an empty past. It takes frames
@@ -40,6 +41,7 @@ def bind_encoder(graph: LoadedGraph, arrays: Arrays) -> Encode:
             state[...] = 0
         for part in clip:
             frames[...] = part
+            before_call()
             call()
             yield latent[0]
             for state, new_state in states:
@@ -48,7 +50,13 @@ def bind_encoder(graph: LoadedGraph, arrays: Arrays) -> Encode:
     return encode
 
 
-def encode_start(config: Config, graph: LoadedGraph, clip: np.ndarray, blocks: int) -> np.ndarray:
+def encode_start(
+    config: Config,
+    graph: LoadedGraph,
+    clip: np.ndarray,
+    blocks: int | None,
+    before_call: Callable[[], None],
+) -> np.ndarray:
     """Encode the frames that a video begins with.
 
     Args:
@@ -56,7 +64,8 @@ def encode_start(config: Config, graph: LoadedGraph, clip: np.ndarray, blocks: i
         graph: The graph `vae_encoder`.
         clip: uint8 RGB [T, H, W, 3]. Whole blocks of it are used; a shorter clip holds its last
             frame.
-        blocks: Blocks of the video.
+        blocks: Blocks of the video; None: no end.
+        before_call: Called before each call of the graph; what it raises ends the encoding.
 
     Returns:
         Clean latents of at most `blocks` blocks, float32 [start blocks, B_f, C, h, w].
@@ -66,6 +75,6 @@ def encode_start(config: Config, graph: LoadedGraph, clip: np.ndarray, blocks: i
     frames = np.arange(first, first + latents * TEMPORAL_FACTOR)
     clip = clip[np.clip(frames, 0, len(clip) - 1)]
     groups = clip.reshape(latents, TEMPORAL_FACTOR, *clip.shape[1:]).transpose(0, 1, 4, 2, 3)
-    encode = bind_encoder(graph, encoder_arrays(config, HostDevice()))
+    encode = bind_encoder(graph, encoder_arrays(config, HostDevice()), before_call)
     encoded = [latent.copy() for latent in encode(group / np.float32(255) for group in groups)]
     return np.stack(encoded).reshape(-1, config.block_frames, *encoded[0].shape)

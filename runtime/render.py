@@ -17,6 +17,7 @@ from packforcing.config import Config
 from packforcing.errors import RenderStopped
 from packforcing.prompts import History, Timeline
 from packforcing.runtime.allocations import archive_bytes
+from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
 from packforcing.runtime.plan import LONGEST
@@ -28,7 +29,7 @@ from packforcing.runtime.resume import (
     snapshot_interval,
     unfinished_record,
 )
-from packforcing.runtime.video import BlockInfo
+from packforcing.runtime.video import BlockInfo, Video, stream_video
 from packforcing.sampler import describe_steps
 
 if TYPE_CHECKING:
@@ -142,17 +143,28 @@ class _FolderRecorder:
 
 def render_video(
     session: Session,
-    request: VideoRequest,
+    video: Video,
     path: str | os.PathLike[str],
     *,
     on_block: Callable[[BlockInfo], None] | None,
     resume: bool,
     checkpoint_seconds: float,
 ) -> RenderSummary:
-    """Render a video into a file; `Session.render` describes arguments and errors."""
+    """Render a video into a file; `Session.render` describes arguments and errors.
+
+    Args:
+        session: Has the graphs.
+        video: Has an end, and has not begun.
+        path: The output.
+        on_block: Called after each block.
+        resume: Continue an interrupted render, if there is one.
+        checkpoint_seconds: Seconds of video between two snapshots.
+    """
     from packforcing.runtime.video_files import check_output
 
-    config, timeline = session.config, request.timeline
+    request, timeline = video.request, video.request.timeline
+    assert request.frames is not None and timeline.blocks is not None
+    config = session.config
     session.use_threads(_recorded_threads(path) if resume else None)
     stopwatch = _Stopwatch(session)
     checkpoint_seconds = check_number(
@@ -166,8 +178,9 @@ def render_video(
         length = request.frames, timeline.blocks
         with render_folder(path, config, fields, *length, resume) as render:
             frames_resumed = frames_before(render.record.block, timeline, config)
+            video.record(_FolderRecorder(render))
             try:
-                _write_segments(session, request, render, on_block, stopwatch)
+                _write_segments(video, render, config, on_block, stopwatch)
             except RenderStopped as error:
                 raise RenderStopped(f"{error}; {render.remedy}") from None
             stopwatch.seconds_video += _join_segments(render, path, config, timeline.blocks)
@@ -181,15 +194,18 @@ def render_video(
         seconds_recovered=stopwatch.seconds_before,
         seconds_graphs=stopwatch.seconds_graphs,
         seconds_video=stopwatch.seconds_video,
-        archive_bytes=archive_bytes(config, timeline.blocks),
+        archive_bytes=archive_bytes(
+            config,
+            config.policy.sink + stored_blocks(config, timeline.blocks, request.archive_limit),
+        ),
         prompts=_switch_infos(timeline, config),
     )
 
 
 def _write_segments(
-    session: Session,
-    request: VideoRequest,
+    video: Video,
     render: RenderFolder,
+    config: Config,
     on_block: Callable[[BlockInfo], None] | None,
     stopwatch: _Stopwatch,
 ) -> None:
@@ -203,17 +219,18 @@ def _write_segments(
         if on_block:
             on_block(info)
 
-    config = session.config
-    stream = session.stream_request(request, after_block, _FolderRecorder(render))
-    for block in range(render.record.block, request.timeline.blocks, render.interval):
+    blocks = video.request.timeline.blocks
+    assert blocks is not None
+    stream = stream_video(video, after_block)
+    for block in range(render.record.block, blocks, render.interval):
         part = islice(stream, render.interval)
         first = next(part)  # the snapshot before it is saved before the segment's file is open
         segment = render.segment(block)
         size = config.width, config.height, config.fps
-        with open_video(segment, *size, render.remedy) as video:
+        with open_video(segment, *size, render.remedy) as file:
             for frames in chain((first,), part):
                 began = time.perf_counter()
-                video.write(frames)
+                file.write(frames)
                 stopwatch.seconds_video += time.perf_counter() - began
                 if latest[0].recovered:
                     stopwatch.begin_again(latest[0].frames)
@@ -243,7 +260,9 @@ def _request_fields(
 
     config, own = session.config, session.manifest.config
     other_steps = describe_steps(config) != describe_steps(own)  # not named by older releases
+    limit = request.archive_limit
     return {
+        **({} if limit is None else {"archive": f"{limit} blocks"}),
         "output": segment_suffix(path),
         "frames": str(request.frames),
         "seed": str(request.seed),
@@ -277,8 +296,8 @@ def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
 
 def _digest_prompts(timeline: Timeline) -> str:
     lines = [
-        f"{block} {switch.effect} {_digest(timeline.embeddings[block])}"
-        for block, switch in timeline.switches.items()
+        f"{block} {timeline.history(block) or 'keep'} {_digest(embedding)}"
+        for block, embedding in timeline.embeddings.items()
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

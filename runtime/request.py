@@ -12,7 +12,7 @@ from packforcing.errors import ConfigError
 from packforcing.machine import total_memory
 from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
-from packforcing.runtime.archive import IN_MEMORY
+from packforcing.runtime.archive import IN_MEMORY, stored_blocks
 from packforcing.runtime.arguments import check_integer, check_number, check_type
 from packforcing.runtime.plan import LONGEST
 from packforcing.units import format_memory
@@ -20,22 +20,77 @@ from packforcing.units import format_memory
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A checked request for one video."""
+    """A checked request for one video.
+
+    Attributes:
+        timeline: When it follows which prompt.
+        frames: Its length; None: no end.
+        seed: Of the noise.
+        start: Frames that it begins with, uint8 RGB [T, H, W, 3].
+        archive_limit: Blocks that the archive holds at most; None: all.
+    """
 
     timeline: Timeline
-    frames: int
+    frames: int | None
     seed: int
-    start: np.ndarray | None  # frames that the video begins with, uint8 RGB [T, H, W, 3]
+    start: np.ndarray | None = None
+    archive_limit: int | None = None
 
 
-def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) -> Timeline:
+def make_request(
+    manifest_config: Config,
+    policy: Policy,
+    prompt: Prompts,
+    seconds: float | None,
+    seed: int,
+    start: np.ndarray | None = None,
+    archive_limit: int | None = None,
+) -> VideoRequest:
+    """Check what a video is asked to be, and encode its prompts.
+
+    Args:
+        manifest_config: Of the bundle.
+        policy: The policy that the video is made under.
+        prompt: As for `check_request`.
+        seconds: Length of the video; None: no end. The prompt is then a single one.
+        seed: Of the noise.
+        start: Frames that it begins with.
+        archive_limit: Blocks that the archive holds at most. None: all, or those that fit into
+            `IN_MEMORY` where the video has no end.
+
+    Raises:
+        PromptError: A prompt or a switch cannot be followed.
+        ConfigError: Length, seed, start frames or limit are impossible, or memory is too small.
+    """
+    config = msgspec.structs.replace(manifest_config, policy=policy)
+    timeline = check_request(config, prompt, seconds, seed)
+    clip = None if start is None else check_start(config, start, timeline)
+    archive_limit = _check_archive_limit(config, archive_limit, endless=seconds is None)
+    check_memory(manifest_config, policy, timeline.blocks, archive_limit)
+    return VideoRequest(timeline, _frames(config, seconds), check_seed(seed), clip, archive_limit)
+
+
+def _check_archive_limit(config: Config, limit: int | None, *, endless: bool) -> int | None:
+    """Return the limit of an archive, or raise `ConfigError` where it is too small."""
+    policy = config.policy
+    least = policy.mid + policy.recent + 1  # what is read, what will be, and one to give up
+    if limit is None:
+        row_bytes = max(1, archive_bytes(config, policy.sink + 1))
+        return max(least, IN_MEMORY // row_bytes) if endless else None
+    bounds = (
+        f"{least} blocks or more ({policy.mid} to read, {policy.recent} that will be, one more)"
+    )
+    return check_integer("archive_limit", limit, least, 2**63, bounds)
+
+
+def check_request(config: Config, prompt: Prompts, seconds: float | None, seed: int) -> Timeline:
     """Check a request and encode its prompts, each once. Needs no graph.
 
     Args:
         config: Of the bundle.
         prompt: Words, where the model's text encoder is "words", an embedding, a schedule of
             them, or the result of an earlier call for the same video.
-        seconds: Length of the video.
+        seconds: Length of the video; None: no end, for a single prompt.
         seed: Of the noise.
 
     Returns:
@@ -47,14 +102,17 @@ def check_request(config: Config, prompt: Prompts, seconds: float, seed: int) ->
         ConfigError: The length or the seed is impossible.
     """
     check_schedule(config, prompt, seconds, seed)
-    return plan_prompts(prompt, config, config.frames(check_seconds(config, seconds)))
+    return plan_prompts(prompt, config, _frames(config, seconds))
 
 
-def check_schedule(config: Config, prompt: Prompts, seconds: float, seed: int) -> None:
+def check_schedule(config: Config, prompt: Prompts, seconds: float | None, seed: int) -> None:
     """Check what `check_request` does, except the words of prompts. Needs no text encoder."""
-    seconds = check_seconds(config, seconds)
     check_seed(seed)
-    plan_switches(prompt, config, config.frames(seconds))
+    plan_switches(prompt, config, _frames(config, seconds))
+
+
+def _frames(config: Config, seconds: float | None) -> int | None:
+    return None if seconds is None else config.frames(check_seconds(config, seconds))
 
 
 def check_seconds(config: Config, seconds: float) -> float:
@@ -71,19 +129,25 @@ def check_seed(seed: int) -> int:
     return check_integer("seed", seed, 0, 2**64 - 1, "from 0 to 2^64 - 1, an integer")
 
 
-def check_memory(config: Config, policy: Policy, blocks: int) -> None:
+def check_memory(
+    config: Config, policy: Policy, blocks: int | None, archive_limit: int | None = None
+) -> None:
     """Refuse a video that this machine's memory cannot hold, like a long one under full history.
 
     Args:
         config: Of the bundle.
         policy: The policy that the video is made under.
-        blocks: Blocks of the video.
+        blocks: Blocks of the video; None: no end.
+        archive_limit: Blocks that the archive holds at most; None: all.
 
     Raises:
         ConfigError: The machine has less memory.
     """
-    config = msgspec.structs.replace(config, policy=policy.fit_to_video(blocks, config.policy))
-    archive = min(archive_bytes(config, blocks), IN_MEMORY)
+    if blocks is not None:
+        policy = policy.fit_to_video(blocks, config.policy)
+    config = msgspec.structs.replace(config, policy=policy)
+    rows = stored_blocks(config, blocks, archive_limit)
+    archive = min(archive_bytes(config, policy.sink + rows), IN_MEMORY)
     needed_bytes = sum(memory_by_purpose(config).values()) + archive
     machine_bytes = total_memory()
     if needed_bytes > machine_bytes:
@@ -125,13 +189,13 @@ def check_start(config: Config, start: np.ndarray, timeline: Timeline) -> np.nda
     return clip
 
 
-def start_blocks(config: Config, frames: int, blocks: int) -> int:
-    """Count the blocks that start frames fill in a video of `blocks` blocks.
+def start_blocks(config: Config, frames: int, blocks: int | None) -> int:
+    """Count the blocks that start frames fill in a video of `blocks` blocks; None: no end.
 
     As in Wan, the first latent frame stands for one pixel frame, each later one for four.
     """
     whole = (1 + (frames - 1) // TEMPORAL_FACTOR) // config.block_frames
-    return min(max(1, whole), blocks)
+    return max(1, whole) if blocks is None else min(max(1, whole), blocks)
 
 
 def is_cut(timeline: Timeline, block: int) -> bool:

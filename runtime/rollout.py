@@ -7,7 +7,8 @@ Steps read the history; commit changes it, and so does a prompt switch between t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,12 +19,50 @@ from packforcing.errors import BackendError, ConfigError
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.runtime.archive import Archive
-from packforcing.runtime.backends import Backend
+from packforcing.runtime.backends import Backend, LoadedGraph
 from packforcing.runtime.buffers import Arrays, Buffers
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array
+from packforcing.runtime.encoder import bind_encoder
 from packforcing.sampler import advance, denoising_steps, draw_noise
 from packforcing.selection import affinity, select
+
+
+class Hooks:
+    """Calls a video's methods while its blocks are made, as long as there is a video."""
+
+    def __init__(self) -> None:
+        self._before_call: Callable[[], Callable[[], None] | None] = _nothing
+        self._after_step: Callable[[], Callable[[int, int], None] | None] = _nothing
+
+    def connect(
+        self, before_call: Callable[[], None], after_step: Callable[[int, int], None]
+    ) -> None:
+        """Take two methods, to be called as long as their object lives.
+
+        Args:
+            before_call: Called before each call of a graph. What it raises ends the video.
+            after_step: Called with each denoising step, from 0 on, and their number.
+        """
+        # weakly: a video that its user drops is freed at once, with its buffers
+        self._before_call = weakref.WeakMethod(before_call)
+        self._after_step = weakref.WeakMethod(after_step)
+
+    def disconnect(self) -> None:
+        """Call nothing from now on."""
+        self._before_call = self._after_step = _nothing
+
+    def before_call(self) -> None:
+        if method := self._before_call():
+            method()
+
+    def after_step(self, step: int, steps: int) -> None:
+        if method := self._after_step():
+            method(step, steps)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Rollout:
@@ -31,6 +70,7 @@ class Rollout:
 
     Attributes:
         config: The bundle's, with the policy that is followed.
+        backend: Runs the graphs.
         device: Where the buffers are.
         buffers: All arrays; allocated once.
         cache: Which block sits where in the context. Counts from the first block of the scene.
@@ -39,6 +79,7 @@ class Rollout:
         first_generated: The scene's first block that is generated. Those before it are given: a
             start clip's, or the one that a restart shares with the rollout before.
         read: The archived blocks that the last block read, counted in the scene.
+        hooks: Called while blocks are made.
 
     Ablations (`packforcing.evaluation.ablations`) override `predict_flow`, `compress` and `score`.
     """
@@ -67,7 +108,7 @@ class Rollout:
                 f"selection '{policy.selection}' of mid blocks made of {policy.branches} branches "
                 "is an ablation: only 'packforcing compare' runs it"
             )
-        self.config, self.device = config, backend.device
+        self.config, self.backend, self.device = config, backend, backend.device
         self.buffers = buffers = Buffers(config, backend.device)
         # positions relative to a block's start: full, compressed in the mid pass, and as read
         self._grid = block_positions(config, 0)
@@ -75,22 +116,43 @@ class Rollout:
         self._read_centres = compressed_positions(config, 0, config.mid_span)
         self._context_positions = np.zeros((config.context_tokens, 3))
         graphs = backend.graphs
-        self._prompt = graphs["prompt"].bind(buffers.prompt)
-        self._denoise = graphs["denoiser"].bind(buffers.denoiser)
-        self._compress = graphs["compressor"].bind(buffers.compressor)
-        self._mid_pass = graphs["denoiser"].bind(buffers.mid_pass)
-        self._decode = [graphs["vae_decoder"].bind(arrays) for arrays in buffers.decoder]
+        self.hooks = Hooks()
+        self._prompt = self._bind(graphs["prompt"], buffers.prompt)
+        self._denoise = self._bind(graphs["denoiser"], buffers.denoiser)
+        self._compress = self._bind(graphs["compressor"], buffers.compressor)
+        self._mid_pass = self._bind(graphs["denoiser"], buffers.mid_pass)
+        self._decode = [self._bind(graphs["vae_decoder"], arrays) for arrays in buffers.decoder]
+        if buffers.encoder is not None:  # for a policy that restarts
+            encoder = graphs["vae_encoder"]
+            self.encode = bind_encoder(encoder, buffers.encoder, self.hooks.before_call)
 
-    def begin(self, text: np.ndarray, blocks: int, seed: int, folder: Path | None = None) -> None:
+    def _bind(self, graph: LoadedGraph, arrays: Arrays) -> Callable[[], None]:
+        hooks, call = self.hooks, graph.bind(arrays)  # not self: nothing here is to be a circle
+
+        def call_with_hook() -> None:
+            hooks.before_call()
+            call()
+
+        return call_with_hook
+
+    def begin(
+        self,
+        text: np.ndarray,
+        blocks: int | None,
+        seed: int,
+        folder: Path | None = None,
+        archive_limit: int | None = None,
+    ) -> None:
         """Begin a new video.
 
         Args:
             text: Prompt embedding, float32 [1, T, text_dim].
-            blocks: Blocks of the video at most.
+            blocks: Blocks of the video at most; None: no end.
             seed: Of the noise.
             folder: Where an archive lies that memory is not to hold, see `Archive`.
+            archive_limit: Blocks that the archive holds at most; None: all.
         """
-        self.archive = Archive(self.config, blocks, folder)
+        self.archive = Archive(self.config, blocks, folder, archive_limit)
         self.seed = seed
         self.begin_scene(0)
         self._follow(text)
@@ -116,6 +178,7 @@ class Rollout:
         """
         self.scene = block
         self.first_generated = 0
+        self.archive.clear()
         self.cache = Cache(self.config)
         self.read: list[int] = []
         self._decoded = 0
@@ -209,6 +272,7 @@ class Rollout:
             if config.sampler == "renoise" and then > 0:
                 fresh = draw_noise(config, self.seed, self.scene + block, step + 1)
             x[...] = advance(config, x, flow, fresh, now, then)
+            self.hooks.after_step(step, len(steps))
 
     def predict_flow(self, timestep: float, where: str) -> np.ndarray:
         """Predict the velocity of the block in the `tokens` buffer.
@@ -256,7 +320,8 @@ class Rollout:
             pooled_key = buffers.mid_pass["k_pool"]
             device.download(compressed, pooled_key)
             self._require_finite(pooled_key, "denoiser", "its mid pass")
-            self.archive.put(block, compressed.host, pooled_key.host)
+            recent = range(cache.candidates().stop, block)
+            self.archive.put(block, compressed.host, pooled_key.host, (*cache.mids, *recent))
         if len(buffers.recent):
             buffers.recent[block % len(buffers.recent)] = buffers.denoiser["tokens"].host[0]
         first = cache.commit()
@@ -266,7 +331,8 @@ class Rollout:
 
     def select_mids(self) -> None:
         """Select the archived blocks to read from now on, and bring them to the context."""
-        chosen = self.select(self.cache.committed - 1, self.cache.candidates())
+        candidates = self.archive.stored(self.cache.candidates())
+        chosen = self.select(self.cache.committed - 1, candidates)
         self._load(self.cache.select_mids(chosen.tolist()))
 
     def _require_finite(self, array: Array, graph: str, where: str) -> None:
@@ -293,7 +359,7 @@ class Rollout:
         self.device.upload(tokens, time)
         self._denoise()
 
-    def select(self, block: int, candidates: range) -> np.ndarray:
+    def select(self, block: int, candidates: Sequence[int]) -> np.ndarray:
         """Select the archived blocks to read after a commit.
 
         Args:
@@ -308,7 +374,7 @@ class Rollout:
             scores = self.score(block, candidates)
         return select(policy, np.asarray(candidates), scores, self.seed, self.scene + block)
 
-    def score(self, block: int, candidates: range) -> np.ndarray:
+    def score(self, block: int, candidates: Sequence[int]) -> np.ndarray:
         """Score archived blocks for selection: their affinity to the block committed last."""
         return affinity(self.buffers.denoiser["q_pool"].host, self.archive.keys(candidates))
 

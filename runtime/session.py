@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import msgspec
 import numpy as np
 
 from packforcing.config import Config, Policy
-from packforcing.errors import BackendError, OutputError, RenderStopped
+from packforcing.errors import BackendError, ConfigError, OutputError
 from packforcing.prompts import Prompts
-from packforcing.runtime.allocations import memory_by_purpose
-from packforcing.runtime.arguments import check_integer, check_path, check_type
+from packforcing.runtime.allocations import device_bytes, memory_by_purpose
+from packforcing.runtime.arguments import (
+    check_integer,
+    check_number,
+    check_path,
+    check_type,
+    show_value,
+)
 from packforcing.runtime.backends import MAX_THREADS, Backend, open_backend
 from packforcing.runtime.bundle import Manifest, read_manifest
-from packforcing.runtime.encoder import bind_encoder, encode_start
+from packforcing.runtime.encoder import encode_start
 from packforcing.runtime.render import RenderSummary, render_video
-from packforcing.runtime.request import (
-    VideoRequest,
-    check_memory,
-    check_request,
-    check_seconds,
-    check_seed,
-    check_start,
-)
+from packforcing.runtime.request import VideoRequest, check_seconds, make_request
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.video import BlockInfo, Recorder, Video
+from packforcing.runtime.video import LEAD, BlockInfo, FrameForm, StepInfo, Video, stream_video
 from packforcing.sampler import StepOverrides
 
+MAX_LEAD = 1_000_000
 THREAD_BOUNDS = f"from 1 to {MAX_THREADS}, or None for one for each core"
 
 
@@ -39,11 +40,11 @@ class Session:
     """Makes videos with one bundle; use it as a context manager.
 
     It has what does not change while a video is made: weights, graphs and the device. What
-    changes is in a `Video`.
+    changes is in a `Video`. Several videos may be made at once, in one thread or in several: each
+    has buffers of its own, and they make their blocks in turns. The buffers of a video that has
+    ended serve the next one.
 
-    One video at a time: beginning another ends the one before, from whichever thread. Every
-    method may be called from every thread, and `stop` from a signal handler too, unless something
-    pauses the session; what they ask for happens between two blocks.
+    Every method may be called from every thread, `stop` and `pause` from signal handlers too.
 
     Attributes:
         manifest: The bundle's.
@@ -62,6 +63,7 @@ class Session:
         steps: StepOverrides | None = None,
         threads: int | None = None,
         backend: str = "onnxruntime",
+        device: int = 0,
         make_rollout: Callable[[Config, Backend], Rollout] = Rollout,
     ) -> Session:
         """Check a bundle's files and load its graphs.
@@ -70,9 +72,10 @@ class Session:
             bundle: The bundle's folder.
             policy: Which history blocks read; None means the bundle's own.
             steps: Denoising steps in place of the bundle's own.
-            threads: Of each graph on the CPU. None: one for each core of this process; a render
-                that is resumed has as many as it began with.
+            threads: Of each graph on the CPU. None: one for each core of this process, shared with
+                other sessions; a render that is resumed has as many as it began with.
             backend: One of `packforcing.runtime.backends.BACKENDS`.
+            device: The GPU, among the visible ones.
             make_rollout: Makes the rollout of a config on the backend.
 
         Raises:
@@ -86,7 +89,7 @@ class Session:
             threads = check_integer("threads", threads, 1, MAX_THREADS, THREAD_BOUNDS)
 
         def load(threads: int | None) -> Backend:
-            return open_backend(backend, Path(bundle), manifest, config, threads)
+            return open_backend(backend, Path(bundle), manifest, config, threads, device)
 
         opened = load(threads)
         session = cls(manifest, opened, policy=policy, steps=steps, make_rollout=make_rollout)
@@ -115,12 +118,10 @@ class Session:
         self.config = _configure(manifest, policy, steps)
         self.rollout: Rollout | None = None
         self._make_rollout = make_rollout
-        self._video: Video | None = None
-        self._may_run, self._stopped = threading.Event(), False
-        self._may_run.set()
-        self._lock = threading.Lock()  # one block at a time, whichever thread asks for it
-        self._closed = False
-        self._load: Callable[[int], Backend] | None = None
+        self._free: list[Rollout] = []  # of videos that have ended
+        self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
+        self._paused, self._closed = False, False
+        self._load: Callable[[int | None], Backend] | None = None
         self._default_threads = backend.threads
 
     def __enter__(self) -> Session:
@@ -135,11 +136,12 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Free graphs and buffers; safe to call twice. A video in the making ends with an error."""
-        with self._lock:
-            self.proceed()
-            if not self._closed:
-                self._closed, self.rollout, self._video = True, None, None
+        """Free graphs and buffers; safe to call twice. Videos in the making end with an error."""
+        if not self._closed:
+            self._closed, self._paused = True, False
+            with self.backend.turns.turn(lambda: None):  # after the blocks in the making
+                self.rollout = None
+                self._free.clear()
                 self.backend.close()
                 self.backend.graphs.clear()
 
@@ -158,33 +160,84 @@ class Session:
         """
         if threads is None:
             threads = self._default_threads
-        with self._lock:
-            self._require_open()
-            if self._load is not None and threads != self.backend.threads:
-                self.rollout, self._video = None, None
+        if self._load is not None and threads != self.backend.threads:
+            with self.backend.turns.turn(self.require_open):
+                self.rollout = None
+                self._free.clear()
                 self.backend.close()  # first, as two would not fit into memory
                 self.backend.graphs.clear()
                 self._closed = True  # unless they load
-                self.backend = self._load(threads)
-                self._closed = False
+            self.backend = self._load(None if threads == self._default_threads else threads)
+            self._closed = False
 
     def pause(self) -> None:
-        """Begin no further block before `proceed` or `stop`."""
-        self._may_run.clear()
+        """Begin no further block of any video before `proceed`."""
+        self._paused = True
 
     def proceed(self) -> None:
         """End a pause."""
-        if not self._may_run.is_set():
-            self._may_run.set()
+        self._paused = False
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
 
     def stop(self) -> None:
-        """Stop the current video after the current block; its consumer sees `RenderStopped`."""
-        self._stopped = True
-        self.proceed()
+        """Stop all videos before their next call of a graph."""
+        for video in tuple(self._videos):
+            video.stop()
 
     def graph_seconds(self) -> dict[str, float]:
         """Return the time spent inside each graph since the session was opened, by name."""
         return {name: graph.seconds for name, graph in self.backend.graphs.items()}
+
+    def begin(
+        self,
+        prompt: Prompts,
+        seed: int = 0,
+        *,
+        seconds: float | None = None,
+        start: np.ndarray | None = None,
+        frames: FrameForm = "uint8",
+        lead: float | None = LEAD,
+        archive_limit: int | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+    ) -> Video:
+        """Begin a video, to be made by iterating over it. Arguments are checked at once.
+
+        Args:
+            prompt: Words, where the model's text encoder is in the package; an embedding, float
+                [T, text_dim] or what `packforcing.embeddings.load_embedding` returns; or a list
+                of `Switch`, in which they change over time (`packforcing.prompts` has the rules).
+            seed: Of the noise.
+            seconds: Length of the video; None: until it is stopped.
+            start: An image or a clip that the video begins with, uint8 RGB [H, W, 3] or
+                [T, H, W, 3]. Whole blocks of it are used; a shorter clip holds its last frame.
+            frames: The form of the frames, see `Block`.
+            lead: Blocks that may be made ahead of a viewer who plays the video as it is made.
+                None: make blocks as fast as possible.
+            archive_limit: Blocks that the archive holds at most; when it is full, it thins out
+                (`packforcing.selection.evict`). None: all; without an end, those that fit into 4
+                GiB.
+            on_step: Called after each denoising step.
+
+        Raises:
+            PromptError: A prompt or a switch cannot be followed.
+            ConfigError: An argument is impossible, or memory is too small.
+            BackendError: The session is closed.
+        """
+        self.require_open()
+        if lead is not None:
+            lead = check_number("lead", lead, MAX_LEAD, f"above 0 and at most {MAX_LEAD} blocks")
+        if frames not in get_args(FrameForm):
+            names = ", ".join(get_args(FrameForm))
+            raise ConfigError(f"frames must be one of {names}; it is {show_value(frames)}")
+        check_type("on_step", on_step, Callable, "a function of a StepInfo")
+        own, policy = self.manifest.config, self.config.policy
+        request = make_request(own, policy, prompt, seconds, seed, start, archive_limit)
+        video = Video(self, request, form=frames, lead=lead, on_step=on_step)
+        self._videos.add(video)
+        return video
 
     def stream(
         self,
@@ -202,13 +255,10 @@ class Session:
         work is done while iterating.
 
         Args:
-            prompt: Words, where the model's text encoder is in the package; an embedding, float
-                [T, text_dim] or what `packforcing.embeddings.load_embedding` returns; or a list
-                of `Switch`, in which they change over time (`packforcing.prompts` has the rules).
+            prompt: As for `begin`, as are `seconds`, `seed` and `start`.
             seconds: Length of the video.
             seed: Of the noise.
-            start: An image or a clip that the video begins with, uint8 RGB [H, W, 3] or
-                [T, H, W, 3]. Whole blocks of it are used; a shorter clip holds its last frame.
+            start: An image or a clip that the video begins with.
             on_block: Called after each block.
 
         Yields:
@@ -218,9 +268,13 @@ class Session:
             PromptError: A prompt or a switch cannot be followed.
             ConfigError: Length, seed or start frames are impossible, or memory is too small.
             RenderStopped: `stop` was called.
-            BackendError: The session was closed, another video was begun, or a graph failed.
+            BackendError: The session was closed, or a graph failed.
         """
-        return self.stream_request(self._request(prompt, seconds, seed, start, on_block), on_block)
+        check_seconds(self.config, seconds)
+        check_type("on_block", on_block, Callable, "a function of a BlockInfo")
+        return stream_video(
+            self.begin(prompt, seed, seconds=seconds, start=start, lead=None), on_block
+        )
 
     def render(
         self,
@@ -230,6 +284,7 @@ class Session:
         seed: int = 0,
         *,
         start: np.ndarray | None = None,
+        archive_limit: int | None = None,
         on_block: Callable[[BlockInfo], None] | None = None,
         resume: bool = False,
         checkpoint_seconds: float = SNAPSHOT_SECONDS,
@@ -242,11 +297,12 @@ class Session:
         without `resume` it is in the way.
 
         Args:
-            prompt: As for `stream`, as are `seconds`, `seed`, `start` and `on_block`.
+            prompt: As for `begin`, as are `seconds`, `seed`, `start` and `archive_limit`.
             seconds: Length of the video.
             path: .mp4 (H.264), .mkv (lossless FFV1), or a folder for PNG files.
             seed: Of the noise.
             start: An image or a clip that the video begins with.
+            archive_limit: Blocks that the archive holds at most; None: all.
             on_block: Called after each block.
             resume: Continue an interrupted render, if there is one.
             checkpoint_seconds: Seconds of video between two snapshots. Another number makes
@@ -258,94 +314,72 @@ class Session:
             PackForcingError: What `stream` raises.
         """
         check_path("cannot write", path, OutputError)
-        request = self._request(prompt, seconds, seed, start, on_block)
+        check_seconds(self.config, seconds)
+        check_type("on_block", on_block, Callable, "a function of a BlockInfo")
+        video = self.begin(
+            prompt, seed, seconds=seconds, start=start, lead=None, archive_limit=archive_limit
+        )
         return render_video(
             self,
-            request,
+            video,
             path,
             on_block=on_block,
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
         )
 
-    def _request(
-        self,
-        prompt: Prompts,
-        seconds: float,
-        seed: int,
-        start: np.ndarray | None,
-        on_block: Callable[[BlockInfo], None] | None,
-    ) -> VideoRequest:
-        """Check what a video is asked to be."""
-        self._require_open()
-        seconds, seed = check_seconds(self.config, seconds), check_seed(seed)
-        check_type("on_block", on_block, Callable, "a function of a BlockInfo")
-        timeline = check_request(self.config, prompt, seconds, seed)
-        clip = None if start is None else check_start(self.config, start, timeline)
-        check_memory(self.manifest.config, self.config.policy, timeline.blocks)
-        self._stopped = False
-        return VideoRequest(timeline, self.config.frames(seconds), seed, clip)
+    def require_open(self) -> None:
+        """Raise `BackendError` if the session is closed."""
+        if self._closed:
+            raise BackendError("the session is closed; open another one")
 
-    def stream_request(
-        self,
-        request: VideoRequest,
-        on_block: Callable[[BlockInfo], None] | None = None,
-        recorder: Recorder | None = None,
-    ) -> Iterator[np.ndarray]:
-        """Make a video of a checked request, and yield the frames of each block.
+    def encode_start(self, request: VideoRequest, before_call: Callable[[], None]) -> np.ndarray:
+        """Encode the frames that a video begins with.
 
         Args:
-            request: What is asked for.
-            on_block: Called after each block.
-            recorder: Follows the video; called while no other video can begin.
+            request: Of the video.
+            before_call: Called before each call of a graph; what it raises ends the encoding.
+
+        Returns:
+            Clean latents by block, float32 [blocks, B_f, C, h, w].
         """
-        with self._lock:
-            self._require_open()
-            video = self._video = self._begin(request, recorder)
-        while not video.finished:
-            self._may_run.wait()
-            with self._lock:
-                self._require_open()
-                if video is not self._video:
-                    raise BackendError("the session began another video meanwhile")
-                if self._stopped:
-                    raise RenderStopped(
-                        f"stopped after {video.block} of {request.timeline.blocks} blocks"
-                    )
-                frames, info = video.next_block()
-            if on_block:
-                on_block(info)
-            yield frames
+        if request.start is None:
+            return np.empty(0, np.float32)
+        graph, blocks = self.backend.graphs["vae_encoder"], request.timeline.blocks
+        return encode_start(self.config, graph, request.start, blocks, before_call)
 
-    def _begin(self, request: VideoRequest, recorder: Recorder | None) -> Video:
-        config, blocks = self.config, request.timeline.blocks
-        graph = self.backend.graphs["vae_encoder"]
-        start_latents = {}
-        if request.start is not None:
-            start_latents = dict(enumerate(encode_start(config, graph, request.start, blocks)))
-        rollout = self._rollout_for(blocks)
-        arrays = rollout.buffers.encoder
-        encode = None if arrays is None else bind_encoder(graph, arrays)
-        return Video(rollout, request, start_latents, encode=encode, recorder=recorder)
+    def lend_rollout(self, blocks: int | None) -> Rollout:
+        """Lend a rollout's buffers to a video; full history alone depends on the length.
 
-    def _rollout_for(self, blocks: int) -> Rollout:
-        """Reuse the buffers from video to video; full history alone depends on the length."""
-        policy = self.config.policy.fit_to_video(blocks, self.manifest.config.policy)
-        if self.rollout is None or self.rollout.config.policy != policy:
-            self.rollout, self._video = None, None  # free the old buffers first
+        Args:
+            blocks: Blocks of the video; None: no end.
+
+        Raises:
+            BackendError: Memory is too small for another one.
+        """
+        policy = self.config.policy
+        if blocks is not None:
+            policy = policy.fit_to_video(blocks, self.manifest.config.policy)
+        fitting = [rollout for rollout in self._free if rollout.config.policy == policy]
+        self._free, self.rollout = fitting[1:], None  # frees the others before more is allocated
+        if not fitting:
             config = msgspec.structs.replace(self.config, policy=policy)
+            buffers = sum(device_bytes(config).values())
+            self.backend.device.require(buffers, "the buffers of another video")
             try:
-                self.rollout = self._make_rollout(config, self.backend)
+                fitting = [self._make_rollout(config, self.backend)]
             except MemoryError as error:
                 needed_gb = sum(memory_by_purpose(config).values()) / 1e9
                 raise BackendError(
                     f"not enough memory: the buffers need {needed_gb:.1f} GB"
                 ) from error
+        self.rollout = fitting[0]
         return self.rollout
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise BackendError("the session is closed; open another one")
+    def return_rollout(self, rollout: Rollout) -> None:
+        """Take a rollout back; it serves the next video, if the graphs are still the same."""
+        if not self._closed and rollout.backend is self.backend:
+            self._free.append(rollout)
 
 
 def _configure(manifest: Manifest, policy: Policy | None, steps: StepOverrides | None) -> Config:

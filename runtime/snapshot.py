@@ -4,7 +4,8 @@ A snapshot has parts, each a set of named arrays:
 
     state     keys and values of the recent blocks, their clean tokens, the decoder's state
     sink      keys and values of the sink blocks; they never change once all are there
-    archive   keys, values and pooled keys of the blocks archived since the snapshot before
+    archive   keys, values and pooled keys of the blocks archived since the snapshot before; zeros
+              for those that a limited archive has evicted since, whose state names what it holds
 
 Who stores the parts (`packforcing.runtime.resume`) gives them back through a `SnapshotReader`.
 """
@@ -77,6 +78,9 @@ def take_snapshot(rollout: Rollout, before: Counters) -> Snapshot:
             **{name: rollout.device.read(array) for name, array in rollout.decoder_state.items()},
         }
     }
+    archive = rollout.archive
+    if archive.limit is not None:
+        parts["state"]["archived"] = np.array([*archive.rows], np.int64)
     valid = set()
     snapshot_blocks = before.block - before.scene if before.scene == rollout.scene else 0
     if snapshot_blocks:
@@ -87,13 +91,24 @@ def take_snapshot(rollout: Rollout, before: Counters) -> Snapshot:
         parts["sink"] = {"key_values": _read_tokens(rollout, sink)}
     rows = slice(archive_rows(config, snapshot_blocks), archive_rows(config, cache.committed))
     if rows.start < rows.stop:
+        arrays = {"key_values": archive.key_values, "pooled_keys": archive.pooled_keys}
         parts["archive"] = {
-            "key_values": rollout.archive.key_values[rows],
-            "pooled_keys": rollout.archive.pooled_keys[rows],
+            name: _rows(array, archive, rows, policy.sink) for name, array in arrays.items()
         }
     block = rollout.scene + cache.committed
     counters = Counters(block, rollout.scene, cache.oldest, tuple(cache.mids))
     return Snapshot(counters, parts, frozenset(valid))
+
+
+def _rows(array: np.ndarray, archive: Archive, rows: slice, sink: int) -> np.ndarray:
+    """Return what an archive holds of consecutive blocks; those evicted are zeros."""
+    if archive.limit is None:
+        return array[rows]
+    gathered = np.zeros((rows.stop - rows.start, *array.shape[1:]), array.dtype)
+    for i in range(len(gathered)):
+        if (row := archive.rows.get(sink + rows.start + i)) is not None:
+            gathered[i] = array[row]
+    return gathered
 
 
 def restore_snapshot(rollout: Rollout, counters: Counters, reader: SnapshotReader) -> None:
@@ -107,23 +122,31 @@ def restore_snapshot(rollout: Rollout, counters: Counters, reader: SnapshotReade
     Raises:
         ValueError: The counters contradict the policy or the parts.
     """
-    policy = rollout.config.policy
+    config, policy = rollout.config, rollout.config.policy
     committed = counters.block - counters.scene
     if not policy.sink <= counters.oldest <= max(policy.sink, committed):
         raise ValueError(f"no recent block can be the oldest at {counters.oldest}")
     rollout.set_counters(counters.scene, committed, counters.oldest, counters.mids)
-    mids = set(counters.mids) & set(rollout.cache.candidates())
-    if not len(mids) == len(counters.mids) <= policy.mid:
-        raise ValueError(f"mid blocks {counters.mids} cannot be read")
-    _restore_archive(rollout.archive, rollout, counters, reader)
     slots = rollout.cache.layout().slots
     sink = [slot for slot in slots if slot.block < policy.sink]
     recent = [slot for slot in slots if slot not in sink and not slot.compressed]
     decoder = {name: (a.shape, a.dtype) for name, a in rollout.decoder_state.items()}
     tokens = _recent(rollout)
     forms = {"key_values": _tokens_form(rollout, recent), "recent": (tokens.shape, tokens.dtype)}
+    archived = policy.sink + np.arange(archive_rows(config, committed))
+    if (limit := rollout.archive.limit) is not None:
+        forms["archived"] = archived[:limit].shape, archived.dtype
     state = reader.read_part("state", {**forms, **decoder})
     tokens[...] = state["recent"]
+    if "archived" in state:
+        archived, all_blocks = state["archived"], archived
+        if (np.diff(archived) <= 0).any() or not np.isin(archived, all_blocks).all():
+            raise ValueError("the archive cannot hold what it names")
+    rollout.archive.restore(archived.tolist())
+    mids = set(counters.mids) & set(rollout.archive.stored(rollout.cache.candidates()))
+    if not len(mids) == len(counters.mids) <= policy.mid:
+        raise ValueError(f"mid blocks {counters.mids} cannot be read")
+    _restore_archive(rollout.archive, rollout, counters, reader)
     values = {
         slot.block: rollout.archive.get(slot.block)[:, :, 0] for slot in slots if slot.compressed
     }
@@ -145,20 +168,24 @@ def restore_snapshot(rollout: Rollout, counters: Counters, reader: SnapshotReade
 def _restore_archive(
     archive: Archive, rollout: Rollout, counters: Counters, reader: SnapshotReader
 ) -> None:
-    row = 0
+    sink, first = rollout.config.policy.sink, 0
     for name, end in reader.archive_parts():
-        stop = archive_rows(rollout.config, end - counters.scene)
-        rows = slice(row, min(stop, len(archive.key_values)))
-        targets = {
-            "key_values": archive.key_values[rows],
-            "pooled_keys": archive.pooled_keys[rows],
+        last = archive_rows(rollout.config, end - counters.scene)
+        forms = {
+            key: ((last - first, *array.shape[1:]), array.dtype)
+            for key, array in (
+                ("key_values", archive.key_values),
+                ("pooled_keys", archive.pooled_keys),
+            )
         }
-        arrays = reader.read_part(name, {key: (a.shape, a.dtype) for key, a in targets.items()})
-        for key, target in targets.items():
-            target[...] = arrays[key]
-        row = rows.stop
-    if row != archive_rows(rollout.config, counters.block - counters.scene):
-        raise ValueError(f"{row} archived blocks are there")
+        arrays = reader.read_part(name, forms)
+        for i in range(last - first):
+            if (row := archive.rows.get(sink + first + i)) is not None:
+                archive.key_values[row] = arrays["key_values"][i]
+                archive.pooled_keys[row] = arrays["pooled_keys"][i]
+        first = last
+    if first != archive_rows(rollout.config, counters.block - counters.scene):
+        raise ValueError(f"{first} archived blocks are there")
 
 
 def _read_tokens(rollout: Rollout, slots: Sequence[Slot]) -> np.ndarray:

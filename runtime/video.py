@@ -1,49 +1,104 @@
 """One video in the making: all that changes from block to block.
 
 Graphs, weights and the device belong to the session; a `Video` holds the rollout (cache, archive,
-decoder state), the schedule and the counters. `Session` calls `next_block` and keeps the lock.
+decoder state), the schedule and the counters. Iterating over it makes its blocks. While that goes
+on, `switch`, `pause`, `proceed` and `stop` may be called from every thread, `stop` and `pause` from
+signal handlers too: they set flags, which are looked at before every call of a graph and while
+waiting. A step reads only, and a block changes the history when all of its calls are done, so a
+block that is given up leaves nothing behind.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR
-from packforcing.prompts import Switch
-from packforcing.runtime.encoder import Encode
-from packforcing.runtime.request import VideoRequest, frames_before, is_cut
+from packforcing.errors import PromptError, RenderStopped
+from packforcing.presets import switch_history
+from packforcing.prompts import History, Prompt, Switch, Timeline, check_switch, encode_prompt
+from packforcing.runtime.device import Array
+from packforcing.runtime.pacing import PlaybackClock
+from packforcing.runtime.request import VideoRequest, frames_before, is_cut, start_blocks
 from packforcing.runtime.rollout import Rollout
+
+if TYPE_CHECKING:
+    from packforcing.runtime.session import Session
+
+FrameForm = Literal["uint8", "float32", "device"]
+LEAD = 2.0  # blocks that a live video is made ahead of playback
+_NAP_SECONDS = 0.02  # between two looks at the flags while waiting
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What `on_block` receives after each block.
+    """What is known of a block once it is made.
 
     Attributes:
         index: The block, from 0 on.
-        blocks: Blocks of the video.
+        blocks: Blocks of the video; None while it has no end.
         frames: Frames delivered so far, this block's included.
-        frames_total: Frames of the video.
+        frames_total: Frames of the video; None while it has no end.
         read: The archived blocks that this block read.
         seconds: Wall time of the block, without the consumer's.
         switch: The switch that takes effect with this block, or None.
         recovered: Whether an interrupted run had generated it: it was decoded and committed again.
+        behind_seconds: How long a viewer has waited for blocks so far, as playback is faster than
+            rendering. 0 for a video that is not paced.
     """
 
     index: int
-    blocks: int
+    blocks: int | None
     frames: int
-    frames_total: int
+    frames_total: int | None
     read: list[int]
     seconds: float
     switch: Switch | None
     recovered: bool = False
+    behind_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What `on_step` receives after each denoising step.
+
+    Attributes:
+        block: The block in the making.
+        step: The step, from 0 on.
+        steps: Steps of the block.
+    """
+
+    block: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a video.
+
+    Attributes:
+        frames: RGB. "uint8": uint8 [n, H, W, 3]. "float32": float32 [n, H, W, 3] in 0..1.
+            "device": [n, 3, H, W] in 0..1 in the backend's own memory, for `from_dlpack` of other
+            libraries; the next block overwrites it.
+        latents: Clean latents, float32 [B_f, C, h, w].
+        info: Which block it is.
+    """
+
+    frames: np.ndarray | Array
+    latents: np.ndarray
+    info: BlockInfo
 
 
 class Recorder(Protocol):
@@ -72,120 +127,354 @@ class Recorder(Protocol):
 
 
 class Video:
-    """A video between two blocks.
+    """A video in the making; iterate over it, with `for` or `async for`, to make its blocks.
+
+    It ends with its last block, or when it is stopped. Leaving its `with` block, or `close`, gives
+    its buffers back to the session.
 
     Attributes:
+        request: What is asked for.
         block: The next block's index.
         frames: Frames delivered so far.
+        stopped: Whether it was stopped before its last block.
     """
 
     def __init__(
         self,
-        rollout: Rollout,
+        session: Session,
         request: VideoRequest,
-        start_latents: Mapping[int, np.ndarray],
         *,
-        encode: Encode | None = None,
-        recorder: Recorder | None = None,
+        form: FrameForm = "uint8",
+        lead: float | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
     ) -> None:
-        """Begin a video, or continue it where `recorder` says.
+        """Take a checked request; the buffers are allocated with the first block.
 
         Args:
-            rollout: Has the buffers; whatever video it made before is forgotten.
+            session: Has the graphs, and the buffers of videos that have ended.
             request: What is asked for.
-            start_latents: Clean latents [B_f, C, h, w] of the first blocks, by block.
-            encode: Pixels to latents, for a policy that restarts.
-            recorder: Follows the video.
+            form: The form of the frames.
+            lead: Blocks that may be made ahead of playback; None: make blocks as fast as possible.
+            on_step: Called after each denoising step.
         """
-        config, timeline = rollout.config, request.timeline
-        self.rollout, self.timeline = rollout, timeline
-        self.block = recorder.first_block if recorder else 0
-        self.frames, self.frames_total = (
-            frames_before(self.block, timeline, config),
-            request.frames,
+        config = session.config
+        self.request, self.block, self.frames = request, 0, 0
+        self._session, self._config, self._form, self._on_step = session, config, form, on_step
+        timeline = request.timeline
+        # a copy: what is switched live is not to change the request
+        self._timeline = Timeline(
+            timeline.blocks, dict(timeline.switches), dict(timeline.embeddings)
         )
-        self._clean, self._recorder, self._encode = dict(start_latents), recorder, encode
-        self._start_blocks = len(start_latents)
-        latest = max(block for block in timeline.switches if block < max(1, self.block))
-        folder = recorder.folder if recorder else None
-        rollout.begin(timeline.embeddings[latest], timeline.blocks, request.seed, folder)
-        recovered = recorder.restore(rollout) if recorder else {}
-        self._clean |= recovered
-        self._recovered = frozenset(recovered)
+        self._begun = 0  # blocks that have begun: a switch takes effect with the next one
+        self._lock = threading.Lock()  # of the timeline
+        self._rollout: Rollout | None = None
+        self._backend = session.backend
+        self._recorder: Recorder | None = None
+        self._stop, self._paused, self._closed = False, False, False
+        self._clock: PlaybackClock | None = None
+        if lead is not None:
+            self._clock = PlaybackClock(config.fps, lead * config.block_pixel_frames / config.fps)
+
+    def __iter__(self) -> Video:
+        return self
+
+    def __next__(self) -> Block:
+        """Make the next block.
+
+        Raises:
+            StopIteration: The video has ended or was stopped.
+            BackendError: The session was closed, memory is too small, or a graph failed.
+        """
+        if self._closed or self.finished:
+            self.close()
+            raise StopIteration
+        try:
+            self._wait()
+            with self._session.backend.turns.turn(self._check):
+                self._check()
+                block = self._make_block()
+        except RenderStopped:
+            self.close()
+            raise StopIteration from None
+        except BaseException:
+            self.close()
+            raise
+        if block.info.switch and block.info.index:
+            _log.info("block %d: switched (%s)", block.info.index, block.info.switch.effect)
+        _log.debug("block %d: %.3f s", block.info.index, block.info.seconds)
+        return block
+
+    async def __aiter__(self) -> AsyncIterator[Block]:
+        """Make blocks in a thread. Cancelling the task stops the video within a call of a graph."""
+        loop = asyncio.get_running_loop()
+        with self:
+            while True:
+                # StopIteration cannot pass through a future: `next` returns None instead
+                call = loop.run_in_executor(None, next, self, None)
+                try:
+                    block = await asyncio.shield(call)
+                except asyncio.CancelledError:
+                    self.stop()
+                    await asyncio.wait([call])
+                    raise
+                if block is None:
+                    return
+                yield block
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @property
     def finished(self) -> bool:
-        return self.block == self.timeline.blocks
+        """Whether the last block is made."""
+        return self.block == self._timeline.blocks
 
-    def next_block(self) -> tuple[np.ndarray, BlockInfo]:
-        """Make the next block.
+    @property
+    def stopped(self) -> bool:
+        return self._stop and not self.finished
+
+    @property
+    def seconds(self) -> float:
+        """Length of what is made so far."""
+        return self.frames / self._config.fps
+
+    @property
+    def schedule(self) -> list[Switch]:
+        """The switches that have taken effect, each with its block and its exact time.
+
+        A render of this schedule with the same seed, start and archive limit gives the same frames.
+        """
+        config = self._config
+        with self._lock:
+            return [
+                replace(
+                    switch,
+                    time=frames_before(block, self._timeline, config) / config.fps,
+                    block=block,
+                )
+                for block, switch in self._timeline.switches.items()
+                if block < max(1, self.block)
+            ]
+
+    def switch(self, prompt: Prompt, history: History | None = None, *, over: int = 1) -> int:
+        """Follow another prompt from the next block on, and forget switches that were to follow.
+
+        Args:
+            prompt: Words, where the model's text encoder is "words", or an embedding.
+            history: What later blocks read of the past; `packforcing.prompts` has the rules. None:
+                what the model was published with.
+            over: Blocks that the change is spread over.
 
         Returns:
-            Its frames, uint8 RGB [n, H, W, 3], and what `on_block` receives.
+            The first block that it takes effect with.
+
+        Raises:
+            PromptError: It cannot be followed.
         """
-        rollout, timeline, block = self.rollout, self.timeline, self.block
+        history = history or switch_history(self._config)
+        check_switch(switch := Switch(0, prompt, history, over), self._config)
+        embedding = encode_prompt(prompt, self._config)
+        config, request = self._config, self.request
+        with self._lock:
+            block, timeline = self._begun, self._timeline
+            if block == timeline.blocks or self._closed:
+                raise PromptError("the video has ended: no block is left to follow a prompt")
+            if not block:  # nothing is there yet that it could keep or cut
+                switch = replace(switch, history=None, over=1)
+            if switch.history == "cut" and request.start is not None:
+                clip_blocks = start_blocks(config, len(request.start), timeline.blocks)
+                if block < clip_blocks:
+                    raise PromptError(
+                        f"block {block} is of the start that the video begins with, {clip_blocks} "
+                        "blocks: cut later"
+                    )
+            time = frames_before(block, timeline, config) / config.fps
+            timeline.follow(block, replace(switch, time=time), embedding)
+            if request.frames is not None:
+                scenes = 1 + sum(other.history == "cut" for other in timeline.switches.values())
+                blocks = config.blocks(request.frames, scenes)
+                self._timeline = replace(timeline, blocks=blocks)
+        return block
+
+    def stop(self) -> None:
+        """End the video before the next call of a graph; the block in the making is given up."""
+        self._stop = True
+
+    def pause(self) -> None:
+        """Begin no further block before `proceed` or `stop`."""
+        self._paused = True
+
+    def proceed(self) -> None:
+        """End a pause."""
+        self._paused = False
+
+    def record(self, recorder: Recorder) -> None:
+        """Have a recorder follow the video, which continues where the recorder says.
+
+        Args:
+            recorder: Of this request. The video has not begun.
+        """
+        assert self._rollout is None
+        self._recorder = recorder
+        self.block = self._begun = recorder.first_block
+        self.frames = frames_before(self.block, self._timeline, self._config)
+
+    def close(self) -> None:
+        """End the video and give its buffers back; safe to call twice."""
+        self._closed = True
+        rollout, self._rollout = self._rollout, None
+        if rollout is not None:
+            rollout.hooks.disconnect()
+            self._session.return_rollout(rollout)
+
+    def _check(self) -> None:
+        self._session.require_open()
+        if self._rollout is not None and self._backend is not self._session.backend:
+            raise BackendError("the session's graphs were loaded again, to resume another video")
+        if self._stop:
+            raise RenderStopped(f"stopped after {self.block} blocks")
+
+    def _wait(self) -> None:
+        """Wait while the video is paused, or too far ahead of playback."""
+        clock = self._clock
+        while True:
+            self._check()
+            if self._paused or self._session.paused:
+                if clock:
+                    clock.pause()
+                time.sleep(_NAP_SECONDS)
+                continue
+            if not clock:
+                return
+            clock.proceed()
+            if not (wait := clock.wait_seconds()):
+                return
+            time.sleep(min(wait, _NAP_SECONDS))
+
+    def _begin(self, text: np.ndarray) -> Rollout:
+        """Take a rollout and bring it to the first block; `text` is what it followed until then."""
+        request, recorder = self.request, self._recorder
+        rollout = self._session.lend_rollout(request.timeline.blocks)
+        self._rollout, self._backend = rollout, self._session.backend
+        rollout.hooks.connect(self._check, self._report_step)
+        folder = recorder.folder if recorder else None
+        blocks = request.timeline.blocks
+        rollout.begin(text, blocks, request.seed, folder, request.archive_limit)
+        start = self._session.encode_start(request, self._check)
+        recovered = recorder.restore(rollout) if recorder else {}
+        self._start_blocks, self._clean = len(start), {**dict(enumerate(start)), **recovered}
+        self._recovered = frozenset(recovered)
+        return rollout
+
+    def _report_step(self, step: int, steps: int) -> None:
+        if self._on_step:
+            self._on_step(StepInfo(self.block, step, steps))
+
+    def _make_block(self) -> Block:
+        with self._lock:  # from here on a switch is for the next block
+            block, timeline = self.block, self._timeline
+            embedding, history = timeline.embeddings.get(block), timeline.history(block)
+            text, self._begun = timeline.followed(max(0, block - 1)), block + 1
+        self._session.backend.device.use()
+        rollout = self._rollout or self._begin(text)
         if self._recorder:
             self._recorder.before_block(rollout, block)
         began = time.perf_counter()
-        switch = timeline.switches.get(block)
-        if switch and block:
-            rollout.switch(timeline.embeddings[block], switch.effect)
-        trimmed = 0 if rollout.cache.committed else rollout.config.trimmed_frames
-        rollout.first_generated = self._first_generated() - rollout.scene
+        if history:
+            assert embedding is not None
+            rollout.switch(embedding, history)
+        trimmed = 0 if rollout.cache.committed else self._config.trimmed_frames
+        rollout.first_generated = self._first_generated(rollout.scene) - rollout.scene
         rollout.next_block(self._clean.pop(block, None))
+        latents = rollout.buffers.latents.host[0].copy()
         read = [rollout.scene + mid for mid in rollout.read]
         if self._recorder:
-            self._recorder.after_block(block, rollout.buffers.latents.host[0])
+            self._recorder.after_block(block, latents)
+        if rollout.cache.committed == self._config.policy.restart and block + 1 != timeline.blocks:
+            self._restart(rollout)
+        total = self.request.frames
+        stop = self._config.block_pixel_frames
+        if total is not None:
+            stop = min(stop, trimmed + total - self.frames)
+        frames = _frames_as(self._form, rollout.buffers.pixels[0].rows(trimmed, stop))
+        self.frames += stop - trimmed
         self.block += 1
-        if self._restarts():
-            self._restart()
-        pixels = rollout.buffers.pixels.host[0]
-        frames = to_bytes(pixels[trimmed : trimmed + self.frames_total - self.frames])
-        self.frames += len(frames)
-        seconds = time.perf_counter() - began
-        return frames, BlockInfo(
+        if self._clock:
+            self._clock.add(stop - trimmed)
+        info = BlockInfo(
             index=block,
             blocks=timeline.blocks,
             frames=self.frames,
-            frames_total=self.frames_total,
+            frames_total=total,
             read=read,
-            seconds=seconds,
-            switch=switch,
+            seconds=time.perf_counter() - began,
+            switch=timeline.switches.get(block),
             recovered=block in self._recovered,
+            behind_seconds=self._clock.behind_seconds if self._clock else 0.0,
         )
+        return Block(frames, latents, info)
 
-    def _first_generated(self) -> int:
-        """Return the scene's first block that is generated, counted in the video.
+    def _first_generated(self, scene: int) -> int:
+        """Return the first block of a scene that is generated, counted in the video.
 
         Latents of a resumed render were generated as well, so that they do not tell.
         """
-        scene = self.rollout.scene
-        is_restart = scene > 0 and not is_cut(self.timeline, scene)
+        is_restart = scene > 0 and not is_cut(self._timeline, scene)
         return max(self._start_blocks, scene + is_restart)
 
-    def _restarts(self) -> bool:
-        """Tell whether the block just made ends one of CausVid's rollouts."""
-        rollout = self.rollout
-        return (
-            rollout.cache.committed == rollout.config.policy.restart
-            and not self.finished
-            and not is_cut(self.timeline, self.block)
-        )
-
-    def _restart(self) -> None:
+    def _restart(self, rollout: Rollout) -> None:
         """Begin the next rollout with the block that ended this one, as CausVid does.
 
         A cut that is followed by that block again, its first latent frame encoded from the last
         pixel frame it was decoded to. The pixel frames before that one stay as they are.
         """
-        assert self._encode is not None
-        rollout = self.rollout
         pixels, latents = rollout.buffers.pixels.host[0], rollout.buffers.latents.host[0]
-        (latents[0],) = self._encode([pixels[TEMPORAL_FACTOR - 1]])
-        before = pixels[: rollout.config.trimmed_frames].copy()
-        rollout.begin_scene(self.block - 1)
+        (latents[0],) = rollout.encode([pixels[TEMPORAL_FACTOR - 1]])
+        before = pixels[: self._config.trimmed_frames].copy()
+        rollout.begin_scene(self.block)  # which is not counted yet
         rollout.next_block(latents)
         pixels[: len(before)] = before
+
+
+def stream_video(
+    video: Video, on_block: Callable[[BlockInfo], None] | None = None
+) -> Iterator[np.ndarray]:
+    """Yield the frames of a video block by block.
+
+    Args:
+        video: Makes blocks in the form "uint8" or "float32".
+        on_block: Called after each block.
+
+    Raises:
+        RenderStopped: The video was stopped before its last block.
+    """
+    with video:
+        for block in video:
+            if on_block:
+                on_block(block.info)
+            assert isinstance(block.frames, np.ndarray)
+            yield block.frames
+        if video.stopped:
+            raise RenderStopped(
+                f"stopped after {video.block} of {video.request.timeline.blocks} blocks"
+            )
+
+
+def _frames_as(form: FrameForm, pixels: Array) -> np.ndarray | Array:
+    """Return pixels, [n, 3, H, W] in 0..1, in the form that a consumer asks for."""
+    if form == "device":
+        return pixels
+    if form == "float32":
+        return np.ascontiguousarray(pixels.host.transpose(0, 2, 3, 1), np.float32)
+    return to_bytes(pixels.host)
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:

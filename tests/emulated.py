@@ -138,6 +138,9 @@ class Cuda:
     def cudaStreamDestroy(self, stream):
         return (Status.cudaSuccess,)
 
+    def cudaGetDeviceCount(self):
+        return Status.cudaSuccess, 1
+
     def cudaSetDevice(self, number):
         return (Status.cudaSuccess,)
 

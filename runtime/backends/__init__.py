@@ -25,6 +25,7 @@ from packforcing.runtime.backends.tensorrt import Engines
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GPU_GRAPHS, Manifest, check_files, contract, graph_file
 from packforcing.runtime.device import HostDevice
+from packforcing.runtime.turns import CPU_TURNS, Turns
 
 MAX_THREADS = 1024
 ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
@@ -55,6 +56,7 @@ class Backend:
         identity: What the results depend on besides the bundle: the backend's name, CPU threads,
             the GPU and the engines.
         threads: CPU threads of each graph.
+        turns: Videos of this backend make their blocks in turns.
     """
 
     device: HostDevice
@@ -62,10 +64,16 @@ class Backend:
     close: Callable[[], None] = _nothing_to_close
     identity: str = ""
     threads: int = 1
+    turns: Turns = field(default_factory=Turns)
 
 
 def open_backend(
-    name: str, directory: Path, manifest: Manifest, config: Config, threads: int | None
+    name: str,
+    directory: Path,
+    manifest: Manifest,
+    config: Config,
+    threads: int | None,
+    device: int = 0,
 ) -> Backend:
     """Check machine and bundle, the cheap checks first, and load the graphs.
 
@@ -74,7 +82,9 @@ def open_backend(
         directory: The bundle.
         manifest: The bundle's manifest.
         config: The manifest's config, with the policy to run.
-        threads: CPU threads of each graph; None: one for each core of this process.
+        threads: CPU threads of each graph; None: one for each core of this process, shared by all
+            sessions.
+        device: The GPU, among the visible ones.
 
     Raises:
         BackendError: No such backend; a library, the GPU or an engine cannot be used.
@@ -86,16 +96,17 @@ def open_backend(
     specs = contract(config)
     import_onnxruntime()  # every backend runs some graphs in it
 
+    turns = CPU_TURNS if threads is None else Turns()
     threads = threads or cpu_cores()
     host = f"{name}, {threads} threads"
     gpu = None  # of ONNX Runtime; engines have their own
     if name == "onnxruntime":
-        opened = Backend(HostDevice(), identity=f"{host}, the CPU")
+        opened = Backend(HostDevice(), identity=f"{host}, the CPU", turns=turns)
     elif name == "onnxruntime-cuda":
-        gpu = open_cuda_device(directory, config)
+        gpu = open_cuda_device(directory, config, device)
         opened = Backend(gpu, close=gpu.close, identity=f"{host}, {gpu.name}")
     else:
-        engines = Engines(name, directory, config)
+        engines = Engines(name, directory, config, device)
         identity = f"{host}, {engines.identity}"
         opened = Backend(engines.device, close=engines.close, identity=identity)
     opened.threads = threads

@@ -69,7 +69,7 @@ class OnnxGraph:
             # an operator without a GPU kernel is an error, not work for the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         providers = [(CUDA_PROVIDER, cuda_options(device))] if device else ["CPUExecutionProvider"]
-        self._place = "cuda" if device else "cpu"
+        self._place = ("cuda", device.number) if device else ("cpu", 0)
         try:
             self._session = library.InferenceSession(
                 model or path, options, enable_fallback=0, providers=providers
@@ -95,7 +95,7 @@ class OnnxGraph:
                 array = arrays[tensor.name]
                 assert array.dtype == tensor.dtype, tensor.name
                 dtype = FP8 if tensor.dtype == DTYPES["fp8"] else array.dtype
-                bind(tensor.name, self._place, 0, dtype, array.shape, array.address)
+                bind(tensor.name, *self._place, dtype, array.shape, array.address)
         run_bound = self._session.run_with_iobinding
 
         def call(keep_alive: Arrays = arrays) -> None:
@@ -109,18 +109,19 @@ class OnnxGraph:
 def cuda_options(device: CudaDevice) -> dict[str, str]:
     """Options of the CUDA provider: it runs in the device's own stream."""
     return {
-        "device_id": "0",
+        "device_id": str(device.number),
         "has_user_compute_stream": "1",
         "user_compute_stream": str(device.stream),
     }
 
 
-def open_cuda_device(directory: Path, config: Config) -> CudaDevice:
+def open_cuda_device(directory: Path, config: Config, number: int = 0) -> CudaDevice:
     """Open the GPU for the CUDA provider.
 
     Args:
         directory: The bundle.
         config: The bundle's config, with the policy to run.
+        number: The GPU, among the visible ones.
 
     Raises:
         BackendError: The installed ONNX Runtime has no CUDA provider, there is no GPU, or it has
@@ -132,7 +133,7 @@ def open_cuda_device(directory: Path, config: Config) -> CudaDevice:
             f"this ONNX Runtime has no {CUDA_PROVIDER}: pip uninstall onnxruntime, then "
             f"{install_command('gpu')} (onnxruntime and onnxruntime-gpu are one module)"
         )
-    device = CudaDevice("gpu")
+    device = CudaDevice("gpu", number)
     weights = sum(
         file.stat().st_size
         for graph in GPU_GRAPHS

@@ -69,6 +69,7 @@ class Engines:
         name: "tensorrt-rtx" or "tensorrt".
         directory: The bundle.
         config: The bundle's config, with the policy to run.
+        device: The GPU, among the visible ones.
 
     Attributes:
         device: The GPU.
@@ -78,10 +79,10 @@ class Engines:
         MissingDependency: The library is not installed.
     """
 
-    def __init__(self, name: str, directory: Path, config: Config) -> None:
+    def __init__(self, name: str, directory: Path, config: Config, device: int = 0) -> None:
         self.name, self._directory = name, directory
         self._trt = trt = _library(name)
-        self.device = CudaDevice(name)
+        self.device = CudaDevice(name, device)
         self._log = _logger(trt)
         self._runtime = trt.Runtime(self._log)
         self._records = current_records(directory, name)

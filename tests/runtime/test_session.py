@@ -5,7 +5,6 @@ of an emulated GPU, where they are two.
 """
 
 import copy
-import threading
 import tracemalloc
 from types import SimpleNamespace
 
@@ -212,7 +211,8 @@ RESTARTING = Policy(sink=1, mid=2, recent=1, restart=3, selection="recency")
 
 def test_rollouts_in_a_row_remember_and_follow_prompts(tiny_bundle, tiny_model):
     """With sink, mids and every effect of a switch: in the middle of a rollout, right after one
-    ended, and with a cut there, which begins the count anew and leaves the end before it alone."""
+    ended, and with a cut there, which begins the count anew. What is before the cut does not
+    foresee it: a live switch may come at any time."""
     config = msgspec.structs.replace(TINY, policy=RESTARTING)
     model = Model(config, tiny_model.transformer, tiny_model.autoencoder, tiny_model.compressor)
     words = [PROMPT, "a blue circle over sand", "a white square"]
@@ -231,7 +231,7 @@ def test_rollouts_in_a_row_remember_and_follow_prompts(tiny_bundle, tiny_model):
     with Session.open(tiny_bundle, policy=RESTARTING) as session:
         stream = session.stream(schedule, frames / TINY.fps, SEED, on_block=infos.append)
         frames_made = np.concatenate(list(stream))
-        before = list(session.stream(schedule[:4], 81 / TINY.fps, SEED))
+        uncut = list(session.stream(schedule[:4], 93 / TINY.fps, SEED))
     assert [info.read for info in infos] == [block.read for block in blocks]
     # block 9 of the scene from 7 is the next rollout's first: its own sink, so nothing archived
     assert [info.read for info in infos[7:]] == [[], [], [], [], []]
@@ -239,7 +239,7 @@ def test_rollouts_in_a_row_remember_and_follow_prompts(tiny_bundle, tiny_model):
         np.abs(frames_made / 255 - torch.cat(expected_frames).permute(0, 2, 3, 1).numpy()).max()
         < 0.01
     )
-    np.testing.assert_array_equal(np.concatenate(before), frames_made[:81])
+    np.testing.assert_array_equal(np.concatenate(uncut)[:81], frames_made[:81])
 
 
 def test_a_single_image_starts_a_video(session):
@@ -253,35 +253,6 @@ def test_a_single_image_starts_a_video(session):
 def test_impossible_lengths_are_refused_at_once(session, seconds):
     with pytest.raises(ConfigError, match="seconds"):
         session.stream(PROMPT, seconds)
-
-
-def test_a_second_video_ends_the_first(session):
-    first = session.stream(PROMPT, 5)
-    next(first)
-    next(session.stream(PROMPT, 5))
-    with pytest.raises(BackendError, match="another video"):
-        next(first)
-
-
-def test_two_threads_get_one_right_video_and_one_error(session):
-    """Whichever thread begins last has the session; it gets the video it would get alone."""
-    alone = np.concatenate(list(session.stream(PROMPT, 6, 1)))
-    results: list[object] = []
-
-    def watch():
-        try:
-            results.append(np.concatenate(list(session.stream(PROMPT, 6, 1))))
-        except BackendError as error:
-            results.append(error)
-
-    threads = [threading.Thread(target=watch) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    videos = [result for result in results if isinstance(result, np.ndarray)]
-    assert len(results) == 2 and videos
-    assert all(np.array_equal(video, alone) for video in videos)
 
 
 def test_a_closed_session_refuses_to_make_videos(tiny_bundle):
