@@ -34,7 +34,8 @@ ends a blend where it is, and begins from there. A cut does not blend.
 
 A policy that restarts (CausVid's) does so before a switch takes effect, as a live switch may come
 at any time: the block that both rollouts share is generated under the old prompt, and `recompute`
-computes its keys and values again, as the only recent block there is.
+computes its keys and values again, as the only recent block there is. A video that ends with that
+block shows it as the old rollout made it, a longer one as the next rollout begins with it.
 
 Free of torch.
 """

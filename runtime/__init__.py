@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,18 @@ if TYPE_CHECKING:
     from packforcing.prompts import Switch
     from packforcing.runtime.render import RenderSummary
     from packforcing.runtime.session import Session
-    from packforcing.runtime.video import BlockInfo
+    from packforcing.runtime.video import Block, BlockInfo, StepInfo, Video
 
-__all__ = ["BlockInfo", "RenderSummary", "Session", "Switch", "demo_bundle"]
+__all__ = [
+    "Block",
+    "BlockInfo",
+    "RenderSummary",
+    "Session",
+    "StepInfo",
+    "Switch",
+    "Video",
+    "demo_bundle",
+]
 
 
 def demo_bundle() -> Path:
@@ -22,14 +32,11 @@ def demo_bundle() -> Path:
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of this module's
+    _MODULES = {"RenderSummary": "runtime.render", "Session": "runtime.session"}
+    _MODULES["Switch"] = "prompts"
 
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from packforcing.prompts import Switch
-        from packforcing.runtime.render import RenderSummary
-        from packforcing.runtime.session import Session
-        from packforcing.runtime.video import BlockInfo
-
-        names = {"BlockInfo": BlockInfo, "RenderSummary": RenderSummary, "Session": Session}
-        return {**names, "Switch": Switch}[name]
+        module = _MODULES.get(name, "runtime.video")
+        return getattr(import_module(f"packforcing.{module}"), name)

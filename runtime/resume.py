@@ -26,6 +26,7 @@ file is compared with its SHA-256, names have to match the pattern above, links 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -73,9 +74,12 @@ from packforcing.runtime.video_files import (
     place_video,
     video_bytes,
 )
+from packforcing.units import format_file_size
 
 if TYPE_CHECKING:
     from packforcing.runtime.rollout import Rollout
+
+_log = logging.getLogger(__name__)
 
 SNAPSHOT_SECONDS = 20.0  # of video between two snapshots
 _JOINED = (JOINED, f"{JOINED}.mp4", f"{JOINED}.mkv")
@@ -309,10 +313,10 @@ class RenderFolder:
             valid = ("segment", *snapshot.valid)
             files = {name: before.files[name] for kind in valid for name in before.files_of(kind)}
             files |= {path.name: file_record(path) for path in new}
-            self.record = msgspec.structs.replace(
-                before, **snapshot.counters._asdict(), files=files
-            )
+            counters = snapshot.counters._asdict()
+            self.record = msgspec.structs.replace(before, **counters, files=files)
             self.write()
+        _log.info("checkpoint before block %d: %s", self.record.block, format_file_size(size))
 
     def _require_finite(self, snapshot: Snapshot) -> None:
         for part, arrays in snapshot.parts.items():

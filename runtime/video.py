@@ -250,7 +250,8 @@ class Video:
     def schedule(self) -> list[Switch]:
         """The switches that have taken effect, each with its block and its exact time.
 
-        A render of this schedule with the same seed, start and archive limit gives the same frames.
+        A render of this schedule with the same seed, start and archive limit gives the same frames
+        (`packforcing.prompts` has the exception: a policy that restarts, at a video's last block).
         """
         config = self._config
         with self._lock:

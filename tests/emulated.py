@@ -184,10 +184,10 @@ class OnDevice:
         return call
 
 
-def cuda_device(cuda: Cuda) -> CudaDevice:
+def cuda_device(cuda: Cuda, number: int = 0) -> CudaDevice:
     """Make the runtime's own device on this CUDA."""
     with mock.patch("packforcing.runtime.device._cuda_runtime", lambda extra: cuda):
-        return CudaDevice()
+        return CudaDevice(number=number)
 
 
 def gpu_session(session: Session, cuda: Cuda | None = None) -> Session:
