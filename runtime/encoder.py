@@ -55,7 +55,7 @@ def encode_start(
     graph: LoadedGraph,
     clip: np.ndarray,
     blocks: int | None,
-    before_call: Callable[[], None],
+    before_call: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Encode the frames that a video begins with.
 

@@ -77,9 +77,7 @@ def _check_archive_limit(config: Config, limit: int | None, *, endless: bool) ->
     if limit is None:
         row_bytes = max(1, archive_bytes(config, policy.sink + 1))
         return max(least, IN_MEMORY // row_bytes) if endless else None
-    bounds = (
-        f"{least} blocks or more ({policy.mid} to read, {policy.recent} that will be, one more)"
-    )
+    bounds = f"{least} blocks or more: {policy.mid} to read, {policy.recent} recent, 1 to give up"
     return check_integer("archive_limit", limit, least, 2**63, bounds)
 
 

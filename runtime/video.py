@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR
-from packforcing.errors import PromptError, RenderStopped
+from packforcing.errors import BackendError, PromptError, RenderStopped
 from packforcing.presets import switch_history
 from packforcing.prompts import History, Prompt, Switch, Timeline, check_switch, encode_prompt
 from packforcing.runtime.device import Array
