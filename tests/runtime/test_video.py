@@ -130,8 +130,8 @@ def test_a_switch_replaces_what_was_to_follow(tiny_bundle):
             Switch(21 / TINY.fps, WORDS[2], over=9),
             Switch(45 / TINY.fps, WORDS[3], over=2),
         ]
-        assert [(s.time, s.prompt, s.history, s.over) for s in video.schedule] == [
-            (s.time, s.prompt, s.history, s.over) for s in schedule
+        assert [(s.time, s.prompt, s.effect, s.over) for s in video.schedule] == [
+            (s.time, s.prompt, s.effect, s.over) for s in schedule
         ]
         again = session.stream(schedule, video.seconds, SEED)
         np.testing.assert_array_equal(np.concatenate(list(again)), live)
