@@ -65,7 +65,7 @@ def main() -> None:
 
         def stop(*_: object) -> None:
             stopped.set()
-            session.stop()  # after the current block; all blocks until then are on the disk
+            session.stop()  # within the current block; all blocks before it are on the disk
 
         for number in signal.SIGINT, signal.SIGTERM:
             signal.signal(number, stop)

@@ -140,6 +140,16 @@ def make_plan(
     )
 
 
+def further_video(plan: Plan) -> int:
+    """Return the device memory of another video at once, in bytes: it shares all but buffers."""
+    return sum(device_bytes(plan.config).values())
+
+
+def videos_at_once(plan: Plan, budget: int) -> int:
+    """Return how many videos one session can make at once within a budget, in bytes."""
+    return max(0, 1 + (budget - plan.total) // further_video(plan))
+
+
 def check_target(precision: Precision, target: str) -> None:
     """Check that engines for a target can have a precision.
 

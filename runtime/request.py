@@ -65,13 +65,25 @@ def make_request(
     config = msgspec.structs.replace(manifest_config, policy=policy)
     timeline = check_request(config, prompt, seconds, seed)
     clip = None if start is None else check_start(config, start, timeline)
-    archive_limit = _check_archive_limit(config, archive_limit, endless=seconds is None)
+    archive_limit = check_archive_limit(config, archive_limit, endless=seconds is None)
     check_memory(manifest_config, policy, timeline.blocks, archive_limit)
     return VideoRequest(timeline, _frames(config, seconds), check_seed(seed), clip, archive_limit)
 
 
-def _check_archive_limit(config: Config, limit: int | None, *, endless: bool) -> int | None:
-    """Return the limit of an archive, or raise `ConfigError` where it is too small."""
+def check_archive_limit(config: Config, limit: int | None, *, endless: bool) -> int | None:
+    """Check the limit of a video's archive.
+
+    Args:
+        config: The bundle's, with the policy of the video.
+        limit: Blocks that the archive holds at most; None: as many as are right.
+        endless: Whether the video has no end, so that its archive needs a limit.
+
+    Returns:
+        The limit; None: no limit.
+
+    Raises:
+        ConfigError: It is too small for the policy.
+    """
     policy = config.policy
     least = policy.mid + policy.recent + 1  # what is read, what will be, and one to give up
     if limit is None:

@@ -72,8 +72,8 @@ class Session:
             bundle: The bundle's folder.
             policy: Which history blocks read; None means the bundle's own.
             steps: Denoising steps in place of the bundle's own.
-            threads: Of each graph on the CPU. None: one for each core of this process, shared with
-                other sessions; a render that is resumed has as many as it began with.
+            threads: Of each graph on the CPU. None: one for each core of this process, used in
+                turns with other sessions; a render that is resumed has as many as it began with.
             backend: One of `packforcing.runtime.backends.BACKENDS`.
             device: The GPU, among the visible ones.
             make_rollout: Makes the rollout of a config on the backend.

@@ -41,4 +41,6 @@ class Turns:
                     self._batons[0].release()
 
 
-CPU_TURNS = Turns()  # of all sessions whose graphs share the CPU's threads
+# Of all sessions with a thread for each core. ONNX Runtime's one pool for a process is no choice:
+# with it no session may have threads of its own, nor may any of the program that we are in.
+CPU_TURNS = Turns()

@@ -137,6 +137,12 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 )
 @step_options
 @option(
+    "--archive-limit",
+    type=int,
+    metavar="BLOCKS",
+    help="Archived blocks to keep at most; a full archive thins out evenly.  [default: all]",
+)
+@option(
     "--resume",
     is_flag=True,
     help="Resume an interrupted render; start a new one where there is none.",
@@ -158,6 +164,7 @@ def render(
     steps: tuple[float, ...] | None,
     first_steps: tuple[float, ...] | None,
     shift: float | None,
+    archive_limit: int | None,
     resume: bool,
     threads: int | None,
     backend: str,
@@ -184,8 +191,7 @@ def render(
 
     PATH is written only on completion and replaces an existing file. A folder must be new or empty.
     Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk, the same
-    command with --resume finishes it, with the same frames. The first Ctrl-C stops after the
-    current block, the second at once.
+    command with --resume finishes it, with the same frames.
 
     \b
     Examples:
@@ -194,10 +200,12 @@ def render(
       packforcing render --embedding fox.safetensors --bundle my-bundle --out fox.mp4
       packforcing render --schedule scenes.toml --seconds 20 --out scenes.mp4
     """
+    import msgspec
+
     from packforcing.embeddings import load_embedding
     from packforcing.presets import switch_history
     from packforcing.prompts import as_schedule, read_schedule
-    from packforcing.runtime.request import check_request, check_schedule
+    from packforcing.runtime.request import check_archive_limit, check_request, check_schedule
     from packforcing.runtime.resume import finished
     from packforcing.runtime.video_files import check_output
     from packforcing.sampler import StepOverrides, describe_steps
@@ -216,6 +224,8 @@ def render(
     directory, config, chosen = _bundle_and_policy(bundle, policy)
     overrides, own_steps = StepOverrides(steps, first_steps, shift), describe_steps(config)
     config = overrides.apply(config)
+    with_policy = msgspec.structs.replace(config, policy=chosen or config.policy)
+    check_archive_limit(with_policy, archive_limit, endless=False)
     if encoder is None:
         prompts = check_request(config, prompts, seconds, seed)
     else:
@@ -233,12 +243,11 @@ def render(
         _stopping(session, "with the same command and --resume"),
     ):
         summary = session.render(
-            prompts, seconds, out, seed, start=clip, on_block=show_block, resume=resume
-        )
+            prompts, seconds, out, seed, start=clip, archive_limit=archive_limit,
+            on_block=show_block, resume=resume,
+        )  # fmt: skip
     policy_used = chosen or config.policy
     if as_json:
-        import msgspec
-
         training_free = is_training_free(config, policy_used)
         fields = msgspec.to_builtins(summary)
         print_json({"path": out, "fps": config.fps, "training_free": training_free, **fields})
@@ -417,7 +426,7 @@ def _open_session(
 
 @contextmanager
 def _stopping(session: Session, how: str) -> Iterator[None]:
-    """Stop after the current block on the first signal that ends a process; the next is obeyed.
+    """Stop before the next call of a graph on the first signal; the next one is obeyed.
 
     Args:
         session: Makes the video.

@@ -19,7 +19,16 @@ from packforcing.runtime.backends import ENGINE_BACKENDS
 from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
 from packforcing.runtime.engine_records import graph_files, read_record
 from packforcing.runtime.estimate import GPUS, seconds_per_block
-from packforcing.runtime.plan import CUDA_CONTEXT, Plan, describe, estimates, make_plan, smallest
+from packforcing.runtime.plan import (
+    CUDA_CONTEXT,
+    Plan,
+    describe,
+    estimates,
+    further_video,
+    make_plan,
+    smallest,
+    videos_at_once,
+)
 from packforcing.units import GIB, format_gib
 
 if TYPE_CHECKING:
@@ -140,6 +149,9 @@ def detail(
             if larger != plan.config:
                 total = make_plan(larger, plan.target).total
                 rows.append(_row("total with Wan's autoencoder", total))
+    rows.append(_row("each further video at once", further_video(plan)))
+    if budget is not None and (videos := videos_at_once(plan, budget)) > 1:
+        rows.append((f"videos at once within the budget: {videos}", "", ""))
     rows.append(_row("beside it, the CUDA context (prediction)", CUDA_CONTEXT))
     yield ""
     yield make_table(rows, ("device memory", "bytes", "GiB"), "lr")

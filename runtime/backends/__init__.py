@@ -82,8 +82,8 @@ def open_backend(
         directory: The bundle.
         manifest: The bundle's manifest.
         config: The manifest's config, with the policy to run.
-        threads: CPU threads of each graph; None: one for each core of this process, shared by all
-            sessions.
+        threads: CPU threads of each graph; None: one for each core of this process, used in turns
+            with other sessions.
         device: The GPU, among the visible ones.
 
     Raises:

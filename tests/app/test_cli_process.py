@@ -197,7 +197,7 @@ def test_a_demo_that_is_stopped_resumes_with_the_same_command(
         result = run(*command)
     assert result.exit_code == 128 + getattr(signal, number)
     assert re.fullmatch(
-        r"stopped after 3 of 5 blocks; .*: resume it with the same command\n", result.stderr
+        r"stopped after 2 of 5 blocks; .*: resume it with the same command\n", result.stderr
     )
     assert run(*command).exit_code == 0
     assert sorted(path.name for path in out.iterdir()) == ["demo.html", "demo.mp4"]

@@ -240,7 +240,7 @@ def call_in_block(monkeypatch, number: int, action) -> None:
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "frames/"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_block_and_resume_finishes(
+def test_a_signal_stops_in_the_middle_of_a_block_and_resume_finishes(
     tiny_bundle, out, monkeypatch, name, number
 ):
     call_in_block(monkeypatch, 3, lambda: signal.raise_signal(number))
@@ -249,7 +249,7 @@ def test_a_signal_stops_after_the_block_and_resume_finishes(
     result = run(*command)
     assert (result.exit_code, result.stdout) == (128 + number, "")
     assert re.fullmatch(
-        r"stopped after 3 of 5 blocks; finished blocks are in .*\.render: resume it with the same "
+        r"stopped after 2 of 5 blocks; finished blocks are in .*\.render: resume it with the same "
         r"command and --resume\n",
         result.stderr,
     )

@@ -20,6 +20,7 @@ from packforcing.runtime import Session
 from packforcing.runtime.allocations import device_bytes
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.pacing import PlaybackClock
+from packforcing.runtime.plan import further_video, make_plan, videos_at_once
 from packforcing.runtime.turns import Turns
 from packforcing.selection import evict
 from tests.emulated import Cuda, gpu_session
@@ -324,6 +325,13 @@ def test_the_buffers_of_a_video_that_has_ended_serve_the_next_one(tiny_bundle):
         first.close()
         list(session.stream(PROMPT, 2))
         assert cuda.used("device") - before == 2 * buffers
+        config = session.config
+        plan = make_plan(config, "sm89")
+        assert further_video(plan) == buffers
+        for videos in (1, 2, 5):
+            budget = plan.total + (videos - 1) * buffers
+            assert videos_at_once(plan, budget) == videos
+            assert videos_at_once(plan, budget - 1) == videos - 1
         third, fourth = (session.begin(PROMPT, seed, lead=None) for seed in range(2))
         next(third)
         cuda.total = cuda.used("device") + buffers - 1
