@@ -1,9 +1,9 @@
-"""Show a video in a window while it is made.
+"""Show a video in a window while it is made, and follow the prompts that are typed below it.
 
-    python examples/embed_in_a_window.py "a red star over navy stripes" --seconds 20
+    python examples/embed_in_a_window.py "a red star over navy stripes"
 
-A thread renders blocks into a queue of four; the window's own loop takes frames from there at the
-video's rate. `play` takes any display. Needs `pip install "packforcing[cpu]"` and Tk, no torch.
+A thread renders blocks into a queue; the window's own loop takes frames from there at the video's
+rate. `play` takes any display. Needs `pip install "packforcing[cpu]"` and Tk, no torch.
 """
 
 from __future__ import annotations
@@ -17,41 +17,55 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from packforcing.errors import RenderStopped
-from packforcing.runtime import Session, demo_bundle
+from packforcing import PackForcingError
+from packforcing.runtime import Session, Video, demo_bundle
 
 Frames = Iterator[np.ndarray]  # uint8 RGB [H, W, 3]
-Display = Callable[[Frames, int], None]  # shows frames at a rate
+Display = Callable[[Frames, Video, int], None]  # shows frames of a video at a rate
 
 
-def show_in_window(frames: Frames, fps: int, zoom: int = 4) -> None:
-    """Show frames at a rate until they end or the window is closed."""
+def show_in_window(frames: Frames, video: Video, fps: int, zoom: int = 4) -> None:
+    """Show frames until they end or the window is closed; switch to what is typed."""
     window = tkinter.Tk()
-    label = tkinter.Label(window)
-    label.pack()
+    kinds = tkinter.Label, tkinter.Entry, tkinter.Label
+    picture, entry, message = (kind(window) for kind in kinds)
+        kind(window) for kind in (tkinter.Label, tkinter.Entry, tkinter.Label)
+    )
+    for widget in picture, entry, message:
+        widget.pack(fill="x")
+
+    def switch(event: object = None) -> None:
+        try:
+            block = video.switch(entry.get(), over=2)
+        except PackForcingError as error:
+            message.configure(text=str(error))
+        else:
+            message.configure(text=f"from block {block}: {entry.get()}")
 
     def show_next() -> None:
         if (frame := next(frames, None)) is None:
             return window.destroy()
         header = f"P6 {frame.shape[1]} {frame.shape[0]} 255 ".encode()
-        label.picture = tkinter.PhotoImage(data=header + frame.tobytes()).zoom(zoom)
-        label.configure(image=label.picture)
+        picture.image = tkinter.PhotoImage(data=header + frame.tobytes()).zoom(zoom)
+        picture.configure(image=picture.image)
         return window.after(round(1000 / fps), show_next)
 
+    entry.bind("<Return>", switch)
+    entry.focus()
     show_next()
     window.mainloop()
 
 
-def play(session: Session, prompt: str, seconds: float, display: Display) -> None:
-    """Render in a thread and show each frame; the render stops when the display ends."""
-    queued: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=4)
-    stream = session.stream(prompt, seconds)  # checks its arguments here, in this thread
+def play(session: Session, prompt: str, seconds: float | None, display: Display) -> None:
+    """Render in a thread and show each frame; the video stops when the display ends."""
+    queued: queue.Queue[np.ndarray | None] = queue.Queue(maxsize=2)
+    video = session.begin(prompt, seconds=seconds)  # checks its arguments here, in this thread
     errors: list[Exception] = []
 
     def produce() -> None:
         try:
-            for block in stream:
-                queued.put(block)
+            for block in video:
+                queued.put(block.frames)
         except Exception as error:
             errors.append(error)
         queued.put(None)
@@ -63,19 +77,19 @@ def play(session: Session, prompt: str, seconds: float, display: Display) -> Non
     threading.Thread(target=produce).start()
     blocks = consume()
     try:
-        display((frame for block in blocks for frame in block), session.config.fps)
+        display((frame for block in blocks for frame in block), video, session.config.fps)
     finally:
-        session.stop()  # where the display ended first
+        video.stop()  # where the display ended first
         for _ in blocks:
             pass
-    if errors and not isinstance(errors[0], RenderStopped):
+    if errors:
         raise errors[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("prompt")
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, help="until the window is closed by default")
     parser.add_argument("--bundle", default=demo_bundle())
     args = parser.parse_args()
     try:

@@ -4,9 +4,12 @@ import asyncio
 import ctypes
 import logging
 import random
+import shutil
 import threading
 
+import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -18,6 +21,7 @@ from packforcing.errors import BackendError, ConfigError, PromptError, RenderSto
 from packforcing.prompts import Switch, blend, encode_prompt, read_schedule, write_schedule
 from packforcing.runtime import Session
 from packforcing.runtime.allocations import device_bytes
+from packforcing.runtime.bundle import read_manifest, write_manifest
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.pacing import PlaybackClock
 from packforcing.runtime.plan import further_video, make_plan, videos_at_once
@@ -578,6 +582,35 @@ def test_an_endless_video_has_a_bounded_archive_and_bounded_positions(tiny_bundl
         assert video.stopped and len(session.rollout.archive.key_values) == LIMIT
         stored = [*session.rollout.archive.rows]
         assert stored[0] == TINY.policy.sink and stored[-1] == 60  # the first and the last
+
+
+@pytest.mark.full
+def test_a_day_of_video_takes_no_more_memory_than_its_first_hour(tiny_bundle, tmp_path):
+    """14,400 blocks of six seconds, a switch of every kind each hour. Prints the time per block."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = read_manifest(bundle)
+    config = msgspec.structs.replace(manifest.config, fps=2)
+    write_manifest(bundle, msgspec.structs.replace(manifest, config=config))
+    process, hour = psutil.Process(), 600
+    memory, seconds, starts = [], [], set()
+    with Session.open(bundle, threads=1) as session:
+        video = session.begin(PROMPT, SEED, lead=None, archive_limit=40)
+        for block in video:
+            seconds.append(block.info.seconds)
+            starts.add(session.rollout.cache.layout().start)
+            if video.block % hour == 0:
+                memory.append(process.memory_info().rss)
+                number = video.block // hour
+                history, over = [("keep", 5), ("recompute", 1), ("cut", 1)][number % 3]
+                video.switch(WORDS[number % 4], history, over=over)
+            if video.seconds > 24 * 3600:
+                video.stop()
+    assert len(memory) == 24 and len(video.schedule) == 25
+    assert max(memory) - memory[0] < 4 << 20, [f"{m / 1e6:.1f} MB" for m in memory]
+    full = TINY.policy.sink + TINY.policy.recent
+    assert max(starts) == full * TINY.block_frames + TINY.policy.mid * TINY.policy.mid_span
+    parts = [1e3 * np.median(seconds[first : first + hour]) for first in (hour, 23 * hour)]
+    print(f"ms per block: {parts[0]:.2f} in the second hour, {parts[1]:.2f} in the last")
 
 
 def test_an_archive_that_is_not_full_changes_nothing(tiny_bundle):
