@@ -29,8 +29,6 @@ def show_in_window(frames: Frames, video: Video, fps: int, zoom: int = 4) -> Non
     window = tkinter.Tk()
     kinds = tkinter.Label, tkinter.Entry, tkinter.Label
     picture, entry, message = (kind(window) for kind in kinds)
-        kind(window) for kind in (tkinter.Label, tkinter.Entry, tkinter.Label)
-    )
     for widget in picture, entry, message:
         widget.pack(fill="x")
 
