@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from packforcing.config import Config
-from packforcing.errors import RenderStopped
+from packforcing.errors import ConfigError, RenderStopped
 from packforcing.prompts import History, Timeline
 from packforcing.runtime.allocations import archive_bytes
 from packforcing.runtime.archive import stored_blocks
@@ -161,9 +161,13 @@ def render_video(
         checkpoint_seconds: Seconds of video between two snapshots.
     """
     from packforcing.runtime.video_files import check_output
+    from packforcing.runtime.video_forms import STREAM, output_target
 
     request, timeline = video.request, video.request.timeline
     assert request.frames is not None and timeline.blocks is not None
+    streamed = output_target(path)[0] is STREAM
+    if streamed and resume:
+        raise ConfigError("standard output cannot be resumed")
     config = session.config
     session.use_threads(_recorded_threads(path) if resume else None)
     stopwatch = _Stopwatch(session)
@@ -173,7 +177,10 @@ def render_video(
     interval = snapshot_interval(config, checkpoint_seconds)
     fields = _request_fields(session, request, path, interval)
     frames_resumed = request.frames
-    if not (resume and remove_leftovers(path, fields)):
+    if streamed:
+        frames_resumed = 0
+        _write_stream(video, path, config, on_block, stopwatch)
+    elif not (resume and remove_leftovers(path, fields)):
         check_output(path, request.frames, config.width, config.height)
         length = request.frames, timeline.blocks
         with render_folder(path, config, fields, *length, resume) as render:
@@ -200,6 +207,24 @@ def render_video(
         ),
         prompts=_switch_infos(timeline, config),
     )
+
+
+def _write_stream(
+    video: Video,
+    path: str | os.PathLike[str],
+    config: Config,
+    on_block: Callable[[BlockInfo], None] | None,
+    stopwatch: _Stopwatch,
+) -> None:
+    """Write a video to standard output as it is made."""
+    from packforcing.runtime.video_files import open_video
+
+    then = "a video on standard output cannot be resumed"
+    with open_video(path, config.width, config.height, config.fps, then) as file:
+        for frames in stream_video(video, on_block):
+            began = time.perf_counter()
+            file.write(frames)
+            stopwatch.seconds_video += time.perf_counter() - began
 
 
 def _write_segments(
@@ -256,7 +281,7 @@ def _request_fields(
 
     from packforcing import __version__
     from packforcing.runtime.backends.onnxruntime import import_onnxruntime
-    from packforcing.runtime.video_files import segment_suffix
+    from packforcing.runtime.video_forms import segment_suffix
 
     config, own = session.config, session.manifest.config
     other_steps = describe_steps(config) != describe_steps(own)  # not named by older releases

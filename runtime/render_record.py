@@ -23,17 +23,20 @@ from packforcing.files import (
 )
 from packforcing.runtime.snapshot import Counters
 from packforcing.runtime.video_files import JOINED
+from packforcing.runtime.video_forms import FILE_SUFFIXES, SEGMENT_SUFFIXES
 
 VERSION = 2
 UPGRADES: dict[int, Upgrade] = {}  # of older records; those of version 1 are not read
 _MAX_RECORD_BYTES = 1 << 26  # that of a day of video is smaller
 RECORD, LOCK = "checkpoint.json", "lock"
+_SEGMENTS = "|".join(map(re.escape, SEGMENT_SUFFIXES))
 OWN_FILES = re.compile(
-    r"segment-\d{6}\.(mp4|mkv)|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
+    rf"segment-\d{{6}}({_SEGMENTS})"
+    r"|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
     r"|checkpoint\.json(\.partial)?|\.checkpoint\.partial-[0-9a-f]{8}\.json"
     r"|\.checkpoint\.json\.[0-9a-f]{8}\.partial-[0-9a-f]{8}"
-    r"|\.segment-\d{6}\.partial-[0-9a-f]{8}\.(mp4|mkv)"
-    rf"|{JOINED}(\.(mp4|mkv))?"
+    rf"|\.segment-\d{{6}}\.partial-[0-9a-f]{{8}}({_SEGMENTS})"
+    rf"|{JOINED}({'|'.join(map(re.escape, FILE_SUFFIXES))})?"
 )
 
 

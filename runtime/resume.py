@@ -66,14 +66,8 @@ from packforcing.runtime.snapshot import (
     take_snapshot,
     write_part,
 )
-from packforcing.runtime.video_files import (
-    JOINED,
-    Kind,
-    output_errors,
-    output_target,
-    place_video,
-    video_bytes,
-)
+from packforcing.runtime.video_files import JOINED, output_errors, place_video, video_bytes
+from packforcing.runtime.video_forms import FILE_SUFFIXES, FORMS, output_target
 from packforcing.units import format_file_size
 
 if TYPE_CHECKING:
@@ -82,7 +76,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 SNAPSHOT_SECONDS = 20.0  # of video between two snapshots
-_JOINED = (JOINED, f"{JOINED}.mp4", f"{JOINED}.mkv")
+_JOINED = (JOINED, *(f"{JOINED}{suffix}" for suffix in FILE_SUFFIXES))
 _MAX_HEADER_BYTES = 1 << 20  # of a safetensors file
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _SPARE_BYTES = 1 << 20  # left free on the disk
@@ -378,8 +372,7 @@ class RenderFolder:
             self._check(name)
         present_bytes = sum(file.bytes for file in record.files.values())
         # segments and what they are joined to; PNG files and lossless segments take about the same
-        kind: Kind = "mp4" if self._suffix == ".mp4" else "mkv"
-        size = video_bytes(kind, frames, config.width, config.height)
+        size = video_bytes(FORMS[self._suffix], frames, config.width, config.height)
         needed_bytes = 2 * size + _snapshot_bytes(config, blocks) - present_bytes
         self._require_space(
             needed_bytes, f"a render of {frames} frames", "free some space or choose another folder"

@@ -299,7 +299,8 @@ class Session:
         Args:
             prompt: As for `begin`, as are `seconds`, `seed`, `start` and `archive_limit`.
             seconds: Length of the video.
-            path: .mp4 (H.264), .mkv (lossless FFV1), or a folder for PNG files.
+            path: .mp4 or .mov (H.264), .webm (VP9), .gif, .mkv (lossless FFV1), a folder for PNG
+                files, or - for fragmented MP4 on standard output, which cannot be resumed.
             seed: Of the noise.
             start: An image or a clip that the video begins with.
             archive_limit: Blocks that the archive holds at most; None: all.

@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from packforcing.errors import VideoError
+from packforcing.errors import ConfigError, VideoError
+from packforcing.runtime.clips import read_clip, show_frame
+from packforcing.runtime.colors import needs_conversion, to_sdr
+from packforcing.runtime.pictures import Shown, read_picture
 
-if TYPE_CHECKING:
-    from PIL import Image
+Fit = Literal["fill", "fit", "stretch"]
+FITS: tuple[Fit, ...] = get_args(Fit)
+_REMEDY = "give a picture (png, jpg, webp, avif, gif, tiff) or a short clip"
+Item = TypeVar("Item")
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif")
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "AVIF")  # that Pillow may try; no other decoder runs
-_REMEDY = "give a picture (png, jpg, webp, avif) or a short clip"
+
+@dataclass(frozen=True)
+class StartClip:
+    """Frames that a video begins with, and how they were made.
+
+    Attributes:
+        frames: uint8 RGB [T, height, width, 3].
+        size: Width and height at which a player shows the file, in pixels.
+        fit: How it was brought to the video's shape.
+        change: What that did to it, in words.
+        notes: What else was done to it, in words.
+    """
+
+    frames: np.ndarray
+    size: tuple[int, int]
+    fit: Fit
+    change: str
+    notes: list[str]
 
 
 def read_start(
-    path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int
+    path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int, fit: Fit = "fill"
 ) -> np.ndarray:
-    """Read the frames that a video begins with.
+    """Return the frames of `load_start`, whose arguments it takes."""
+    return load_start(path, width, height, fps, limit, fit).frames
 
-    A picture is one frame. It is shown as players show it: turned as its EXIF orientation says,
-    transparent parts over black, 16 bits per channel scaled to 8, CMYK converted to RGB. A clip is
-    read at `fps`; if it is longer than `limit` frames, its last ones count, since the video
-    continues from its end. Both are cropped around the center to the shape of the video, then
-    resized with Pillow's bicubic filter, which averages where it shrinks.
+
+def load_start(
+    path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int, fit: Fit = "fill"
+) -> StartClip:
+    """Read the frames that a video begins with, as players show them.
+
+    A picture is one frame. A clip or an animation is read at `fps`; if it is longer than `limit`
+    frames, its last ones count, since the video continues from its end. Frames are turned upright,
+    their colors are those of an SDR display, and transparency is over black. They are resized with
+    Pillow's bicubic filter, which averages where it shrinks.
 
     Args:
         path: The file.
@@ -40,27 +67,31 @@ def read_start(
         height: Of the video, in pixels.
         fps: Frames per second of the video.
         limit: Frames at most.
-
-    Returns:
-        uint8 RGB [T, height, width, 3], with 1 <= T <= limit.
+        fit: What becomes of another shape: "fill" crops around the center, "fit" adds black bars,
+            "stretch" changes the aspect.
 
     Raises:
         VideoError: The file cannot be read.
+        ConfigError: There is no such `fit`.
     """
+    if fit not in FITS:
+        raise ConfigError(f"a start fits by {', '.join(FITS)}, not '{fit}'")
     source = Path(path)
+    notes: list[str] = []
     frames: deque[np.ndarray] = deque(maxlen=limit)
+    size, change = (0, 0), ""
     try:
-        with source.open("rb"):
-            pass  # gives a plainer reason than the decoders do
-        is_picture = source.suffix.lower() in PICTURE_SUFFIXES
-        for image in _read_picture(source) if is_picture else _read_clip(source, fps, limit):
-            frames.append(_fit(image, width, height))
+        for shown in _read(source, fps, limit, notes):
+            size, change = _describe(shown, width, height, fit)
+            frames.append(_fit(shown, width, height, fit))
+    except VideoError as error:
+        raise VideoError(f"cannot start from {source}: {error}; {_REMEDY}") from error
     except _decoder_errors() as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(f"cannot start from {source}: {reason}; {_REMEDY}") from error
     if not frames:
         raise VideoError(f"cannot start from {source}: no picture in it can be decoded; {_REMEDY}")
-    return np.stack(frames)
+    return StartClip(np.stack(frames), size, fit, change, notes)
 
 
 def _decoder_errors() -> tuple[type[Exception], ...]:
@@ -72,53 +103,111 @@ def _decoder_errors() -> tuple[type[Exception], ...]:
     return OSError, av.FFmpegError, bomb, SyntaxError, ValueError, EOFError, struct.error
 
 
-def _read_picture(path: Path) -> Iterator[Image.Image]:
-    """Read a picture as RGB; nothing if it is of no format that is read."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        image = Image.open(path, formats=_FORMATS)
-    except UnidentifiedImageError:  # its text has no reason
+def _read(path: Path, fps: int, limit: int, notes: list[str]) -> Iterator[Shown]:
+    pictures = read_picture(path, notes)
+    if pictures is not None:
+        yield from _resample(pictures, fps, limit)
         return
-    with image:
-        turned = ImageOps.exif_transpose(image)
-        if turned.mode.startswith("I"):  # gray, 16 bits
-            gray = np.asarray(turned).astype(np.uint32)
-            turned = Image.fromarray(((gray * 255 + 32767) // 65535).astype(np.uint8))
-        if turned.has_transparency_data:
-            layer = turned.convert("RGBA")
-            turned = Image.alpha_composite(Image.new("RGBA", layer.size, (0, 0, 0, 255)), layer)
-        yield turned.convert("RGB")
+    last, shown = None, None
+    for item in _resample(read_clip(path, notes), fps, limit):
+        if shown is None or item is not last:
+            last, shown = item, show_frame(*item, notes)
+        yield shown
 
 
-def _read_clip(path: Path, fps: int, limit: int) -> Iterator[Image.Image]:
-    """Read a clip's frames at `fps` as RGB: each the first that is due."""
-    import av
+def _resample(
+    frames: Iterable[tuple[float | None, float, Item]], fps: int, limit: int
+) -> Iterator[Item]:
+    """Yield for each frame of the video the first that begins in its time, or the one before.
+
+    Args:
+        frames: Start and duration in seconds, and the frame.
+        fps: Frames per second of the video.
+        limit: A frame is repeated no more often, as only the end counts.
+    """
+    count, origin, end = 0, None, 0.0
+    newest: Any = None
+    for start, duration, frame in frames:
+        time = count / fps if start is None else start
+        origin = time if origin is None else origin
+        # a quarter of a frame early still counts: containers round times to milliseconds
+        slot = math.floor((time - origin) * fps + 0.25)
+        for _ in range(min(slot - count, limit)):
+            yield newest
+        if slot >= count:
+            yield frame
+        count, newest = max(count, slot + 1), frame
+        end = time - origin + duration
+    for _ in range(min(math.floor(end * fps + 0.25) - count, limit)):
+        yield newest
+
+
+def _part(shown: Shown, width: int, height: int) -> tuple[int, int]:
+    """Return columns and rows of the largest part that has the video's shape."""
+    rows, columns = shown.pixels.shape[:2]
+    aspect = Fraction(width, height) / shown.pixel_aspect
+    if columns > rows * aspect:
+        return max(1, round(rows * aspect)), rows
+    return columns, max(1, round(columns / aspect))
+
+
+def _inset(shown: Shown, width: int, height: int) -> tuple[int, int]:
+    """Return width and height, in pixels of the video, at which all of a picture is seen."""
+    rows, columns = shown.pixels.shape[:2]
+    aspect = Fraction(columns, rows) * shown.pixel_aspect
+    if aspect > Fraction(width, height):
+        return width, max(1, round(width / aspect))
+    return max(1, round(height * aspect)), height
+
+
+def _fit(shown: Shown, width: int, height: int, fit: Fit) -> np.ndarray:
+    """Return a picture in the video's shape, size and colors."""
+    pixels, size = shown.pixels, (width, height)
+    rows, columns = pixels.shape[:2]
+    if fit == "fill":
+        part_columns, part_rows = _part(shown, width, height)
+        top, left = (rows - part_rows) // 2, (columns - part_columns) // 2
+        pixels = pixels[top : top + part_rows, left : left + part_columns]
+    elif fit == "fit":
+        size = _inset(shown, width, height)
+    resized = _resize(pixels, *size)
+    if needs_conversion(shown.primaries, shown.transfer):
+        resized = to_sdr(resized, shown.primaries, shown.transfer)
+    if size == (width, height):
+        return resized
+    top, left = (height - size[1]) // 2, (width - size[0]) // 2
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[top : top + size[1], left : left + size[0]] = resized
+    return frame
+
+
+def _resize(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     from PIL import Image
 
-    with av.open(path.absolute()) as container:  # no protocol before a colon in it
-        count, start = 0, None
-        for frame in container.decode(video=0) if container.streams.video else ():
-            time = count / fps if frame.time is None else frame.time
-            start = time if start is None else start
-            # a quarter of a frame early still counts: containers round times to milliseconds
-            due = math.floor((time - start) * fps + 0.25) + 1 - count
-            if due > 0:
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                # a gap in the clip repeats a frame, but no more often than can be of use
-                yield from itertools.repeat(image, min(due, limit))
-                count += due
+    filter_ = Image.Resampling.BICUBIC
+    if pixels.dtype == np.uint8:
+        return np.asarray(Image.fromarray(pixels).resize((width, height), filter_))
+    channels = [  # Pillow has no RGB of 16 bits
+        np.asarray(Image.fromarray(channel.astype(np.float32)).resize((width, height), filter_))
+        for channel in np.moveaxis(pixels, -1, 0)
+    ]
+    return np.clip(np.stack(channels, -1) + 0.5, 0, 65535).astype(np.uint16)
 
 
-def _fit(image: Image.Image, width: int, height: int) -> np.ndarray:
-    """Return the largest centered part that has the video's shape, in its size."""
-    from PIL import Image
-
-    columns, rows = image.size
-    if columns * height > rows * width:
-        part_rows, part_columns = rows, max(1, round(rows * width / height))
-    else:
-        part_rows, part_columns = max(1, round(columns * height / width)), columns
-    top, left = (rows - part_rows) // 2, (columns - part_columns) // 2
-    part = image.crop((left, top, left + part_columns, top + part_rows))
-    return np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
+def _describe(shown: Shown, width: int, height: int, fit: Fit) -> tuple[tuple[int, int], str]:
+    """Return the size at which a picture is shown, and what fitting does to it."""
+    rows, columns = shown.pixels.shape[:2]
+    aspect = shown.pixel_aspect
+    size = max(1, round(columns * aspect)), rows
+    part = _part(shown, width, height)
+    if part == (columns, rows):
+        return size, "whole"
+    if fit == "fill":
+        return size, f"cropped to {max(1, round(part[0] * aspect))}x{part[1]}"
+    if fit == "fit":
+        inset = _inset(shown, width, height)
+        if inset[0] < width:
+            return size, f"bars of {width - inset[0]} columns in all at the left and right"
+        return size, f"bars of {height - inset[1]} rows in all at the top and bottom"
+    stretch = float(Fraction(width, height) / (Fraction(columns, rows) * aspect))
+    return size, f"stretched by {stretch:.2f} in width over height"

@@ -55,12 +55,15 @@ class Option(click.Option):
 
     Args:
         aliases: Spellings that are accepted and not shown.
+        streams: Whether `-` is standard output; of every other `--out` it is refused.
         attrs: As for `click.Option`.
     """
 
-    def __init__(self, *args: Any, aliases: Sequence[str] = (), **attrs: Any) -> None:
+    def __init__(
+        self, *args: Any, aliases: Sequence[str] = (), streams: bool = False, **attrs: Any
+    ) -> None:
         super().__init__(*args, **attrs)
-        self.aliases = list(aliases)
+        self.aliases, self.streams = list(aliases), streams
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         shown = self.opts
@@ -79,6 +82,11 @@ class Option(click.Option):
                 )
             opts = {**opts, self.name or "": argument}
         return super().consume_value(ctx, opts)
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        if self.name == "out" and str(value) == "-" and not self.streams:
+            self.type.fail("'-' is no name here; only render writes to standard output", self, ctx)
+        return super().type_cast_value(ctx, value)
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
         if ctx.auto_envvar_prefix is None or not self.allow_from_autoenv or self.hidden:

@@ -60,10 +60,11 @@ def print_differences(config: Config) -> None:
         click.echo(f"not as published: {line}")
 
 
-def print_training_free(config: Config, policy: Policy) -> None:
+def print_training_free(config: Config, policy: Policy, *, err: bool = False) -> None:
     """Print a line where blocks are compressed without trained weights."""
     if is_training_free(config, policy):
         click.echo(
             f"{config.name} has no compressor: past blocks are compressed training-free, by the "
-            "low branch alone"
+            "low branch alone",
+            err=err,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from packforcing.embeddings import Embedding
     from packforcing.prompts import Prompts, Switch
     from packforcing.runtime import BlockInfo, RenderSummary, Session
+    from packforcing.runtime.start_clip import Fit, StartClip
     from packforcing.sampler import StepOverrides
 
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
@@ -119,7 +121,9 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     "--out",
     metavar="PATH",
     required=True,
-    help="Result: NAME.mp4 (H.264), NAME.mkv (lossless), or FOLDER/ for PNG files.",
+    streams=True,
+    help="Result: NAME.mp4 or .mov (H.264), .webm (VP9), .gif, .mkv (lossless), FOLDER/ for PNG "
+    "files, or - for MP4 on standard output.",
 )
 @bundle_option()
 @seconds_option(10.0)
@@ -128,6 +132,13 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     "--start",
     metavar="FILE",
     help=f"Picture or clip to begin with; of a clip, only the last {START_SECONDS:g} s.",
+)
+@option(
+    "--start-fit",
+    type=click.Choice(["fill", "fit", "stretch"]),
+    default="fill",
+    show_default=True,
+    help="Where the start has another aspect: fill crops it, fit adds bars, stretch distorts it.",
 )
 @option(
     "--policy",
@@ -160,6 +171,7 @@ def render(
     seconds: float,
     seed: int,
     start: str | None,
+    start_fit: Fit,
     policy: str | None,
     steps: tuple[float, ...] | None,
     first_steps: tuple[float, ...] | None,
@@ -191,7 +203,8 @@ def render(
 
     PATH is written only on completion and replaces an existing file. A folder must be new or empty.
     Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk, the same
-    command with --resume finishes it, with the same frames.
+    command with --resume finishes it, with the same frames. With --out -, frames are written to
+    standard output as they are made, messages go to stderr, and nothing can be resumed.
 
     \b
     Examples:
@@ -208,8 +221,12 @@ def render(
     from packforcing.runtime.request import check_archive_limit, check_request, check_schedule
     from packforcing.runtime.resume import finished
     from packforcing.runtime.video_files import check_output
+    from packforcing.runtime.video_forms import STDOUT
     from packforcing.sampler import StepOverrides, describe_steps
 
+    streamed = out == STDOUT
+    if streamed and as_json:
+        raise click.UsageError("--json and --out - both write to standard output: leave out one")
     if sum(source is not None for source in (prompt, embedding, schedule)) > 1:
         raise ConfigError("choose one of PROMPT, --embedding and --schedule")
     if embedding is not None:
@@ -231,37 +248,48 @@ def render(
     else:
         _check_encoder_is_needed(config, prompts)
         check_schedule(config, prompts, seconds, seed)
+    if streamed and resume:
+        raise click.UsageError("standard output cannot be resumed: leave out --resume")
     if not (resume and finished(out)):
         check_output(out, config.frames(seconds), config.width, config.height)
-    clip = None if start is None else _read_start(start, config)
+    clip = None if start is None else _read_start(start, start_fit, config)
     if encoder is not None:  # last, as nothing takes as long to load
         encoded = _encode_schedule(prompts, encoder, strict, quiet=as_json)
         prompts = check_request(config, encoded, seconds, seed)
     with (
         _open_session(directory, chosen, overrides, threads, backend, as_json) as session,
         frame_meter(quiet=as_json) as show_block,
-        _stopping(session, "with the same command and --resume"),
+        _stopping(session, "" if streamed else "with the same command and --resume"),
     ):
+        frames = clip and clip.frames
         summary = session.render(
-            prompts, seconds, out, seed, start=clip, archive_limit=archive_limit,
+            prompts, seconds, out, seed, start=frames, archive_limit=archive_limit,
             on_block=show_block, resume=resume,
         )  # fmt: skip
     policy_used = chosen or config.policy
     if as_json:
         training_free = is_training_free(config, policy_used)
         fields = msgspec.to_builtins(summary)
+        if clip is not None:
+            fields["start"] = _start_record(start or "", clip)
         print_json({"path": out, "fps": config.fps, "training_free": training_free, **fields})
     else:
-        click.echo(f"{out}: {_format_speed(summary, config)}")
+        say = partial(click.echo, err=streamed)
+        name = "standard output" if streamed else out
+        say(f"{name}: {_format_speed(summary, config)}")
+        if clip is not None:
+            width, height = clip.size
+            details = "; ".join((f"{width}x{height}, {clip.change}", *clip.notes))
+            say(f"start: {start}, {len(clip.frames)} frames ({details})")
         for switch in summary.prompts[1:]:
             name = switch.prompt or "another embedding"
-            click.echo(f"from {switch.seconds:.1f} s ({switch.history}): {name}")
+            say(f"from {switch.seconds:.1f} s ({switch.history}): {name}")
         if any(switch.history is None for switch in switches[1:]):
             default = switch_history(config)
-            click.echo(f"a switch without a history: {default}, as {config.name} was published")
+            say(f"a switch without a history: {default}, as {config.name} was published")
         if (used_steps := describe_steps(config)) != own_steps:
-            click.echo(f"denoising: {used_steps}; the bundle's: {own_steps}")
-        print_training_free(config, policy_used)
+            say(f"denoising: {used_steps}; the bundle's: {own_steps}")
+        print_training_free(config, policy_used, err=streamed)
 
 
 @click.command("encode-prompt")
@@ -452,13 +480,21 @@ def _stopping(session: Session, how: str) -> Iterator[None]:
         raise click.exceptions.Exit(128 + received[0]) from None
 
 
-def _read_start(path: str, config: Config) -> Any:
+def _read_start(path: str, fit: Fit, config: Config) -> StartClip:
     """Read a picture, or the end of a clip, as frames of whole blocks."""
-    from packforcing.runtime.start_clip import read_start
+    from packforcing.runtime.start_clip import load_start
 
     blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
     limit = blocks * config.block_pixel_frames - config.trimmed_frames
-    return read_start(path, config.width, config.height, config.fps, limit)
+    return load_start(path, config.width, config.height, config.fps, limit, fit)
+
+
+def _start_record(path: str, clip: StartClip) -> dict[str, Any]:
+    """Describe what was done to a start, for --json."""
+    return {
+        "path": path, "frames": len(clip.frames), "size": list(clip.size), "fit": clip.fit,
+        "change": clip.change, "notes": clip.notes,
+    }  # fmt: skip
 
 
 def _format_speed(summary: RenderSummary, config: Config) -> str:
