@@ -78,6 +78,7 @@ def _decode(container: Any, stream: Any) -> Iterator[Any]:
         yield from container.decode(stream)
         return
     context = av.CodecContext.create(decoder, "r")
+    assert isinstance(context, av.VideoCodecContext)
     for packet in container.demux(stream):
         for frame in context.decode(packet if packet.size else None):
             frame.time_base = stream.time_base

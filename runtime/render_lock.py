@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from packforcing.errors import OutputError
 from packforcing.files import check_name
 from packforcing.runtime.render_record import LOCK, OWN_FILES, RECORD
-from packforcing.runtime.video_files import output_errors, output_target
+from packforcing.runtime.video_files import output_errors
+from packforcing.runtime.video_forms import output_target
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

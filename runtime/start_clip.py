@@ -43,6 +43,21 @@ class StartClip:
     change: str
     notes: list[str]
 
+    def __str__(self) -> str:
+        width, height = self.size
+        details = "; ".join((f"{width}x{height}, {self.change}", *self.notes))
+        return f"{len(self.frames)} frames ({details})"
+
+    def record(self) -> dict[str, Any]:
+        """Return all but the frames themselves, for JSON."""
+        return {
+            "frames": len(self.frames),
+            "size": list(self.size),
+            "fit": self.fit,
+            "change": self.change,
+            "notes": self.notes,
+        }
+
 
 def read_start(
     path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int, fit: Fit = "fill"
@@ -111,7 +126,7 @@ def _read(path: Path, fps: int, limit: int, notes: list[str]) -> Iterator[Shown]
     last, shown = None, None
     for item in _resample(read_clip(path, notes), fps, limit):
         if shown is None or item is not last:
-            last, shown = item, show_frame(*item, notes)
+            last, shown = item, show_frame(item[0], item[1], notes)
         yield shown
 
 

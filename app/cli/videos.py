@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -261,7 +261,7 @@ def render(
         frame_meter(quiet=as_json) as show_block,
         _stopping(session, "" if streamed else "with the same command and --resume"),
     ):
-        frames = clip and clip.frames
+        frames = None if clip is None else clip.frames
         summary = session.render(
             prompts, seconds, out, seed, start=frames, archive_limit=archive_limit,
             on_block=show_block, resume=resume,
@@ -271,16 +271,14 @@ def render(
         training_free = is_training_free(config, policy_used)
         fields = msgspec.to_builtins(summary)
         if clip is not None:
-            fields["start"] = _start_record(start or "", clip)
+            fields["start"] = {"path": start, **clip.record()}
         print_json({"path": out, "fps": config.fps, "training_free": training_free, **fields})
     else:
         say = partial(click.echo, err=streamed)
         name = "standard output" if streamed else out
         say(f"{name}: {_format_speed(summary, config)}")
         if clip is not None:
-            width, height = clip.size
-            details = "; ".join((f"{width}x{height}, {clip.change}", *clip.notes))
-            say(f"start: {start}, {len(clip.frames)} frames ({details})")
+            say(f"start: {start}, {clip}")
         for switch in summary.prompts[1:]:
             name = switch.prompt or "another embedding"
             say(f"from {switch.seconds:.1f} s ({switch.history}): {name}")
@@ -487,14 +485,6 @@ def _read_start(path: str, fit: Fit, config: Config) -> StartClip:
     blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
     limit = blocks * config.block_pixel_frames - config.trimmed_frames
     return load_start(path, config.width, config.height, config.fps, limit, fit)
-
-
-def _start_record(path: str, clip: StartClip) -> dict[str, Any]:
-    """Describe what was done to a start, for --json."""
-    return {
-        "path": path, "frames": len(clip.frames), "size": list(clip.size), "fit": clip.fit,
-        "change": clip.change, "notes": clip.notes,
-    }  # fmt: skip
 
 
 def _format_speed(summary: RenderSummary, config: Config) -> str:

@@ -125,7 +125,7 @@ def test_a_stream_is_not_resumed(plain):
         render(plain, "-", resume=True)
 
 
-@pytest.mark.parametrize("command", ["demo", "export", "encode-prompt", "convert"])
+@pytest.mark.parametrize("command", ["demo", "export", "encode-prompt", "import-checkpoint"])
 def test_no_other_result_goes_to_standard_output(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(command, "--out", "-")
