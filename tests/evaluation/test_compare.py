@@ -337,7 +337,7 @@ def test_mistakes_are_explained_before_anything_is_rendered(args, message, tmp_p
 
 def test_prompt_files_are_checked(tmp_path):
     for data, message in (
-        (b"", "holds no prompt"), (b"\xff\xfe", "no UTF-8 text"), (b"a fox", "does not know 'fox'"),
+        (b"", "holds no prompt"), (b"\x80 star", "UTF-8"), (b"a fox", "does not know 'fox'"),
         (b"x.safetensors", "cannot read an embedding"),
     ):  # fmt: skip
         (tmp_path / "prompts.txt").write_bytes(data)

@@ -281,4 +281,4 @@ def test_a_fetched_file_is_compared_with_its_record(weights, tmp_path):
     with path.open("r+b") as file:
         file.seek(len(content) // 2)
         file.write(bytes([content[len(content) // 2] ^ 1]))
-    assert_refused([path], tmp_path, "damaged or was replaced")
+    assert_refused([path], tmp_path, "is damaged")
