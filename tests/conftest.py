@@ -16,8 +16,11 @@ from packforcing import Config
 from packforcing.config import Precision
 from tests.helpers import PROMPT, SEED, TINY, make_tiny_model
 
-# A shell's background job ignores Ctrl-C, and so would the programs that tests start in one.
+# A shell's background job ignores Ctrl-C and nohup ignores SIGHUP, and so would the programs that
+# tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

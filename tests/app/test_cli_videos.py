@@ -162,7 +162,7 @@ def test_render_without_a_prompt_or_an_output_is_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.gif", r"'\.gif' is not a kind of video"),
+        ("a.avi", r"'\.avi' is not a kind of video"),
         ("missing/a.mp4", "there is no folder"),
         ("taken.mp4", "a folder has that name"),
         ("full/", "not empty"),
@@ -213,7 +213,7 @@ def test_rendering_without_onnxruntime_names_the_package(tiny_bundle, out):
     ("args", "message"),
     [
         (["a red stra", "--out", "a.mp4"], "did you mean 'star'"),
-        ([PROMPT, "--out", "a.gif"], "is not a kind of video"),
+        ([PROMPT, "--out", "a.avi"], "is not a kind of video"),
         ([PROMPT, "--out", "a.mp4", "--seconds", "0"], "seconds must be above 0"),
         ([PROMPT, "--out", "a.mp4", "--policy", "forget"], "unknown policy"),
         ([PROMPT, "--out", "a.mp4", "--start", "missing.png"], "cannot start from missing"),

@@ -467,7 +467,8 @@ def test_an_interrupt_keeps_finished_engines_and_no_partial_file(bundle):
     process.send_signal(signal.SIGINT)
     message = process.communicate()[1]
     assert process.returncode == 130
-    assert message.strip() == "interrupted: no unfinished file has its final name"
+    # an interrupt while a line is written may write that line again
+    assert message.splitlines()[-1] == "interrupted: no unfinished file has its final name"
     assert not psutil.wait_procs(children, timeout=60)[1]
     folder = bundle / "engines" / RTX
     assert {path.name for path in folder.iterdir()} - {"compressor.log"} == {
