@@ -98,6 +98,6 @@ def _answer(worker: subprocess.Popen[str]) -> str:
 
 def _ratio(values: dict[str, float]) -> dict[str, float]:
     return {
-        **{name: round(value, 4) for name, value in values.items()},
+        **{name: round(value, 6) for name, value in values.items()},
         "ratio": round(values["this"] / values["other"], 3),
     }

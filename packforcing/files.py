@@ -179,20 +179,22 @@ def _workplace(target: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `target` to write in, locked while this run goes on."""
     from filelock import FileLock, Timeout
 
-    while True:
-        folder = target.with_name(f"{_workplace_prefix(target)}{secrets.token_hex(4)}")
-        folder.mkdir()
-        lock = FileLock(folder / _LOCK)
-        # without the lock yet, the folder looks like one that a killed run left
-        with suppress(Timeout, FileNotFoundError):
-            with suppress(NotImplementedError):  # a disk without locks
-                lock.acquire(blocking=False)
-            if (folder / _LOCK).exists():
-                break
+    folder, lock = target, None
     try:
+        while True:
+            folder = target.with_name(f"{_workplace_prefix(target)}{secrets.token_hex(4)}")
+            lock = FileLock(folder / _LOCK)
+            folder.mkdir()
+            # without the lock yet, the folder looks like one that a killed run left
+            with suppress(Timeout, FileNotFoundError):
+                with suppress(NotImplementedError):  # a disk without locks
+                    lock.acquire(blocking=False)
+                if (folder / _LOCK).exists():
+                    break
         yield folder
     finally:
-        _remove_workplace(folder, lock)
+        if lock is not None:
+            _remove_workplace(folder, lock)
 
 
 def sweep(target: Path) -> None:
