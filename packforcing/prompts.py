@@ -111,13 +111,14 @@ class Timeline:
         blocks: Blocks of the whole video; None while it has no end.
         switches: By the block they take effect with, in order; the first is 0. All but the first
             have a history.
-        embeddings: By the first block that follows them, float32 [1, text_len, text_dim]. A switch
-            has one for each block that it is spread over.
+        embeddings: By the same block, float32 [1, text_len, text_dim].
+        origins: What a switch that blends begins from, by the same block.
     """
 
     blocks: int | None
     switches: dict[int, Switch]
     embeddings: dict[int, np.ndarray]
+    origins: dict[int, np.ndarray]
 
     def follow(self, block: int, switch: Switch, embedding: np.ndarray) -> None:
         """Put a switch into effect from a block on; what was to follow later is forgotten.
@@ -128,23 +129,33 @@ class Timeline:
             embedding: Its prompt, float32 [1, text_len, text_dim].
         """
         for later in [other for other in self.switches if other >= block]:
-            del self.switches[later]
-        for later in [other for other in self.embeddings if other >= block]:
-            del self.embeddings[later]
-        before = self.embeddings[max(self.embeddings)] if self.embeddings else embedding
-        self.switches[block] = switch
-        for i in range(1, switch.over + 1):
-            self.embeddings[block + i - 1] = blend(before, embedding, i / switch.over)
+            for by_block in (self.switches, self.embeddings, self.origins):
+                by_block.pop(later, None)  # type: ignore[attr-defined]
+        if switch.over > 1:
+            self.origins[block] = self.followed(block - 1)
+        self.switches[block], self.embeddings[block] = switch, embedding
 
     def followed(self, block: int) -> np.ndarray:
         """Return the embedding that a block follows."""
-        return self.embeddings[max(first for first in self.embeddings if first <= block)]
+        first = self._latest(block)
+        share = min(1.0, (block - first + 1) / self.switches[first].over)
+        target = self.embeddings[first]
+        return blend(self.origins.get(first, target), target, share)
 
     def history(self, block: int) -> History | None:
         """Return what happens to the history before a block; None where no switch acts on it."""
-        if not block or block not in self.embeddings:
-            return None
-        return self.switches[max(first for first in self.switches if first <= block)].effect
+        switch = self.switches[first := self._latest(block)]
+        return switch.effect if 0 < first <= block < first + switch.over else None
+
+    def forget(self, block: int) -> None:
+        """Drop the embeddings that neither this block nor a later one follows."""
+        latest = self._latest(block)
+        for first in [other for other in self.embeddings if other < latest]:
+            del self.embeddings[first]
+            self.origins.pop(first, None)
+
+    def _latest(self, block: int) -> int:
+        return max(first for first in self.switches if first <= block)
 
 
 def blend(before: np.ndarray, after: np.ndarray, share: float) -> np.ndarray:
@@ -275,7 +286,7 @@ def plan_prompts(prompts: Prompts, config: Config, frames: int | None) -> Timeli
         ):
             raise PromptError("the timeline was planned for another video: plan it again")
         return prompts
-    timeline = Timeline(blocks, {}, {})
+    timeline = Timeline(blocks, {}, {}, {})
     for number, (block, switch) in enumerate(switches.items(), 1):
         with _naming_switch(prompts, number):
             timeline.follow(block, switch, encode_prompt(switch.prompt, config))

@@ -30,6 +30,7 @@ class Archive:
     Attributes:
         limit: Blocks that it holds at most; None: all.
         rows: The row of each stored block in `key_values` and `pooled_keys`, in order of blocks.
+            As long as none was evicted, the rows are in order too.
     """
 
     def __init__(
@@ -85,22 +86,30 @@ class Archive:
         """Take blocks as stored, the first in row 0 and so on; the caller fills the rows."""
         self.rows = {block: row for row, block in enumerate(blocks)}
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether no block was evicted: each stored one is right behind the one before."""
+        if not self.rows:
+            return True
+        first, last = next(iter(self.rows)), next(reversed(self.rows))
+        return last - first + 1 == len(self.rows)
+
     def get(self, block: int) -> np.ndarray:
         """Return the keys and values of a block, [L, 2, 1, H, N_c, d]."""
         return self.key_values[self.rows[block]]
 
     def stored(self, blocks: range) -> Sequence[int]:
         """Return those of consecutive blocks that have not been evicted."""
-        if self.limit is None:
+        if self._is_whole:
             return blocks
         return [block for block in self.rows if block in blocks]
 
     def keys(self, blocks: Sequence[int]) -> np.ndarray:
         """Return the pooled keys of stored blocks, [blocks, L, H, d].
 
-        They are a view where there is no limit; the blocks are consecutive then.
+        They are a view as long as no block was evicted: `blocks` are consecutive then.
         """
-        if self.limit is None:
+        if self._is_whole:
             first = self.rows[blocks[0]] if blocks else 0
             return self.pooled_keys[first : first + len(blocks)]
         return self.pooled_keys[[self.rows[block] for block in blocks]]

@@ -321,8 +321,9 @@ def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
 
 def _digest_prompts(timeline: Timeline) -> str:
     lines = [
-        f"{block} {timeline.history(block) or 'keep'} {_digest(embedding)}"
-        for block, embedding in timeline.embeddings.items()
+        f"{block} {switch.effect} {_digest(timeline.embeddings[block])}"
+        + (f" over {switch.over}" if switch.over > 1 else "")
+        for block, switch in timeline.switches.items()
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -55,8 +55,8 @@ def make_request(
         seconds: Length of the video; None: no end. The prompt is then a single one.
         seed: Of the noise.
         start: Frames that it begins with.
-        archive_limit: Blocks that the archive holds at most. None: all, or those that fit into
-            `IN_MEMORY` where the video has no end.
+        archive_limit: Blocks that the archive holds at most. None: all, or where the video has no
+            end those that fit into `IN_MEMORY` or a quarter of this machine's memory.
 
     Raises:
         PromptError: A prompt or a switch cannot be followed.
@@ -88,7 +88,8 @@ def check_archive_limit(config: Config, limit: int | None, *, endless: bool) -> 
     least = policy.mid + policy.recent + 1  # what is read, what will be, and one to give up
     if limit is None:
         row_bytes = max(1, archive_bytes(config, policy.sink + 1))
-        return max(least, IN_MEMORY // row_bytes) if endless else None
+        memory = min(IN_MEMORY, total_memory() // 4)
+        return max(least, memory // row_bytes) if endless else None
     bounds = f"{least} blocks or more: {policy.mid} to read, {policy.recent} recent, 1 to give up"
     return check_integer("archive_limit", limit, least, 2**63, bounds)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import get_args
 
 import msgspec
@@ -119,7 +119,8 @@ class Session:
         self.rollout: Rollout | None = None
         self._make_rollout = make_rollout
         self._free: list[Rollout] = []  # of videos that have ended
-        self._videos: weakref.WeakSet[Video] = weakref.WeakSet()
+        self._videos: tuple[weakref.ref[Video], ...] = ()  # replaced, never changed: see `stop`
+        self._lock = threading.Lock()  # of `_videos`
         self._paused, self._closed = False, False
         self._load: Callable[[int | None], Backend] | None = None
         self._default_threads = backend.threads
@@ -127,12 +128,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -184,8 +180,9 @@ class Session:
 
     def stop(self) -> None:
         """Stop all videos before their next call of a graph."""
-        for video in tuple(self._videos):
-            video.stop()
+        for reference in self._videos:
+            if (video := reference()) is not None:
+                video.stop()
 
     def graph_seconds(self) -> dict[str, float]:
         """Return the time spent inside each graph since the session was opened, by name."""
@@ -218,7 +215,7 @@ class Session:
                 None: make blocks as fast as possible.
             archive_limit: Blocks that the archive holds at most; when it is full, it thins out
                 (`packforcing.selection.evict`). None: all; without an end, those that fit into 4
-                GiB.
+                GiB or a quarter of this machine's memory, whichever is less.
             on_step: Called after each denoising step.
 
         Raises:
@@ -236,7 +233,9 @@ class Session:
         own, policy = self.manifest.config, self.config.policy
         request = make_request(own, policy, prompt, seconds, seed, start, archive_limit)
         video = Video(self, request, form=frames, lead=lead, on_step=on_step)
-        self._videos.add(video)
+        with self._lock:
+            alive = (reference for reference in self._videos if reference() is not None)
+            self._videos = (*alive, weakref.ref(video))
         return video
 
     def stream(

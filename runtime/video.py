@@ -10,14 +10,12 @@ block that is given up leaves nothing behind.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -163,14 +161,17 @@ class Video:
         timeline = request.timeline
         # a copy: what is switched live is not to change the request
         self._timeline = Timeline(
-            timeline.blocks, dict(timeline.switches), dict(timeline.embeddings)
+            timeline.blocks,
+            dict(timeline.switches),
+            dict(timeline.embeddings),
+            dict(timeline.origins),
         )
         self._begun = 0  # blocks that have begun: a switch takes effect with the next one
         self._lock = threading.Lock()  # of the timeline
         self._rollout: Rollout | None = None
         self._backend = session.backend
         self._recorder: Recorder | None = None
-        self._stop, self._paused, self._closed = False, False, False
+        self._stop, self._paused, self._closed, self._making = False, False, False, False
         self._clock: PlaybackClock | None = None
         if lead is not None:
             self._clock = PlaybackClock(config.fps, lead * config.block_pixel_frames / config.fps)
@@ -188,17 +189,21 @@ class Video:
         if self._closed or self.finished:
             self.close()
             raise StopIteration
+        self._making = True
         try:
             self._wait()
             with self._session.backend.turns.turn(self._check):
                 self._check()
                 block = self._make_block()
-        except RenderStopped:
-            self.close()
-            raise StopIteration from None
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._closed = True
+            if isinstance(error, RenderStopped):
+                raise StopIteration from None
             raise
+        finally:
+            self._making = False
+            if self._closed:
+                self.close()
         if block.info.switch and block.info.index:
             _log.info("block %d: switched (%s)", block.info.index, block.info.switch.effect)
         _log.debug("block %d: %.3f s", block.info.index, block.info.seconds)
@@ -206,6 +211,8 @@ class Video:
 
     async def __aiter__(self) -> AsyncIterator[Block]:
         """Make blocks in a thread. Cancelling the task stops the video within a call of a graph."""
+        import asyncio  # here, as it takes time to import
+
         loop = asyncio.get_running_loop()
         with self:
             while True:
@@ -224,12 +231,7 @@ class Video:
     def __enter__(self) -> Video:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
@@ -329,8 +331,10 @@ class Video:
         self.frames = frames_before(self.block, self._timeline, self._config)
 
     def close(self) -> None:
-        """End the video and give its buffers back; safe to call twice."""
+        """End the video and give its buffers back; safe to call twice, from every thread."""
         self._closed = True
+        if self._making:  # gives them back itself, before the next call of a graph
+            return
         rollout, self._rollout = self._rollout, None
         if rollout is not None:
             rollout.hooks.disconnect()
@@ -340,7 +344,7 @@ class Video:
         self._session.require_open()
         if self._rollout is not None and self._backend is not self._session.backend:
             raise BackendError("the session's graphs were loaded again, to resume another video")
-        if self._stop:
+        if self._stop or self._closed:
             raise RenderStopped(f"stopped after {self.block} blocks")
 
     def _wait(self) -> None:
@@ -360,9 +364,11 @@ class Video:
                 return
             time.sleep(min(wait, _NAP_SECONDS))
 
-    def _begin(self, text: np.ndarray) -> Rollout:
-        """Take a rollout and bring it to the first block; `text` is what it followed until then."""
+    def _begin(self) -> Rollout:
+        """Take a rollout and bring it to the first block."""
         request, recorder = self.request, self._recorder
+        with self._lock:
+            text = self._timeline.followed(max(0, self.block - 1))
         rollout = self._session.lend_rollout(request.timeline.blocks)
         self._rollout, self._backend = rollout, self._session.backend
         rollout.hooks.connect(self._check, self._report_step)
@@ -382,15 +388,14 @@ class Video:
     def _make_block(self) -> Block:
         with self._lock:  # from here on a switch is for the next block
             block, timeline = self.block, self._timeline
-            embedding, history = timeline.embeddings.get(block), timeline.history(block)
-            text, self._begun = timeline.followed(max(0, block - 1)), block + 1
+            self._begun, history = block + 1, timeline.history(block)
+            embedding = timeline.followed(block) if history else None
         self._session.backend.device.use()
-        rollout = self._rollout or self._begin(text)
+        rollout = self._rollout or self._begin()
         if self._recorder:
             self._recorder.before_block(rollout, block)
         began = time.perf_counter()
-        if history:
-            assert embedding is not None
+        if history and embedding is not None:
             rollout.switch(embedding, history)
         trimmed = 0 if rollout.cache.committed else self._config.trimmed_frames
         rollout.first_generated = self._first_generated(rollout.scene) - rollout.scene
@@ -406,6 +411,8 @@ class Video:
         if total is not None:
             stop = min(stop, trimmed + total - self.frames)
         frames = _frames_as(self._form, rollout.buffers.pixels[0].rows(trimmed, stop))
+        with self._lock:  # the embeddings of a long video's past would add up
+            timeline.forget(block)
         self.frames += stop - trimmed
         self.block += 1
         if self._clock:

@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 import threading
+import weakref
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ from packforcing.embeddings import Embedding
 from packforcing.errors import BackendError, ConfigError, PromptError, RenderStopped
 from packforcing.prompts import Switch, blend, encode_prompt, read_schedule, write_schedule
 from packforcing.runtime import Session
-from packforcing.runtime.allocations import device_bytes
+from packforcing.runtime.allocations import archive_bytes, device_bytes
 from packforcing.runtime.bundle import read_manifest, write_manifest
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.pacing import PlaybackClock
@@ -416,6 +417,26 @@ def count_calls(session, schedule, last):
     return calls[0]
 
 
+def test_a_video_that_is_closed_while_a_block_is_made_lends_its_buffers_once(tiny_bundle):
+    """Not before the block's last call: they would be another video's meanwhile."""
+    with Session.open(tiny_bundle, threads=1) as session:
+        alone = np.concatenate(list(session.stream(PROMPT, 4, SEED)))
+        meanwhile = []
+
+        def close(step):
+            if step.block == 1:
+                video.close()
+                meanwhile.append(session.lend_rollout(None))  # what another video would get
+                session.return_rollout(meanwhile[0])
+
+        video = session.begin(WORDS[1], SEED, lead=None, on_step=close)
+        next(video)
+        own = session.rollout
+        assert next(video, None) is None and video.block == 1
+        assert meanwhile[0] is not own
+        np.testing.assert_array_equal(np.concatenate(list(session.stream(PROMPT, 4, SEED))), alone)
+
+
 def test_stopping_the_session_stops_every_video(tiny_bundle):
     with Session.open(tiny_bundle, threads=1) as session:
         videos = [session.begin(PROMPT, seed, lead=None) for seed in range(3)]
@@ -555,9 +576,9 @@ def test_a_full_archive_spans_the_whole_past_evenly(limit, extra, seed):
     blocks, needed = list(range(limit)), []
     for block in range(limit, limit + extra):
         needed = rng.sample(blocks, rng.randrange(0, min(2, limit - 1)))
-        given_up = evict(blocks, needed)
-        assert given_up in blocks and given_up not in needed
-        blocks.remove(given_up)
+        evicted = evict(blocks, needed)
+        assert evicted in blocks and evicted not in needed
+        blocks.remove(evicted)
         blocks.append(block)
     assert len(blocks) == limit and blocks == sorted(blocks)
     if not needed:
@@ -611,6 +632,42 @@ def test_a_day_of_video_takes_no_more_memory_than_its_first_hour(tiny_bundle, tm
     assert max(starts) == full * TINY.block_frames + TINY.policy.mid * TINY.policy.mid_span
     parts = [1e3 * np.median(seconds[first : first + hour]) for first in (hour, 23 * hour)]
     print(f"ms per block: {parts[0]:.2f} in the second hour, {parts[1]:.2f} in the last")
+
+
+def test_an_endless_video_asks_for_no_more_than_a_small_machine_has(tiny_bundle, monkeypatch):
+    monkeypatch.setattr("packforcing.runtime.request.total_memory", lambda: 1 << 30)
+    with Session.open(tiny_bundle, threads=1) as session:
+        row = archive_bytes(TINY, TINY.policy.sink + 1)
+        assert session.begin(PROMPT).request.archive_limit == (1 << 28) // row
+
+
+def test_a_long_video_keeps_no_embeddings_of_its_past(tiny_bundle, monkeypatch):
+    """Nor all steps of a long blend: each takes 8 MB in the full-size model."""
+    encoded, blended = [], []
+
+    def keep_track(function, references):
+        def tracked(*args):
+            result = function(*args)
+            references.append(weakref.ref(result))
+            return result
+
+        return tracked
+
+    monkeypatch.setattr(
+        "packforcing.runtime.video.encode_prompt", keep_track(encode_prompt, encoded)
+    )
+    monkeypatch.setattr("packforcing.prompts.blend", keep_track(blend, blended))
+    with Session.open(tiny_bundle, threads=1) as session:
+        video = session.begin(PROMPT, SEED, lead=None)
+        for block in video:
+            video.switch(WORDS[video.block % 4], "keep", over=1000)
+            if block.info.index == 19:
+                video.stop()
+        assert len(encoded) == 20 and len(blended) > 20
+        alive = [array for reference in (*encoded, *blended) if (array := reference()) is not None]
+        # the first prompt, which the request has; the one that is followed and the next one, each
+        # with what its blend begins from
+        assert len({id(array) for array in alive}) <= 5
 
 
 def test_an_archive_that_is_not_full_changes_nothing(tiny_bundle):
