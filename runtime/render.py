@@ -46,12 +46,14 @@ class SwitchInfo:
         seconds: Time in the video at that block's first frame.
         prompt: Its words; empty for an embedding that does not record them.
         history: What the switch does to the history.
+        over: Blocks that it is spread over.
     """
 
     block: int
     seconds: float
     prompt: str
     history: History
+    over: int = 1
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,7 @@ def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
         seconds = frames_before(block, timeline, config) / config.fps
         text = getattr(switch.prompt, "prompt", switch.prompt)  # the words of an embedding
         text = text if isinstance(text, str) else ""
-        infos.append(SwitchInfo(block, seconds, text, switch.effect))
+        infos.append(SwitchInfo(block, seconds, text, switch.effect, switch.over))
     return infos
 
 

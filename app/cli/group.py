@@ -31,7 +31,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
     "Make videos": {
         "demo": "videos",
         "render": "videos",
-        "encode-prompt": "videos",
+        "encode-prompt": "prompts",
     },
     "Prepare models": {
         "models": "weights",

@@ -519,9 +519,11 @@ def test_the_command_renders_a_schedule_and_says_what_it_did(tiny_bundle, tmp_pa
     words = FILE.replace('embedding = "circle.safetensors"', f'prompt = "{CIRCLE}"')
     result = render(tmp_path, words, *options, "--json")
     assert json.loads(result.stdout)["prompts"] == [
-        {"block": 0, "seconds": 0, "prompt": STAR, "history": "keep"},
-        {"block": 2, "seconds": 21 / 8, "prompt": CIRCLE, "history": "recompute"},
+        {"block": 0, "seconds": 0, "prompt": STAR, "history": "keep", "over": 1},
+        {"block": 2, "seconds": 21 / 8, "prompt": CIRCLE, "history": "recompute", "over": 1},
     ]
+    result = render(tmp_path, f"{words}over = 2\n", *options)
+    assert f"\nfrom 2.6 s (recompute, over 2 blocks): {CIRCLE}\n" in result.stdout
 
 
 @pytest.mark.parametrize(
