@@ -120,6 +120,10 @@ class Timeline:
     embeddings: dict[int, np.ndarray]
     origins: dict[int, np.ndarray]
 
+    def copy(self) -> Timeline:
+        """Return one that may change on its own."""
+        return Timeline(self.blocks, dict(self.switches), dict(self.embeddings), dict(self.origins))
+
     def follow(self, block: int, switch: Switch, embedding: np.ndarray) -> None:
         """Put a switch into effect from a block on; what was to follow later is forgotten.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -21,15 +21,16 @@ from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
 from packforcing.runtime.plan import LONGEST
-from packforcing.runtime.request import VideoRequest, frames_before
+from packforcing.runtime.request import frames_before
 from packforcing.runtime.resume import (
+    SNAPSHOT_SECONDS,
     RenderFolder,
     remove_leftovers,
     render_folder,
     snapshot_interval,
     unfinished_record,
 )
-from packforcing.runtime.video import BlockInfo, Video, stream_video
+from packforcing.runtime.video import Block, BlockInfo, Video, stream_video
 from packforcing.sampler import describe_steps
 
 if TYPE_CHECKING:
@@ -148,9 +149,10 @@ def render_video(
     video: Video,
     path: str | os.PathLike[str],
     *,
-    on_block: Callable[[BlockInfo], None] | None,
-    resume: bool,
-    checkpoint_seconds: float,
+    on_block: Callable[[BlockInfo], None] | None = None,
+    on_frames: Callable[[Block], None] | None = None,
+    resume: bool = False,
+    checkpoint_seconds: float = SNAPSHOT_SECONDS,
 ) -> RenderSummary:
     """Render a video into a file; `Session.render` describes arguments and errors.
 
@@ -159,6 +161,7 @@ def render_video(
         video: Has an end, and has not begun.
         path: The output.
         on_block: Called after each block.
+        on_frames: Called after each block as well, with its frames.
         resume: Continue an interrupted render, if there is one.
         checkpoint_seconds: Seconds of video between two snapshots.
     """
@@ -170,18 +173,18 @@ def render_video(
     streamed = output_target(path)[0] is STREAM
     if streamed and resume:
         raise ConfigError("standard output cannot be resumed")
-    config = session.config
+    config = video.config
     session.use_threads(_recorded_threads(path) if resume else None)
     stopwatch = _Stopwatch(session)
     checkpoint_seconds = check_number(
         "checkpoint_seconds", checkpoint_seconds, LONGEST, f"above 0 and at most {LONGEST:.0f}"
     )
     interval = snapshot_interval(config, checkpoint_seconds)
-    fields = _request_fields(session, request, path, interval)
+    fields = _request_fields(session, video, path, interval)
     frames_resumed = request.frames
     if streamed:
         frames_resumed = 0
-        _write_stream(video, path, config, on_block, stopwatch)
+        _write_stream(path, config, stream_video(video, on_block, on_frames), stopwatch)
     elif not (resume and remove_leftovers(path, fields)):
         check_output(path, request.frames, config.width, config.height)
         length = request.frames, timeline.blocks
@@ -189,7 +192,7 @@ def render_video(
             frames_resumed = frames_before(render.record.block, timeline, config)
             video.record(_FolderRecorder(render))
             try:
-                _write_segments(video, render, config, on_block, stopwatch)
+                _write_segments(video, render, on_block, on_frames, stopwatch)
             except RenderStopped as error:
                 raise RenderStopped(f"{error}; {render.remedy}") from None
             stopwatch.seconds_video += _join_segments(render, path, config, timeline.blocks)
@@ -212,10 +215,9 @@ def render_video(
 
 
 def _write_stream(
-    video: Video,
     path: str | os.PathLike[str],
     config: Config,
-    on_block: Callable[[BlockInfo], None] | None,
+    stream: Iterator[np.ndarray],
     stopwatch: _Stopwatch,
 ) -> None:
     """Write a video to standard output as it is made."""
@@ -223,7 +225,7 @@ def _write_stream(
 
     then = "a video on standard output cannot be resumed"
     with open_video(path, config.width, config.height, config.fps, then) as file:
-        for frames in stream_video(video, on_block):
+        for frames in stream:
             began = time.perf_counter()
             file.write(frames)
             stopwatch.seconds_video += time.perf_counter() - began
@@ -232,8 +234,8 @@ def _write_stream(
 def _write_segments(
     video: Video,
     render: RenderFolder,
-    config: Config,
     on_block: Callable[[BlockInfo], None] | None,
+    on_frames: Callable[[Block], None] | None,
     stopwatch: _Stopwatch,
 ) -> None:
     """Write the segments that are missing."""
@@ -246,9 +248,9 @@ def _write_segments(
         if on_block:
             on_block(info)
 
-    blocks = video.request.timeline.blocks
+    config, blocks = video.config, video.request.timeline.blocks
     assert blocks is not None
-    stream = stream_video(video, after_block)
+    stream = stream_video(video, after_block, on_frames)
     for block in range(render.record.block, blocks, render.interval):
         part = islice(stream, render.interval)
         first = next(part)  # the snapshot before it is saved before the segment's file is open
@@ -276,7 +278,7 @@ def _join_segments(
 
 
 def _request_fields(
-    session: Session, request: VideoRequest, path: str | os.PathLike[str], interval: int
+    session: Session, video: Video, path: str | os.PathLike[str], interval: int
 ) -> dict[str, str]:
     """Describe all that decides about the frames and their encoding, by name."""
     import av
@@ -285,7 +287,7 @@ def _request_fields(
     from packforcing.runtime.backends.onnxruntime import import_onnxruntime
     from packforcing.runtime.video_forms import segment_suffix
 
-    config, own = session.config, session.manifest.config
+    config, own, request = video.config, session.manifest.config, video.request
     other_steps = describe_steps(config) != describe_steps(own)  # not named by older releases
     limit = request.archive_limit
     return {

@@ -24,6 +24,7 @@ class VideoRequest:
 
     Attributes:
         timeline: When it follows which prompt.
+        policy: Which history blocks read.
         frames: Its length; None: no end.
         seed: Of the noise.
         start: Frames that it begins with, uint8 RGB [T, H, W, 3].
@@ -31,6 +32,7 @@ class VideoRequest:
     """
 
     timeline: Timeline
+    policy: Policy
     frames: int | None
     seed: int
     start: np.ndarray | None = None
@@ -67,7 +69,8 @@ def make_request(
     clip = None if start is None else check_start(config, start, timeline)
     archive_limit = check_archive_limit(config, archive_limit, endless=seconds is None)
     check_memory(manifest_config, policy, timeline.blocks, archive_limit)
-    return VideoRequest(timeline, _frames(config, seconds), check_seed(seed), clip, archive_limit)
+    frames = _frames(config, seconds)
+    return VideoRequest(timeline, policy, frames, check_seed(seed), clip, archive_limit)
 
 
 def check_archive_limit(config: Config, limit: int | None, *, endless: bool) -> int | None:

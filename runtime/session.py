@@ -29,7 +29,15 @@ from packforcing.runtime.render import RenderSummary, render_video
 from packforcing.runtime.request import VideoRequest, check_seconds, make_request
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.video import LEAD, BlockInfo, FrameForm, StepInfo, Video, stream_video
+from packforcing.runtime.video import (
+    LEAD,
+    Block,
+    BlockInfo,
+    FrameForm,
+    StepInfo,
+    Video,
+    stream_video,
+)
 from packforcing.sampler import StepOverrides
 
 MAX_LEAD = 1_000_000
@@ -195,6 +203,7 @@ class Session:
         *,
         seconds: float | None = None,
         start: np.ndarray | None = None,
+        policy: Policy | None = None,
         frames: FrameForm = "uint8",
         lead: float | None = LEAD,
         archive_limit: int | None = None,
@@ -210,6 +219,7 @@ class Session:
             seconds: Length of the video; None: until it is stopped.
             start: An image or a clip that the video begins with, uint8 RGB [H, W, 3] or
                 [T, H, W, 3]. Whole blocks of it are used; a shorter clip holds its last frame.
+            policy: Which history blocks read; None: the session's. Engines fit the session's alone.
             frames: The form of the frames, see `Block`.
             lead: Blocks that may be made ahead of a viewer who plays the video as it is made.
                 None: make blocks as fast as possible.
@@ -221,7 +231,7 @@ class Session:
         Raises:
             PromptError: A prompt or a switch cannot be followed.
             ConfigError: An argument is impossible, or memory is too small.
-            BackendError: The session is closed.
+            BackendError: The session is closed, or its engines do not fit the policy.
         """
         self.require_open()
         if lead is not None:
@@ -230,7 +240,7 @@ class Session:
             names = ", ".join(get_args(FrameForm))
             raise ConfigError(f"frames must be one of {names}; it is {show_value(frames)}")
         check_type("on_step", on_step, Callable, "a function of a StepInfo")
-        own, policy = self.manifest.config, self.config.policy
+        own, policy = self.manifest.config, self._check_policy(policy)
         request = make_request(own, policy, prompt, seconds, seed, start, archive_limit)
         video = Video(self, request, form=frames, lead=lead, on_step=on_step)
         with self._lock:
@@ -283,8 +293,10 @@ class Session:
         seed: int = 0,
         *,
         start: np.ndarray | None = None,
+        policy: Policy | None = None,
         archive_limit: int | None = None,
         on_block: Callable[[BlockInfo], None] | None = None,
+        on_frames: Callable[[Block], None] | None = None,
         resume: bool = False,
         checkpoint_seconds: float = SNAPSHOT_SECONDS,
     ) -> RenderSummary:
@@ -296,14 +308,17 @@ class Session:
         without `resume` it is in the way.
 
         Args:
-            prompt: As for `begin`, as are `seconds`, `seed`, `start` and `archive_limit`.
+            prompt: As for `begin`, as are `seconds`, `seed`, `start`, `policy` and
+                `archive_limit`.
             seconds: Length of the video.
             path: .mp4 or .mov (H.264), .webm (VP9), .gif, .mkv (lossless FFV1), a folder for PNG
                 files, or - for fragmented MP4 on standard output, which cannot be resumed.
             seed: Of the noise.
             start: An image or a clip that the video begins with.
+            policy: Which history blocks read; None: the session's.
             archive_limit: Blocks that the archive holds at most; None: all.
             on_block: Called after each block.
+            on_frames: Called after each block as well, with its frames.
             resume: Continue an interrupted render, if there is one.
             checkpoint_seconds: Seconds of video between two snapshots. Another number makes
                 another encoding of the same frames.
@@ -316,14 +331,22 @@ class Session:
         check_path("cannot write", path, OutputError)
         check_seconds(self.config, seconds)
         check_type("on_block", on_block, Callable, "a function of a BlockInfo")
+        check_type("on_frames", on_frames, Callable, "a function of a Block")
         video = self.begin(
-            prompt, seed, seconds=seconds, start=start, lead=None, archive_limit=archive_limit
+            prompt,
+            seed,
+            seconds=seconds,
+            start=start,
+            policy=policy,
+            lead=None,
+            archive_limit=archive_limit,
         )
         return render_video(
             self,
             video,
             path,
             on_block=on_block,
+            on_frames=on_frames,
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
         )
@@ -348,16 +371,27 @@ class Session:
         graph, blocks = self.backend.graphs["vae_encoder"], request.timeline.blocks
         return encode_start(self.config, graph, request.start, blocks, before_call)
 
-    def lend_rollout(self, blocks: int | None) -> Rollout:
+    def _check_policy(self, policy: Policy | None) -> Policy:
+        """Return the policy of a video; raise `BackendError` if the graphs do not fit it."""
+        _check_policy_type(policy)
+        own = self.config.policy
+        if policy not in (None, own) and not self.backend.any_policy:
+            raise BackendError(
+                "engines fit the policy that their session was opened with: open another session "
+                "for another policy, or use the backend onnxruntime"
+            )
+        return policy or own
+
+    def lend_rollout(self, policy: Policy, blocks: int | None) -> Rollout:
         """Lend a rollout's buffers to a video; full history alone depends on the length.
 
         Args:
+            policy: Of the video.
             blocks: Blocks of the video; None: no end.
 
         Raises:
             BackendError: Memory is too small for another one.
         """
-        policy = self.config.policy
         if blocks is not None:
             policy = policy.fit_to_video(blocks, self.manifest.config.policy)
         fitting = [rollout for rollout in self._free if rollout.config.policy == policy]
@@ -382,9 +416,14 @@ class Session:
             self._free.append(rollout)
 
 
+def _check_policy_type(policy: object) -> None:
+    """Raise `ConfigError` unless this is a policy or None."""
+    check_type("policy", policy, Policy, "a Policy, as packforcing.presets.policies() has them")
+
+
 def _configure(manifest: Manifest, policy: Policy | None, steps: StepOverrides | None) -> Config:
     """Return a bundle's config with another policy and other denoising steps."""
-    check_type("policy", policy, Policy, "a Policy, as packforcing.presets.policies() has them")
+    _check_policy_type(policy)
     check_type("steps", steps, StepOverrides, "StepOverrides of packforcing.sampler")
     config = steps.apply(manifest.config) if steps else manifest.config
     return msgspec.structs.replace(config, policy=policy) if policy else config

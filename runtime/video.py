@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
+import msgspec
 import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.errors import BackendError, PromptError, RenderStopped
 from packforcing.presets import switch_history
-from packforcing.prompts import History, Prompt, Switch, Timeline, check_switch, encode_prompt
+from packforcing.prompts import History, Prompt, Switch, check_switch, encode_prompt
 from packforcing.runtime.device import Array
 from packforcing.runtime.pacing import PlaybackClock
 from packforcing.runtime.request import VideoRequest, frames_before, is_cut, start_blocks
@@ -132,6 +133,7 @@ class Video:
 
     Attributes:
         request: What is asked for.
+        config: The session's, with the policy of this video.
         block: The next block's index.
         frames: Frames delivered so far.
         stopped: Whether it was stopped before its last block.
@@ -155,17 +157,10 @@ class Video:
             lead: Blocks that may be made ahead of playback; None: make blocks as fast as possible.
             on_step: Called after each denoising step.
         """
-        config = session.config
-        self.request, self.block, self.frames = request, 0, 0
-        self._session, self._config, self._form, self._on_step = session, config, form, on_step
-        timeline = request.timeline
-        # a copy: what is switched live is not to change the request
-        self._timeline = Timeline(
-            timeline.blocks,
-            dict(timeline.switches),
-            dict(timeline.embeddings),
-            dict(timeline.origins),
-        )
+        config = msgspec.structs.replace(session.config, policy=request.policy)
+        self.request, self.config, self.block, self.frames = request, config, 0, 0
+        self._session, self._form, self._on_step = session, form, on_step
+        self._timeline = request.timeline.copy()  # what is switched live does not change it
         self._begun = 0  # blocks that have begun: a switch takes effect with the next one
         self._lock = threading.Lock()  # of the timeline
         self._rollout: Rollout | None = None
@@ -246,7 +241,7 @@ class Video:
     @property
     def seconds(self) -> float:
         """Length of what is made so far."""
-        return self.frames / self._config.fps
+        return self.frames / self.config.fps
 
     @property
     def schedule(self) -> list[Switch]:
@@ -255,7 +250,7 @@ class Video:
         A render of this schedule with the same seed, start and archive limit gives the same frames
         (`packforcing.prompts` has the exception: a policy that restarts, at a video's last block).
         """
-        config = self._config
+        config = self.config
         with self._lock:
             return [
                 replace(
@@ -282,10 +277,10 @@ class Video:
         Raises:
             PromptError: It cannot be followed.
         """
-        history = history or switch_history(self._config)
-        check_switch(switch := Switch(0, prompt, history, over), self._config)
-        embedding = encode_prompt(prompt, self._config)
-        config, request = self._config, self.request
+        history = history or switch_history(self.config)
+        check_switch(switch := Switch(0, prompt, history, over), self.config)
+        embedding = encode_prompt(prompt, self.config)
+        config, request = self.config, self.request
         with self._lock:
             block, timeline = self._begun, self._timeline
             if block == timeline.blocks or self._closed:
@@ -328,7 +323,7 @@ class Video:
         assert self._rollout is None
         self._recorder = recorder
         self.block = self._begun = recorder.first_block
-        self.frames = frames_before(self.block, self._timeline, self._config)
+        self.frames = frames_before(self.block, self._timeline, self.config)
 
     def close(self) -> None:
         """End the video and give its buffers back; safe to call twice, from every thread."""
@@ -369,7 +364,7 @@ class Video:
         request, recorder = self.request, self._recorder
         with self._lock:
             text = self._timeline.followed(max(0, self.block - 1))
-        rollout = self._session.lend_rollout(request.timeline.blocks)
+        rollout = self._session.lend_rollout(request.policy, request.timeline.blocks)
         self._rollout, self._backend = rollout, self._session.backend
         rollout.hooks.connect(self._check, self._report_step)
         folder = recorder.folder if recorder else None
@@ -397,17 +392,17 @@ class Video:
         began = time.perf_counter()
         if history and embedding is not None:
             rollout.switch(embedding, history)
-        trimmed = 0 if rollout.cache.committed else self._config.trimmed_frames
+        trimmed = 0 if rollout.cache.committed else self.config.trimmed_frames
         rollout.first_generated = self._first_generated(rollout.scene) - rollout.scene
         rollout.next_block(self._clean.pop(block, None))
         latents = rollout.buffers.latents.host[0].copy()
         read = [rollout.scene + mid for mid in rollout.read]
         if self._recorder:
             self._recorder.after_block(block, latents)
-        if rollout.cache.committed == self._config.policy.restart and block + 1 != timeline.blocks:
+        if rollout.cache.committed == self.config.policy.restart and block + 1 != timeline.blocks:
             self._restart(rollout)
         total = self.request.frames
-        stop = self._config.block_pixel_frames
+        stop = self.config.block_pixel_frames
         if total is not None:
             stop = min(stop, trimmed + total - self.frames)
         frames = _frames_as(self._form, rollout.buffers.pixels[0].rows(trimmed, stop))
@@ -446,20 +441,23 @@ class Video:
         """
         pixels, latents = rollout.buffers.pixels.host[0], rollout.buffers.latents.host[0]
         (latents[0],) = rollout.encode([pixels[TEMPORAL_FACTOR - 1]])
-        before = pixels[: self._config.trimmed_frames].copy()
+        before = pixels[: self.config.trimmed_frames].copy()
         rollout.begin_scene(self.block)  # which is not counted yet
         rollout.next_block(latents)
         pixels[: len(before)] = before
 
 
 def stream_video(
-    video: Video, on_block: Callable[[BlockInfo], None] | None = None
+    video: Video,
+    on_block: Callable[[BlockInfo], None] | None = None,
+    on_frames: Callable[[Block], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the frames of a video block by block.
 
     Args:
         video: Makes blocks in the form "uint8" or "float32".
         on_block: Called after each block.
+        on_frames: Called after each block as well, with its frames.
 
     Raises:
         RenderStopped: The video was stopped before its last block.
@@ -468,6 +466,8 @@ def stream_video(
         for block in video:
             if on_block:
                 on_block(block.info)
+            if on_frames:
+                on_frames(block)
             assert isinstance(block.frames, np.ndarray)
             yield block.frames
         if video.stopped:

@@ -57,6 +57,7 @@ class Backend:
             the GPU and the engines.
         threads: CPU threads of each graph.
         turns: Videos of this backend make their blocks in turns.
+        any_policy: Whether the graphs run under every policy; engines fit one.
     """
 
     device: HostDevice
@@ -65,6 +66,7 @@ class Backend:
     identity: str = ""
     threads: int = 1
     turns: Turns = field(default_factory=Turns)
+    any_policy: bool = True
 
 
 def open_backend(
@@ -108,7 +110,7 @@ def open_backend(
     else:
         engines = Engines(name, directory, config, device)
         identity = f"{host}, {engines.identity}"
-        opened = Backend(engines.device, close=engines.close, identity=identity)
+        opened = Backend(engines.device, close=engines.close, identity=identity, any_policy=False)
     opened.threads = threads
     try:
         check_files(directory, manifest)

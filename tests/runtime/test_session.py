@@ -517,3 +517,22 @@ def test_cache_keeps_its_promises(policy, blocks, data):
         chosen = data.draw(st.permutations(candidates)) if candidates else []
         put(cache.select_mids(sorted(chosen[:count])), config.compressed_tokens)
         assert sorted(cache.mids) == sorted(chosen[:count])
+
+
+def test_videos_of_one_session_have_policies_of_their_own(tiny_bundle):
+    """Made in turns, each is what a session of its policy makes."""
+    names = ["packforcing", "sink-window", "full-history"]
+    chosen = [policies(TINY)[name] for name in names]
+    with Session.open(tiny_bundle, threads=1) as session:
+        videos = [session.begin(PROMPT, SEED, seconds=6, policy=p, lead=None) for p in chosen]
+        together = [[block.frames for block in blocks] for blocks in zip(*videos)]
+        session.backend.any_policy = False  # as engines
+        with pytest.raises(BackendError, match="engines fit the policy"):
+            session.begin(PROMPT, policy=chosen[1])
+    for number, policy in enumerate(chosen):
+        with Session.open(tiny_bundle, policy=policy, threads=1) as session:
+            alone = list(session.stream(PROMPT, 6, SEED))
+        np.testing.assert_array_equal(
+            np.concatenate(alone), np.concatenate([frames[number] for frames in together])
+        )
+    assert not np.array_equal(together[-1][0], together[-1][1])

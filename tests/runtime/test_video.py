@@ -426,7 +426,9 @@ def test_a_video_that_is_closed_while_a_block_is_made_lends_its_buffers_once(tin
         def close(step):
             if step.block == 1:
                 video.close()
-                meanwhile.append(session.lend_rollout(None))  # what another video would get
+                meanwhile.append(
+                    session.lend_rollout(session.config.policy, None)
+                )  # what another video would get
                 session.return_rollout(meanwhile[0])
 
         video = session.begin(WORDS[1], SEED, lead=None, on_step=close)

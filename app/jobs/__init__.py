@@ -1,0 +1,1 @@
+"""Render requests that outlive processes."""
