@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from packforcing.runtime import BlockInfo, RenderSummary
 
 SAMPLES, SAMPLE_WIDTH = 12, 256  # frames on the page, and their largest width in pixels
+TIME_TICKS, BLOCK_TICKS = 5, 6  # at most, so that a phone has room for their text
+HEADROOM = 1.2  # of the chart of times, over its highest bar or line, for the line's label
 
 
 def write_report(
@@ -58,6 +61,8 @@ def write_report(
         prompt=prompt,
         video=video.name,
         video_url=quote(video.name, errors="replace"),
+        width=config.width,
+        height=config.height,
         pictures=[
             {"url": picture_url(picture, "png"), "time": f"{index / config.fps:.1f} s"}
             for index, picture in sample_frames(video, summary.frames, SAMPLES, SAMPLE_WIDTH)
@@ -131,10 +136,14 @@ def _memory_rows(memory: dict[str, int], archive_bytes: int) -> dict[str, tuple[
 def _durations(
     generated: Sequence[BlockInfo], blocks: int, playing_seconds: float
 ) -> dict[str, Any] | None:
-    """Draw the time per block as bars in a box of 100 by 20, each where its block is."""
+    """Draw the time per block as bars in a box of 100 by 20, each where its block is.
+
+    Ticks and the label of real time are shares of the box, in percent: text in a box that is
+    stretched to the page would be stretched with it.
+    """
     if not generated:
         return None
-    top = max(playing_seconds, *(block.seconds for block in generated)) * 1.05
+    top = max(playing_seconds, *(block.seconds for block in generated)) * HEADROOM
     step = 100 / blocks
     bars = "".join(
         f"M{block.index * step:.3f} 20h{step * 0.8:.3f}v{-20 * block.seconds / top:.3f}"
@@ -144,7 +153,26 @@ def _durations(
     return {
         "bars": bars,
         "first_block": generated[0].index,
-        "level": f"{20 * (1 - playing_seconds / top):.3f}",
-        "playing_ms": f"{playing_seconds * 1e3:.0f}",
-        "top_ms": f"{top * 1e3:.0f}",
+        "level": f"{100 * playing_seconds / top:.3f}",
+        "playing_ms": f"{playing_seconds * 1e3:,.0f}",
+        "times": {
+            f"{tick:,.4g}": f"{tick / top / 10:.3f}" for tick in _ticks(top * 1e3, TIME_TICKS)
+        },
+        "numbers": {
+            f"{tick:.0f}": f"{(tick + 0.4) * step:.3f}"
+            for tick in _ticks(blocks - 1, BLOCK_TICKS, least=1)
+        },
     }
+
+
+def _ticks(end: float, most: int, least: float = 0) -> list[float]:
+    """Return multiples of a round step from 0 to `end`: `most` steps or fewer, of `least` or more.
+
+    Round is 1, 2 or 5 times a power of ten.
+    """
+    if end <= 0:
+        return [0.0]
+    power = 10.0 ** math.floor(math.log10(end / most))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= end)
+    step = max(step, least)
+    return [step * number for number in range(int(end / step) + 1)]

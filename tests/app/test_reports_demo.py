@@ -11,10 +11,11 @@ from packforcing.runtime.allocations import memory_by_purpose
 from tests.helpers import PROMPT, run
 
 
-@pytest.fixture
-def report(tiny_bundle, tiny_config, tmp_path):
+@pytest.fixture(scope="module")
+def report(tiny_bundle, tiny_config, tmp_path_factory):
     """Write the page of 16 frames in 4 blocks, of which the first `resumed` came from before."""
-    assert run("render", PROMPT, "--bundle", tiny_bundle, "--out", tmp_path / "a b.mkv",
+    folder = tmp_path_factory.mktemp("report")
+    assert run("render", PROMPT, "--bundle", tiny_bundle, "--out", folder / "a b.mkv",
                "--seconds", 2).exit_code == 0  # fmt: skip
 
     def write(blocks: list[float], frames_resumed: int, recovered: int = 0) -> str:
@@ -31,10 +32,10 @@ def report(tiny_bundle, tiny_config, tmp_path):
             for number, seconds in enumerate(blocks)
         ]  # fmt: skip
         write_report(
-            tmp_path / "demo.html", tmp_path / "a b.mkv", PROMPT, 0, tiny_config, infos, summary,
+            folder / "demo.html", folder / "a b.mkv", PROMPT, 0, tiny_config, infos, summary,
             memory_by_purpose(tiny_config), {"torch": "2"},
         )  # fmt: skip
-        return html.unescape((tmp_path / "demo.html").read_text(encoding="utf-8"))
+        return html.unescape((folder / "demo.html").read_text(encoding="utf-8"))
 
     return write
 
@@ -45,6 +46,24 @@ def test_speed_and_shares_are_of_the_whole_render(report):
     assert "median 200 ms, longest 300 ms" in text and "Resumed" not in text
     assert "<td>0.50 s</td><td>125.0 ms</td><td>62%</td>" in text
     assert 'src="a%20b.mkv"' in text and "3,072 KiB" in text
+    (video,) = re.findall(r"<video([^>]*)>", text)
+    assert {"controls", "loop", "muted", "playsinline"} <= set(video.split())
+    assert 'poster="data:image/png' in video and 'width="' in video
+
+
+def test_times_have_a_scale_and_real_time_has_a_line(report):
+    """Blocks of 1.5 s: the highest bar, of 2 s, ends a sixth below the top, 2.4 s."""
+    text = report([0.1, 0.2, 2.0, 0.3], frames_resumed=0)
+    marks = re.findall(r'<i class="(\w+)" style="\w+: ([\d.]+)%">([^<]*)', text)
+    by_axis = {
+        axis: {label: float(share) for kind, share, label in marks if kind == axis}
+        for axis in ("down", "across")
+    }
+    times = {"0": 0, "500": 20.833, "1,000": 41.667, "1,500": 62.5, "2,000 ms": 83.333}
+    assert by_axis["down"] == times
+    assert by_axis["across"] == {"block 0": 10, "1": 35, "2": 60, "3": 85}  # below their bars
+    assert '<b style="bottom: 62.500%">real time, 1,500 ms' in text
+    assert "h20.000v-16.667" in text  # the highest bar, of 20
 
 
 def test_after_a_resume_speed_is_of_the_frames_rendered_since(report):
