@@ -1,0 +1,427 @@
+// The page: what the server says goes into it, what people do goes to the server.
+
+import { call, requestBody } from "./api.js";
+import { readsChart, showMemory, speedChart } from "./charts.js";
+import { act, byId, clock, duration, element, plural, setFacts, setText } from "./dom.js";
+import { showJobs } from "./jobs.js";
+import { startImage } from "./start.js";
+import { followStream } from "./stream.js";
+
+const MOST_BLOCKS = 240; // that the charts show
+const SPEED_BLOCKS = 20; // that the speed is the mean of
+const NOTE_SECONDS = 4; // that a note stays
+const LIVE = ["running", "paused", "unwatched"];
+const HISTORY_HINTS = {
+  keep: "What was made stays as it is; the new prompt blends into it.",
+  recompute: "The recent blocks are read as if the new prompt had made them.",
+  cut: "A new scene begins: nothing of the past is read.",
+};
+
+let state = null; // the latest that the server sent
+let blocks = [];
+let follows = null; // the block that a switch takes effect with, until it is made
+let connection = { status: "connecting" };
+let unsupported = null; // the type of video that this browser cannot play
+const video = byId("picture");
+const prompt = byId("prompt");
+const drawSpeed = speedChart(byId("speed-chart"), byId("speed-readout"), playingSeconds);
+const drawReads = readsChart(byId("reads-chart"), byId("reads-readout"));
+const startFile = startImage();
+let addJob = () => {};
+
+const isLive = () => LIVE.includes(state?.video?.state);
+
+function playingSeconds() {
+  return state ? state.bundle.block_frames / state.bundle.fps : 0.5;
+}
+
+// ---- what the server says
+
+const connectNow = followStream(video, {
+  onState(message) {
+    const isFirst = !state;
+    const isOther = state?.video?.id !== message.video?.id;
+    state = message;
+    if (isFirst) setUp();
+    if (message.blocks) blocks = message.blocks;
+    else if (isOther) blocks = [];
+    if (isOther) follows = null;
+    show();
+  },
+  onHeader({ id }) {
+    unsupported = null;
+    if (state?.video?.id !== id) blocks = [];
+  },
+  onBlock(block) {
+    if (blocks.at(-1)?.index >= block.index) blocks = blocks.filter(({ index }) => index < block.index);
+    blocks.push(block);
+    if (blocks.length > MOST_BLOCKS) blocks.shift();
+    if (follows !== null && block.index >= follows) {
+      follows = null;
+      setText(byId("prompt-hint"), "");
+    }
+    showBlocks();
+  },
+  onConnection(status, detail) {
+    connection = { status, detail };
+    showNotice();
+  },
+  onUnsupported(mime) {
+    unsupported = mime;
+    showNotice();
+  },
+  onJump: (seconds) => note(`Jumped ahead ${seconds.toFixed(1)} s, to what is made now.`),
+});
+
+/** Tell the partitions apart: `full` has the sink blocks first. */
+function withPartitions(block) {
+  const { full, sinks, mid } = block;
+  return { ...block, sink: full.slice(0, sinks), mid, recent: full.slice(sinks) };
+}
+
+/** Fill in what stays the same as long as the page is open. */
+function setUp() {
+  const { bundle, steerable } = state;
+  setText(byId("model"), `${bundle.name} · ${bundle.width}×${bundle.height} · ${bundle.fps} frames/s`);
+  document.body.classList.toggle("watching", !steerable);
+  const theater = byId("theater");
+  theater.style.setProperty("--aspect", bundle.width / bundle.height);
+  theater.classList.toggle("small", bundle.width < 256);
+  const models = bundle.policies.map((name) => element("option", { value: name }, name));
+  byId("policy").replaceChildren(element("option", { value: "" }, "the model's own"), ...models);
+  chooseHistory(bundle.default_history);
+  if (!steerable) return;
+  showWords(bundle.words);
+  addJob = showJobs();
+  if (!prompt.value) prompt.value = state.video?.prompt ?? examplePrompt(bundle.words);
+  fitPrompt();
+}
+
+function show() {
+  const live = state.video;
+  document.body.dataset.state = live?.state ?? "empty";
+  const names = {
+    running: "Live",
+    paused: "Paused",
+    unwatched: "Waits for a viewer",
+    stopped: "Stopped",
+    ended: "Ended",
+    failed: "Failed",
+  };
+  setText(byId("state"), names[live?.state] ?? "Nothing is live");
+  setText(byId("caption"), live?.prompt ?? "");
+  document.title = live ? `${live.state === "running" ? "▶ " : ""}${live.prompt} · PackForcing` : "PackForcing";
+  for (const id of ["pause", "stop", "record"]) byId(id).disabled = !isLive();
+  const isHeld = live?.state === "paused";
+  setText(byId("pause").lastElementChild, isHeld ? "Proceed" : "Pause");
+  byId("pause").classList.toggle("held", isHeld);
+  const recording = Boolean(live?.recording);
+  byId("record").setAttribute("aria-pressed", String(recording));
+  setText(byId("record").lastElementChild, recording ? "End recording" : "Record");
+  setText(byId("begin"), isLive() ? "Begin anew" : "Begin");
+  byId("reuse-seed").hidden = !live;
+  setText(byId("reuse-seed"), live ? `use ${live.seed} again` : "");
+  showGo();
+  showMemory(byId("memory-bars"), state.memory);
+  showSchedule(live);
+  showNotice();
+  showBlocks();
+}
+
+function showBlocks() {
+  const live = state?.video;
+  const latest = blocks.at(-1);
+  const recent = blocks.slice(-SPEED_BLOCKS);
+  const played = recent.reduce((sum, block) => sum + block.frames, 0) / (state?.bundle.fps ?? 1);
+  const took = recent.reduce((sum, block) => sum + block.seconds, 0);
+  const speed = took ? `${(played / took).toFixed(1)}× real time` : "";
+  setText(byId("speed-figure"), speed);
+  byId("speed-figure").classList.toggle("slow", played < took);
+  const seconds = latest ? (latest.first_frame + latest.frames) / state.bundle.fps : (live?.seconds ?? 0);
+  const facts = live
+    ? [
+        ["made", clock(seconds, 1)],
+        ["block", String(latest?.index ?? live.block)],
+        ["seed", String(live.seed)],
+      ]
+    : [];
+  if (live?.viewers > 1) facts.push(["viewers", String(live.viewers)]);
+  if (live?.behind_seconds >= 0.1) facts.push(["behind", duration(live.behind_seconds)]);
+  if (latest?.lost) facts.push(["lost here", plural(latest.lost, "block")]);
+  setFacts(byId("facts"), facts);
+  const recording = live?.recording;
+  byId("badge").hidden = !recording;
+  setText(byId("badge"), recording ? `Recording ${clock(Math.max(0, seconds - recording.since_seconds))}` : "");
+  const total = live?.blocks_total;
+  byId("progress").hidden = !total;
+  if (total) {
+    const done = (latest?.index ?? -1) + 1;
+    byId("progress").firstElementChild.value = done / total;
+    const rest = recent.length ? ` · ${clock(((total - done) * took) / recent.length)} to go` : "";
+    setText(byId("progress").lastElementChild, `${done} of ${total} blocks${live.state === "running" ? rest : ""}`);
+  }
+  drawSpeed(blocks);
+  drawReads(blocks.map(withPartitions));
+}
+
+function showSchedule(live) {
+  const steps = live?.schedule ?? [];
+  byId("schedule-actions").hidden = !steps.length;
+  setText(byId("schedule-figure"), steps.length > 1 ? plural(steps.length, "prompt") : "");
+  const list = byId("switches");
+  const shown = JSON.stringify(steps);
+  if (list.dataset.shown === shown) return;
+  list.dataset.shown = shown;
+  list.replaceChildren(
+    ...steps.map((step, index) => {
+      const how = index ? [step.history, step.over > 1 ? `over ${step.over} blocks` : null] : [];
+      const text = element("button", { type: "button", className: "quiet", title: "Edit this prompt" }, step.prompt);
+      text.addEventListener("click", () => edit(step.prompt));
+      return element(
+        "li",
+        {},
+        element("time", {}, clock(step.time, 1)),
+        text,
+        element("small", {}, how.filter(Boolean).join(", ")),
+      );
+    }),
+  );
+  list.scrollTop = list.scrollHeight;
+}
+
+/** Say over the picture why there is none, and what to do. */
+function showNotice() {
+  const [title, text, action] = notice() ?? [];
+  byId("notice").hidden = !title;
+  setText(byId("notice-title"), title ?? "");
+  setText(byId("notice-text"), text ?? "");
+  byId("notice-action").hidden = !action;
+  setText(byId("notice-action"), action ?? "");
+  document.body.classList.toggle("offline", connection.status !== "open");
+}
+
+function notice() {
+  if (connection.status === "refused") return ["No access", connection.detail];
+  if (connection.status === "lost") {
+    const seconds = Math.round(connection.detail);
+    return ["Connection lost", `Another attempt ${seconds > 1 ? `in ${seconds} s` : "follows"}.`, "Connect now"];
+  }
+  if (!state) return null;
+  if (unsupported) {
+    return [
+      "This browser cannot play the stream",
+      `It lacks ${unsupported}. Players such as ffplay and VLC open ${new URL("v1/live/video", document.baseURI)}.`,
+    ];
+  }
+  const live = state.video;
+  if (!live) {
+    return state.steerable
+      ? ["Nothing is live yet", "Write what it should show, then begin. The picture appears as it is made."]
+      : ["The render has not begun", "The picture appears as it is made."];
+  }
+  if (live.state === "failed") return ["The video failed", live.error];
+  return null;
+}
+
+/** Say something for a few seconds. */
+function note(text) {
+  setText(byId("prompt-hint"), text);
+  setTimeout(() => byId("prompt-hint").textContent === text && setText(byId("prompt-hint"), ""), NOTE_SECONDS * 1000);
+}
+
+// ---- the prompt
+
+const words = (text) => text.toLowerCase().match(/[^\W_]+/g) ?? [];
+
+/** Offer the words that a model knows by kind; one replaces another of its kind in the prompt. */
+function showWords(kinds) {
+  byId("words").hidden = !kinds;
+  for (const [kind, names] of Object.entries(kinds ?? {})) {
+    const areColors = names.every((name) => CSS.supports("color", name));
+    const row = element("div", {}, element("span", {}, kind));
+    for (const name of names) {
+      const chip = element("button", { type: "button", className: "chip" }, name);
+      if (areColors) {
+        const swatch = element("i");
+        swatch.style.background = name;
+        chip.prepend(swatch);
+      }
+      chip.addEventListener("click", (event) => {
+        const other = words(prompt.value).find((word) => names.includes(word));
+        prompt.value = other
+          ? prompt.value.replace(new RegExp(`\\b${other}\\b`, "i"), name)
+          : `${prompt.value.trimEnd()} ${name}`.trimStart();
+        prompt.dispatchEvent(new Event("input"));
+        const usesMouse = event.detail > 0 && matchMedia("(pointer: fine)").matches;
+        if (usesMouse) prompt.focus(); // so that Enter switches
+      });
+      row.append(chip);
+    }
+    byId("words").append(row);
+  }
+}
+
+/** A scene to begin with: another one each time the page opens. */
+function examplePrompt(kinds) {
+  if (!kinds) return "";
+  const pick = (kind) => kinds[kind][Math.floor(Math.random() * kinds[kind].length)];
+  return `a ${pick("color")} ${pick("shape")} over ${pick("ground")} ${pick("pattern")}`;
+}
+
+function edit(text) {
+  prompt.value = text;
+  prompt.dispatchEvent(new Event("input"));
+  prompt.focus();
+}
+
+function fitPrompt() {
+  prompt.style.height = "auto";
+  prompt.style.height = `${prompt.scrollHeight}px`;
+  const present = words(prompt.value);
+  for (const chip of document.querySelectorAll(".chip")) {
+    chip.setAttribute("aria-pressed", String(present.includes(chip.textContent)));
+  }
+  showGo();
+}
+
+function showGo() {
+  setText(byId("go"), isLive() ? "Switch" : "Begin");
+  const isNew = !isLive() || prompt.value.trim() !== state.video.prompt;
+  byId("go").classList.toggle("idle", !isNew);
+}
+
+const history = () => document.querySelector("[name=history]:checked").value;
+
+function chooseHistory(name) {
+  document.querySelector(`[name=history][value=${name}]`).checked = true;
+  showHistory();
+}
+
+function showHistory() {
+  setText(byId("history-hint"), HISTORY_HINTS[history()]);
+  const isCut = history() === "cut";
+  byId("over").disabled = isCut; // a cut leaves nothing to blend with
+  byId("over-label").classList.toggle("off", isCut);
+  setText(byId("over-label").lastElementChild, byId("over").value === "1" ? "block" : "blocks");
+}
+
+// ---- what people do
+
+const post = (path, body) => call("POST", path, body);
+
+function freshFields() {
+  return { prompt: prompt.value, seed: byId("seed").value.trim(), policy: byId("policy").value,
+    start_fit: startFile() ? byId("start-fit").value : null, input_reference: startFile() };
+}
+
+async function begin(button, line) {
+  if (!byId("seed").reportValidity()) return;
+  await act(button, line, () => post("v1/live", requestBody(freshFields())));
+}
+
+async function go() {
+  if (!isLive()) return begin(byId("go"), byId("prompt-error"));
+  if (!byId("over").reportValidity()) return;
+  const how = { history: history(), over: history() === "cut" ? 1 : byId("over").valueAsNumber };
+  const answer = await act(byId("go"), byId("prompt-error"), () =>
+    post("v1/live/switch", { prompt: prompt.value, ...how }),
+  );
+  if (!answer) return;
+  follows = answer.block;
+  if (blocks.at(-1)?.index >= follows) follows = null;
+  else setText(byId("prompt-hint"), `Followed from block ${follows} on.`);
+}
+
+async function render(button, line) {
+  if (!byId("seconds").reportValidity() || !byId("seed").reportValidity()) return;
+  const fields = { ...freshFields(), model: state.bundle.name, seconds: byId("seconds").value };
+  const job = await act(button, line, () => post("v1/videos", requestBody(fields)));
+  if (job) addJob(job);
+}
+
+const transport = (id, action) =>
+  byId(id).addEventListener("click", () => act(byId(id), byId("stage-error"), action));
+
+transport("pause", () => post(state.video.state === "paused" ? "v1/live/proceed" : "v1/live/pause"));
+transport("stop", () => post("v1/live/stop"));
+transport("record", async () => {
+  if (!state.video.recording) return post("v1/live/record");
+  addJob(await post("v1/live/record/stop"));
+});
+
+byId("steer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  go();
+});
+byId("begin").addEventListener("click", () => begin(byId("begin"), byId("fresh-error")));
+byId("render").addEventListener("click", () => render(byId("render"), byId("fresh-error")));
+byId("schedule-render").addEventListener("click", async () => {
+  const line = byId("schedule-error");
+  const job = await act(byId("schedule-render"), line, () => post("v1/live/render", {}));
+  if (job) addJob(job);
+});
+byId("reuse-seed").addEventListener("click", () => {
+  byId("seed").value = state.video.seed;
+  byId("seed").focus();
+});
+byId("notice-action").addEventListener("click", connectNow);
+byId("history").addEventListener("input", showHistory);
+byId("fullscreen").addEventListener("click", toggleFullscreen);
+byId("open-help").addEventListener("click", () => byId("help").showModal());
+prompt.addEventListener("input", fitPrompt);
+addEventListener("resize", fitPrompt);
+
+function toggleFullscreen() {
+  if (document.fullscreenElement) document.exitFullscreen();
+  else byId("theater").requestFullscreen?.().catch(() => {});
+}
+
+// ---- keys
+
+const singleKeys = byId("single-keys");
+singleKeys.checked = localStorage.getItem("single-keys") !== "off";
+singleKeys.addEventListener("change", () => localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
+
+const keys = {
+  "/": () => prompt.focus(),
+  " ": () => byId("pause").click(),
+  r: () => byId("record").click(),
+  s: () => byId("stop").click(),
+  f: toggleFullscreen,
+  "?": () => byId("help").showModal(),
+};
+
+prompt.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") prompt.blur();
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (event.ctrlKey || event.metaKey) begin(byId("begin"), byId("prompt-error"));
+  else go();
+});
+
+addEventListener("keydown", (event) => {
+  const { target, key } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey || !singleKeys.checked || document.querySelector("dialog[open]")) return;
+  if (target.matches("input, textarea, select") || (key === " " && target.matches("button, a, video"))) return;
+  const action = keys[key.length === 1 ? key.toLowerCase() : key];
+  if (!action || (!state?.steerable && key === "/")) return;
+  event.preventDefault();
+  action();
+});
+
+// ---- the glow behind the picture
+
+const glow = byId("glow");
+const glowContext = glow.getContext("2d");
+
+function drawGlow() {
+  if (video.videoWidth) glowContext.drawImage(video, 0, 0, glow.width, glow.height);
+}
+
+if (video.requestVideoFrameCallback && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
+  const onFrame = () => {
+    drawGlow();
+    video.requestVideoFrameCallback(onFrame);
+  };
+  video.requestVideoFrameCallback(onFrame);
+}

@@ -1,0 +1,166 @@
+// The live stream: a WebSocket whose H.264 fragments go into a Media Source.
+
+import { call } from "./api.js";
+
+const PLAYED_SECONDS = 15; // of the video that stay in the buffer after they were shown
+const LONGEST_QUEUE = 64; // fragments that wait for the buffer; older ones are dropped
+const WAITS_SECONDS = [0.5, 1, 2, 4, 8]; // before another attempt to connect
+
+/**
+ * Play fragments in a video element, near the latest one.
+ *
+ * @param {HTMLVideoElement} video
+ * @param {{onUnsupported: (mime: string) => void, onJump: (seconds: number) => void,
+ *   onBroken: () => void}} handlers
+ */
+function createPlayer(video, handlers) {
+  let source = null;
+  let buffer = null;
+  let queue = [];
+  let blockSeconds = 0.5;
+
+  function begin(mime, header) {
+    end();
+    const Source = self.ManagedMediaSource ?? self.MediaSource; // the first is all that an iPhone has
+    if (!Source?.isTypeSupported(mime)) return handlers.onUnsupported(mime);
+    const opened = (source = new Source());
+    queue = [header];
+    video.disableRemotePlayback = true; // a managed source does not open otherwise
+    video.src = URL.createObjectURL(opened);
+    opened.addEventListener(
+      "sourceopen",
+      () => {
+        URL.revokeObjectURL(video.src);
+        if (opened !== source) return;
+        buffer = opened.addSourceBuffer(mime);
+        buffer.addEventListener("updateend", () => {
+          follow();
+          pump();
+        });
+        pump();
+      },
+      { once: true },
+    );
+    video.play().catch(() => {}); // the browser waits for a click, or another video began
+  }
+
+  function append(fragment, seconds) {
+    blockSeconds = seconds;
+    if (!source) return;
+    queue.push(fragment);
+    if (queue.length > LONGEST_QUEUE) queue.splice(buffer ? 0 : 1, 1);
+    pump();
+  }
+
+  function pump() {
+    if (!buffer || buffer.updating || source.readyState !== "open") return;
+    const kept = video.currentTime - PLAYED_SECONDS;
+    if (video.buffered.length && video.buffered.start(0) < kept - PLAYED_SECONDS) {
+      return buffer.remove(0, kept);
+    }
+    if (!queue.length) return;
+    try {
+      buffer.appendBuffer(queue[0]);
+      queue.shift();
+    } catch (error) {
+      if (error.name !== "QuotaExceededError") return handlers.onBroken();
+      if (video.currentTime > 1) buffer.remove(0, video.currentTime - 0.5);
+    }
+  }
+
+  // Fragments that were lost leave gaps, and a tab in the background stops to play.
+  function follow() {
+    const { buffered, currentTime } = video;
+    if (!buffered.length) return;
+    const start = buffered.start(buffered.length - 1);
+    const end = buffered.end(buffered.length - 1);
+    const ahead = end - currentTime;
+    if (currentTime < start) {
+      const inEarlier = [...Array(buffered.length - 1).keys()].some(
+        (index) => currentTime >= buffered.start(index) && currentTime < buffered.end(index) - 0.1,
+      );
+      if (!inEarlier) video.currentTime = start + 1e-3;
+    } else if (ahead > Math.max(3, 8 * blockSeconds)) {
+      video.currentTime = Math.max(start, end - 2 * blockSeconds);
+      handlers.onJump(ahead);
+    }
+    video.playbackRate = ahead > 4 * blockSeconds ? 1.1 : 1;
+    if (video.paused) video.play().catch(() => {});
+  }
+
+  function end() {
+    source = buffer = null;
+    queue = [];
+    video.removeAttribute("src");
+    video.load();
+  }
+
+  video.addEventListener("waiting", follow);
+  video.addEventListener("error", () => source && handlers.onBroken());
+  document.addEventListener("visibilitychange", () => document.hidden || follow());
+  return { begin, append, end };
+}
+
+/**
+ * Connect to the live stream, and again whenever the connection is lost.
+ *
+ * @param {HTMLVideoElement} video
+ * @param {{onState: (state: object) => void, onBlock: (block: object) => void,
+ *   onHeader: () => void, onConnection: (status: "open" | "lost" | "refused", detail?: any) => void,
+ *   onUnsupported: (mime: string) => void, onJump: (seconds: number) => void}} handlers
+ *   of "lost" the detail is the seconds until the next attempt, of "refused" the server's reason
+ * @returns {() => void} connects at once where an attempt is due later
+ */
+export function followStream(video, handlers) {
+  const address = new URL("v1/live/stream", document.baseURI);
+  address.protocol = address.protocol.replace("http", "ws");
+  let attempts = 0;
+  let timer = 0;
+  let socket = null;
+  let block_seconds = 0.5;
+  const player = createPlayer(video, { ...handlers, onBroken: () => socket?.close() });
+
+  function connect() {
+    clearTimeout(timer);
+    timer = 0;
+    let announced = null; // what the next binary message belongs to
+    socket = new WebSocket(address);
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      attempts = 0;
+      handlers.onConnection("open");
+    };
+    socket.onmessage = ({ data }) => {
+      if (typeof data !== "string") {
+        if (announced.type === "header") player.begin(announced.mime, data);
+        else player.append(data, block_seconds);
+        return;
+      }
+      const message = JSON.parse(data);
+      if (message.type === "state") {
+        block_seconds = message.bundle.block_frames / message.bundle.fps;
+        if (!message.video) player.end();
+        handlers.onState(message);
+      } else {
+        announced = message;
+        if (message.type === "header") handlers.onHeader(message);
+        else handlers.onBlock(message);
+      }
+    };
+    socket.onclose = retry;
+  }
+
+  // A refused handshake looks like a dead server: a plain request tells them apart.
+  async function retry() {
+    const seconds = WAITS_SECONDS[Math.min(attempts++, WAITS_SECONDS.length - 1)];
+    const refusal = await call("GET", "v1/live").then(() => null, (error) => error);
+    if ([401, 403].includes(refusal?.status)) return handlers.onConnection("refused", refusal.message);
+    handlers.onConnection("lost", seconds);
+    timer = setTimeout(connect, seconds * 1000);
+  }
+
+  const connectNow = () => timer && connect();
+  addEventListener("online", connectNow);
+  connect();
+  return connectNow;
+}
