@@ -15,6 +15,7 @@ PackForcingError
     VideoError          a video or start picture cannot be read
     ResumeError         an interrupted render cannot be resumed
     RenderStopped       a render was stopped before its last block
+    LiveError           the live video of a server cannot do this now
 
 PromptWarning is no error: the end of a prompt is not read, and the work goes on.
 """
@@ -91,6 +92,10 @@ class ResumeError(PackForcingError):
 
 class RenderStopped(PackForcingError):
     """A render was stopped before its last block."""
+
+
+class LiveError(PackForcingError):
+    """The live video of a server cannot do this now: there is none, or it only shows a render."""
 
 
 class PromptWarning(UserWarning):

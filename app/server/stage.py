@@ -1,0 +1,269 @@
+"""The live video of a server: one at a time, steered while it is made."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import tempfile
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packforcing.app.server.broadcast import Broadcast
+from packforcing.app.server.show import Show
+from packforcing.config import Config, Policy
+from packforcing.errors import LiveError, PackForcingError
+from packforcing.presets import policies, switch_history
+from packforcing.prompts import History, Prompt
+from packforcing.runtime import Session
+from packforcing.runtime.allocations import archive_bytes, device_bytes, host_bytes
+from packforcing.runtime.archive import stored_blocks
+from packforcing.runtime.bundle import GPU_GRAPHS
+from packforcing.runtime.device import HostDevice
+from packforcing.runtime.engine_records import graph_files
+from packforcing.runtime.start_clip import Fit, read_start
+from packforcing.runtime.video import Video
+from packforcing.words import VOCABULARY
+
+UNWATCHED_SECONDS = 30.0  # without a viewer, after which a video pauses
+START_SECONDS = 2.0  # of a clip to start from
+
+_log = logging.getLogger(__name__)
+
+
+class Stage:
+    """Makes the live video and shows it.
+
+    One thread makes blocks, another encodes the block before meanwhile. All methods may be called
+    from every thread.
+
+    Attributes:
+        session: Makes the videos.
+        broadcast: Has the viewers.
+        show: The current video, or None before the first one.
+        steerable: Whether a video may be begun and switched here.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        *,
+        steerable: bool = True,
+        unwatched_seconds: float = UNWATCHED_SECONDS,
+    ) -> None:
+        """Make a stage without a video.
+
+        Args:
+            session: Makes the videos.
+            steerable: Whether a video may be begun and switched here.
+            unwatched_seconds: Without a viewer, after which a video pauses.
+        """
+        self.session, self.steerable = session, steerable
+        self.broadcast = Broadcast(self.describe, self._follow_audience)
+        self.show: Show | None = None
+        self._maker: threading.Thread | None = None
+        self._lock = threading.Lock()  # of what begins
+        self._audience_lock = threading.Lock()
+        self._unwatched_seconds = unwatched_seconds
+        self._watched = time.monotonic()  # when somebody did so for the last time
+        self._bundle = _describe_bundle(session)
+        self._memory = _describe_memory(session, None)
+
+    def begin(
+        self,
+        prompt: Prompt,
+        seed: int | None = None,
+        *,
+        policy: Policy | None = None,
+        start: bytes | None = None,
+        start_fit: Fit = "fill",
+    ) -> None:
+        """Begin a video in place of the current one.
+
+        Args:
+            prompt: What it shows.
+            seed: Of the noise; None: a random one.
+            policy: Which history blocks read; None: the session's.
+            start: A picture or clip that it begins with, as uploaded.
+            start_fit: What becomes of a start of another shape.
+
+        Raises:
+            PackForcingError: It cannot be made.
+        """
+        self._require_steering()
+        frames = None if start is None else read_upload(start, start_fit, self.session.config)
+        seed = secrets.randbits(32) if seed is None else seed
+        with self._lock:
+            video = self.session.begin(prompt, seed, start=frames, policy=policy)
+            earlier, maker = self.show, self._maker
+            if earlier is not None:
+                earlier.stop()
+            show = self.present(video)
+            self._maker = threading.Thread(
+                target=self._make, args=(show, maker), name="packforcing-live", daemon=True
+            )
+            self._maker.start()
+
+    def present(self, video: Video) -> Show:
+        """Show a video whose blocks are made elsewhere and added to the show."""
+        show = Show(video, _policy_name(self.session, video.config.policy), self.broadcast)
+        self._memory = _describe_memory(self.session, video)
+        self._watched = time.monotonic()
+        self.show = show
+        self.broadcast.begin(show.header)
+        return show
+
+    def switch(self, prompt: Prompt, history: History | None = None, over: int = 1) -> int:
+        """Follow another prompt; return the first block that does.
+
+        Raises:
+            LiveError: There is no video to switch.
+            PromptError: The prompt cannot be followed.
+        """
+        self._require_steering()
+        return self._current().video.switch(prompt, history, over=over)
+
+    def pause(self) -> None:
+        """Begin no further block; raise `LiveError` without a video."""
+        self._current().pause()
+
+    def proceed(self) -> None:
+        """End a pause; raise `LiveError` without a video."""
+        self._current().proceed()
+
+    def stop(self) -> None:
+        """End the video before its next call of a graph; raise `LiveError` without one."""
+        self._current().stop()
+
+    def close(self) -> None:
+        """End the video and all streams."""
+        with self._lock:
+            if self.show is not None:
+                self.show.stop()
+            if self._maker is not None:
+                self._maker.join()
+        self.broadcast.end()
+
+    def describe(self, *, blocks: bool = False) -> dict[str, Any]:
+        """Return the state, for JSON.
+
+        Args:
+            blocks: Whether the latest blocks are in it.
+        """
+        return {
+            "bundle": self._bundle,
+            "memory": self._memory,
+            "steerable": self.steerable,
+            "video": self.show and self.show.describe(),
+            **({"blocks": self.show.describe_blocks() if self.show else []} if blocks else {}),
+        }
+
+    def _current(self) -> Show:
+        if self.show is None or not self.show.live:
+            raise LiveError("there is no live video: begin one")
+        return self.show
+
+    def _require_steering(self) -> None:
+        if not self.steerable:
+            raise LiveError("this page shows a render, which follows the command that began it")
+
+    def _make(self, show: Show, earlier: threading.Thread | None) -> None:
+        """Make the blocks of a video, until it is stopped or fails."""
+        error = None
+        if earlier is not None:
+            earlier.join()  # its buffers serve this video
+        try:
+            with show.video, ThreadPoolExecutor(1, "packforcing-encoder") as encoder:
+                encoded: Future[None] | None = None
+                for block in show.video:
+                    if encoded is not None:
+                        encoded.result()
+                    encoded = encoder.submit(show.add, block)
+                    self._rest_unwatched(show)
+                if encoded is not None:
+                    encoded.result()
+        except PackForcingError as failure:
+            error = str(failure)
+        except Exception as failure:
+            _log.exception("the live video failed")
+            error = f"{type(failure).__name__}: {failure}"
+        show.end(error and " ".join(error.split()))
+
+    def _rest_unwatched(self, show: Show) -> None:
+        with self._audience_lock:
+            if self.broadcast.viewers:
+                self._watched = time.monotonic()
+            elif time.monotonic() - self._watched >= self._unwatched_seconds:
+                show.rest(True)
+
+    def _follow_audience(self) -> None:
+        with self._audience_lock:
+            self._watched = time.monotonic()
+            if self.show is not None and self.broadcast.viewers:
+                self.show.rest(False)
+        self.broadcast.announce()
+
+
+def read_upload(data: bytes, fit: Fit, config: Config) -> np.ndarray:
+    """Read an uploaded picture, or the end of a clip, as frames of whole blocks.
+
+    Raises:
+        VideoError: It cannot be read.
+    """
+    blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
+    limit = blocks * config.block_pixel_frames - config.trimmed_frames
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "the upload"
+        path.write_bytes(data)
+        return read_start(path, config.width, config.height, config.fps, limit, fit)
+
+
+def _policy_name(session: Session, policy: Policy) -> str:
+    named = policies(session.manifest.config)
+    return next((name for name in named if named[name] == policy), str(policy))
+
+
+def _describe_bundle(session: Session) -> dict[str, Any]:
+    config = session.config
+    name, named = _policy_name(session, config.policy), policies(session.manifest.config)
+    return {
+        "name": config.name,
+        "width": config.width,
+        "height": config.height,
+        "fps": config.fps,
+        "block_frames": config.block_pixel_frames,
+        "text_encoder": config.text_encoder,
+        "policy": name,
+        "policies": list(named) if session.backend.any_policy else [name],
+        "default_history": switch_history(config),
+        "words": list(VOCABULARY) if config.text_encoder == "words" else None,
+    }
+
+
+def _describe_memory(session: Session, video: Video | None) -> list[dict[str, Any]]:
+    """List what a video takes, its archive when that is full included, for JSON."""
+    on_host = type(session.backend.device) is HostDevice
+    config = session.config if video is None else video.config
+    weights = {True: 0, False: 0}  # by whether a graph runs on the device
+    for graph in session.manifest.graphs:
+        files = graph_files(session.manifest, graph)
+        weights[graph in GPU_GRAPHS] += sum(session.manifest.files[name].bytes for name in files)
+    device = {"weights": weights[True], **device_bytes(config)}
+    host = {"weights of prompt and encoder": weights[False]}
+    if not on_host:
+        host["pinned copies"] = host_bytes(config)
+    if video is not None:
+        request = video.request
+        rows = stored_blocks(config, request.timeline.blocks, request.archive_limit)
+        host["archive, when full"] = archive_bytes(config, config.policy.sink + rows)
+    places = (device, "host" if on_host else "device"), (host, "host")
+    return [
+        {"name": name, "bytes": size, "where": where}
+        for sizes, where in places
+        for name, size in sizes.items()
+        if size
+    ]
