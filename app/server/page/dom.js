@@ -50,17 +50,23 @@ export function bytes(count) {
 
 export const plural = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
 
-/** Run an action of a button: the button waits for it, its error is shown in `line`. */
+/** Say something in a line beside what it is about. */
+export function say(line, text, kind = "note") {
+  line.dataset.kind = kind;
+  setText(line, text);
+}
+
+/** Run an action of a button, which waits for it; its error is said in `line`. */
 export async function act(button, line, action) {
-  if (button?.getAttribute("aria-busy") === "true") return undefined;
-  line.textContent = "";
-  button?.setAttribute("aria-busy", "true");
+  if (button.getAttribute("aria-busy") === "true") return undefined;
+  say(line, "");
+  button.setAttribute("aria-busy", "true");
   try {
     return await action();
   } catch (error) {
-    line.textContent = error.message;
+    say(line, error.message, "error");
     return undefined;
   } finally {
-    button?.removeAttribute("aria-busy");
+    button.removeAttribute("aria-busy");
   }
 }

@@ -1,9 +1,9 @@
 // Videos that are files: jobs with their progress, thumbnails, and a player.
 
 import { call } from "./api.js";
-import { act, byId, clock, element, plural, setFacts, setText } from "./dom.js";
+import { act, byId, clock, element, plural, say, setFacts, setText } from "./dom.js";
 
-const CARDS = 12; // more appear with a click
+const SHOWN = { queue: 4, cards: 12 }; // at first, of each list
 const PAGE = 100; // videos of one request
 const MOST_PAGES = 20;
 const [BUSY_SECONDS, IDLE_SECONDS] = [1, 10]; // between two looks at the list
@@ -19,11 +19,11 @@ function compare(a, b) {
   return rank(a) === 1 ? -newer : newer;
 }
 
-/** Show the list of jobs and keep it current. Returns `add`, for a job that was just made. */
+/** Show the jobs and keep them current. Returns a function that adds one, and says so in a line. */
 export function showJobs() {
   const jobs = new Map();
   const cards = new Map();
-  let shown = CARDS;
+  const shown = { ...SHOWN };
   let timer = 0;
   let isStale = true; // whether the whole list has to be read again
 
@@ -32,10 +32,10 @@ export function showJobs() {
     try {
       if (isStale) await readAll();
       else await readNews();
-      byId("jobs-error").textContent = "";
+      say(byId("jobs-line"), "");
     } catch (error) {
       isStale = true;
-      if (error.status) byId("jobs-error").textContent = error.message; // else the stage tells
+      if (error.status) say(byId("jobs-line"), error.message, "error"); // else the stage tells
     }
     draw();
     const busy = [...jobs.values()].some(isActive);
@@ -75,35 +75,52 @@ export function showJobs() {
 
   function draw() {
     const sorted = [...jobs.values()].sort(compare);
-    const visible = sorted.slice(0, shown);
-    const ids = new Set(visible.map((job) => job.id));
+    const active = sorted.filter(isActive);
+    const drawn = new Set([
+      ...drawList("queue", active, "waiting"),
+      ...drawList("cards", sorted.slice(active.length), "videos"),
+    ]);
     for (const [id, card] of cards) {
-      if (!ids.has(id)) {
-        card.root.remove();
-        cards.delete(id);
-      }
+      if (drawn.has(id)) continue;
+      card.root.remove();
+      cards.delete(id);
     }
-    const list = byId("cards");
-    visible.forEach((job, position) => {
-      if (!cards.has(job.id)) cards.set(job.id, makeCard(job.id));
-      const card = cards.get(job.id);
-      card.update(job);
-      if (list.children[position] !== card.root) list.insertBefore(card.root, list.children[position] ?? null);
-    });
-    const active = sorted.filter(isActive).length;
-    setText(byId("jobs-figure"), active ? `${active} to render` : sorted.length ? `${sorted.length}` : "");
-    const rest = sorted.length - visible.length;
-    byId("more").hidden = !rest;
-    setText(byId("more"), `Show ${Math.min(rest, 4 * CARDS)} more of ${rest}`);
+    const made = sorted.length - active.length;
+    const counts = [made && `${made}`, active.length && `${active.length} to render`];
+    setText(byId("jobs-figure"), counts.filter(Boolean).join(", "));
     byId("jobs").dataset.empty = String(!sorted.length);
   }
 
-  function add(job) {
+  function drawList(name, sorted, noun) {
+    const list = byId(name);
+    const visible = sorted.slice(0, shown[name]);
+    visible.forEach((job, position) => {
+      if (!cards.has(job.id)) cards.set(job.id, makeCard(job.id));
+      const { root, update } = cards.get(job.id);
+      update(job);
+      if (list.children[position] !== root) list.insertBefore(root, list.children[position] ?? null);
+    });
+    const rest = sorted.length - visible.length;
+    const more = byId(`more-${name}`);
+    more.hidden = !rest;
+    setText(more, `${rest} more ${noun}`);
+    return visible.map((job) => job.id);
+  }
+
+  function showMore(name) {
+    const list = byId(name);
+    const first = list.children.length;
+    shown[name] += 48;
+    draw();
+    list.children[first]?.querySelector("button:enabled, a").focus();
+  }
+
+  function add(job, line) {
     jobs.set(job.id, job);
     draw();
-    const { root } = cards.get(job.id) ?? {};
-    root?.classList.add("new");
-    root?.scrollIntoView({ block: "nearest" });
+    cards.get(job.id)?.root.classList.add("new");
+    const text = isActive(job) ? `Queued as a video${job.queue_position ? `, ${place(job.queue_position)}` : ""}.` : "Saved as a video.";
+    say(line, text);
     refresh();
   }
 
@@ -115,16 +132,16 @@ export function showJobs() {
     const title = element("h3");
     const status = element("p", { className: "status" });
     const meter = element("progress", { max: 100, ariaLabel: "Progress" });
-    const error = element("p", { className: "error" });
-    error.setAttribute("role", "alert");
+    const line = element("p", { className: "line" });
+    line.setAttribute("role", "status");
     const button = (text, action) => {
       const made = element("button", { type: "button", className: "quiet" }, text);
-      made.addEventListener("click", () => act(made, error, () => action(made)));
+      made.addEventListener("click", () => act(made, line, action));
       return made;
     };
     const download = element("a", { href: `${base}/content`, download: `${id}.mp4` }, "Download");
     const schedule = element("a", { href: `${base}/schedule`, download: `${id}.toml` }, "Schedule");
-    const again = button("Render again", async () => add(await call("POST", `${base}/remix`, {})));
+    const again = button("Render again", async () => add(await call("POST", `${base}/remix`, {}), line));
     const cancel = button("Cancel", async () => jobs.set(id, await call("POST", `${base}/cancel`)) && draw());
     const remove = button("Delete", async () => {
       await call("DELETE", base);
@@ -134,7 +151,7 @@ export function showJobs() {
       (next?.querySelector(".thumbnail") ?? byId("seconds")).focus(); // what had the focus is gone
     });
     const actions = element("p", { className: "actions" }, download, schedule, again, cancel, remove);
-    const root = element("li", { className: "card" }, play, element("div", {}, title, status, meter, error, actions));
+    const root = element("li", { className: "card" }, play, element("div", {}, title, status, meter, line, actions));
     play.addEventListener("click", () => playJob(job, base));
 
     function update(current) {
@@ -147,7 +164,8 @@ export function showJobs() {
       setText(status, describe(job));
       meter.hidden = !isActive(job);
       meter.value = job.progress;
-      for (const part of [download, remove]) part.hidden = part === download ? !done : isActive(job);
+      download.hidden = !done;
+      remove.hidden = isActive(job);
       cancel.hidden = !isActive(job);
       play.disabled = !done;
       play.setAttribute("aria-label", done ? `Play “${job.prompt}”` : `“${job.prompt}” is not rendered`);
@@ -159,12 +177,7 @@ export function showJobs() {
     return { root, update };
   }
 
-  byId("more").addEventListener("click", () => {
-    shown += 4 * CARDS;
-    const first = byId("cards").children.length;
-    draw();
-    byId("cards").children[first]?.querySelector("button:enabled, a").focus();
-  });
+  for (const name of Object.keys(SHOWN)) byId(`more-${name}`).addEventListener("click", () => showMore(name));
   document.addEventListener("visibilitychange", () => document.hidden || refresh());
   byId("player").addEventListener("close", () => byId("player-video").removeAttribute("src"));
   refresh();

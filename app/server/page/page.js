@@ -2,14 +2,13 @@
 
 import { call, requestBody } from "./api.js";
 import { readsChart, showMemory, speedChart } from "./charts.js";
-import { act, byId, clock, duration, element, plural, setFacts, setText } from "./dom.js";
+import { act, byId, clock, duration, element, plural, say, setFacts, setText } from "./dom.js";
 import { showJobs } from "./jobs.js";
 import { startImage } from "./start.js";
 import { followStream } from "./stream.js";
 
 const MOST_BLOCKS = 240; // that the charts show
 const SPEED_BLOCKS = 20; // that the speed is the mean of
-const NOTE_SECONDS = 4; // that a note stays
 const LIVE = ["running", "paused", "unwatched"];
 const HISTORY_HINTS = {
   keep: "What was made stays as it is; the new prompt blends into it.",
@@ -18,7 +17,8 @@ const HISTORY_HINTS = {
 };
 
 let state = null; // the latest that the server sent
-let blocks = [];
+let blocks = []; // the latest of the video whose id is `blocksOf`
+let blocksOf = null;
 let follows = null; // the block that a switch takes effect with, until it is made
 let connection = { status: "connecting" };
 let unsupported = null; // the type of video that this browser cannot play
@@ -40,17 +40,15 @@ function playingSeconds() {
 const connectNow = followStream(video, {
   onState(message) {
     const isFirst = !state;
-    const isOther = state?.video?.id !== message.video?.id;
     state = message;
     if (isFirst) setUp();
+    expectBlocksOf(message.video?.id ?? null);
     if (message.blocks) blocks = message.blocks;
-    else if (isOther) blocks = [];
-    if (isOther) follows = null;
     show();
   },
   onHeader({ id }) {
     unsupported = null;
-    if (state?.video?.id !== id) blocks = [];
+    expectBlocksOf(id);
   },
   onBlock(block) {
     if (blocks.at(-1)?.index >= block.index) blocks = blocks.filter(({ index }) => index < block.index);
@@ -58,7 +56,7 @@ const connectNow = followStream(video, {
     if (blocks.length > MOST_BLOCKS) blocks.shift();
     if (follows !== null && block.index >= follows) {
       follows = null;
-      setText(byId("prompt-hint"), "");
+      say(byId("prompt-line"), "");
     }
     showBlocks();
   },
@@ -70,8 +68,16 @@ const connectNow = followStream(video, {
     unsupported = mime;
     showNotice();
   },
-  onJump: (seconds) => note(`Jumped ahead ${seconds.toFixed(1)} s, to what is made now.`),
+  onJump: (seconds) => say(byId("stage-line"), `Jumped ahead ${seconds.toFixed(1)} s, to what is made now.`),
 });
+
+/** A video's header may come before the state that has its id, or after it. */
+function expectBlocksOf(id) {
+  if (id === blocksOf) return;
+  blocksOf = id;
+  blocks = [];
+  follows = null;
+}
 
 /** Tell the partitions apart: `full` has the sink blocks first. */
 function withPartitions(block) {
@@ -84,9 +90,7 @@ function setUp() {
   const { bundle, steerable } = state;
   setText(byId("model"), `${bundle.name} · ${bundle.width}×${bundle.height} · ${bundle.fps} frames/s`);
   document.body.classList.toggle("watching", !steerable);
-  const theater = byId("theater");
-  theater.style.setProperty("--aspect", bundle.width / bundle.height);
-  theater.classList.toggle("small", bundle.width < 256);
+  document.documentElement.style.setProperty("--aspect", bundle.width / bundle.height);
   const models = bundle.policies.map((name) => element("option", { value: name }, name));
   byId("policy").replaceChildren(element("option", { value: "" }, "the model's own"), ...models);
   chooseHistory(bundle.default_history);
@@ -117,7 +121,6 @@ function show() {
   byId("pause").classList.toggle("held", isHeld);
   const recording = Boolean(live?.recording);
   byId("record").setAttribute("aria-pressed", String(recording));
-  setText(byId("record").lastElementChild, recording ? "End recording" : "Record");
   setText(byId("begin"), isLive() ? "Begin anew" : "Begin");
   byId("reuse-seed").hidden = !live;
   setText(byId("reuse-seed"), live ? `use ${live.seed} again` : "");
@@ -141,7 +144,6 @@ function showBlocks() {
   const facts = live
     ? [
         ["made", clock(seconds, 1)],
-        ["block", String(latest?.index ?? live.block)],
         ["seed", String(live.seed)],
       ]
     : [];
@@ -221,12 +223,6 @@ function notice() {
   }
   if (live.state === "failed") return ["The video failed", live.error];
   return null;
-}
-
-/** Say something for a few seconds. */
-function note(text) {
-  setText(byId("prompt-hint"), text);
-  setTimeout(() => byId("prompt-hint").textContent === text && setText(byId("prompt-hint"), ""), NOTE_SECONDS * 1000);
 }
 
 // ---- the prompt
@@ -320,45 +316,45 @@ async function begin(button, line) {
 }
 
 async function go() {
-  if (!isLive()) return begin(byId("go"), byId("prompt-error"));
+  if (!isLive()) return begin(byId("go"), byId("prompt-line"));
   if (!byId("over").reportValidity()) return;
   const how = { history: history(), over: history() === "cut" ? 1 : byId("over").valueAsNumber };
-  const answer = await act(byId("go"), byId("prompt-error"), () =>
+  const answer = await act(byId("go"), byId("prompt-line"), () =>
     post("v1/live/switch", { prompt: prompt.value, ...how }),
   );
   if (!answer) return;
   follows = answer.block;
   if (blocks.at(-1)?.index >= follows) follows = null;
-  else setText(byId("prompt-hint"), `Followed from block ${follows} on.`);
+  else say(byId("prompt-line"), `Block ${follows} is the first to follow it.`);
 }
 
 async function render(button, line) {
   if (!byId("seconds").reportValidity() || !byId("seed").reportValidity()) return;
   const fields = { ...freshFields(), model: state.bundle.name, seconds: byId("seconds").value };
   const job = await act(button, line, () => post("v1/videos", requestBody(fields)));
-  if (job) addJob(job);
+  if (job) addJob(job, line);
 }
 
 const transport = (id, action) =>
-  byId(id).addEventListener("click", () => act(byId(id), byId("stage-error"), action));
+  byId(id).addEventListener("click", () => act(byId(id), byId("stage-line"), action));
 
 transport("pause", () => post(state.video.state === "paused" ? "v1/live/proceed" : "v1/live/pause"));
 transport("stop", () => post("v1/live/stop"));
 transport("record", async () => {
   if (!state.video.recording) return post("v1/live/record");
-  addJob(await post("v1/live/record/stop"));
+  addJob(await post("v1/live/record/stop"), byId("stage-line"));
 });
 
 byId("steer").addEventListener("submit", (event) => {
   event.preventDefault();
   go();
 });
-byId("begin").addEventListener("click", () => begin(byId("begin"), byId("fresh-error")));
-byId("render").addEventListener("click", () => render(byId("render"), byId("fresh-error")));
+byId("begin").addEventListener("click", () => begin(byId("begin"), byId("fresh-line")));
+byId("render").addEventListener("click", () => render(byId("render"), byId("fresh-line")));
 byId("schedule-render").addEventListener("click", async () => {
-  const line = byId("schedule-error");
+  const line = byId("schedule-line");
   const job = await act(byId("schedule-render"), line, () => post("v1/live/render", {}));
-  if (job) addJob(job);
+  if (job) addJob(job, line);
 });
 byId("reuse-seed").addEventListener("click", () => {
   byId("seed").value = state.video.seed;
@@ -395,7 +391,7 @@ prompt.addEventListener("keydown", (event) => {
   if (event.key === "Escape") prompt.blur();
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  if (event.ctrlKey || event.metaKey) begin(byId("begin"), byId("prompt-error"));
+  if (event.ctrlKey || event.metaKey) begin(byId("begin"), byId("prompt-line"));
   else go();
 });
 

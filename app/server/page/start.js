@@ -1,6 +1,6 @@
 // The picture or clip that a new video begins with: dropped, pasted or chosen, with a preview.
 
-import { byId, element } from "./dom.js";
+import { byId, element, say } from "./dom.js";
 
 const isUsable = (item) => /^(image|video)\//.test(item.type);
 
@@ -27,8 +27,9 @@ export function startImage() {
 
   function take(files) {
     const file = [...files].find(isUsable);
-    byId("fresh-error").textContent = file ? "" : "A video begins with a picture or a clip, not with this file.";
-    if (file) use(file);
+    if (!file) return say(byId("fresh-line"), "A video begins with a picture or a clip, not with this file.", "error");
+    say(byId("fresh-line"), "");
+    use(file);
   }
 
   byId("start-file").addEventListener("change", ({ target }) => target.files.length && take(target.files));

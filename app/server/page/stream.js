@@ -17,7 +17,8 @@ function createPlayer(video, handlers) {
   let source = null;
   let buffer = null;
   let queue = [];
-  let blockSeconds = 0.5;
+  let blockSeconds = 0.5; // that a block plays
+  let speed = 1; // at which blocks are made, in times of real time
 
   function begin(mime, header) {
     end();
@@ -44,8 +45,9 @@ function createPlayer(video, handlers) {
     video.play().catch(() => {}); // the browser waits for a click, or another video began
   }
 
-  function append(fragment, seconds) {
-    blockSeconds = seconds;
+  function append(fragment, playing, making) {
+    blockSeconds = playing;
+    speed += 0.2 * (playing / making - speed);
     if (!source) return;
     queue.push(fragment);
     if (queue.length > LONGEST_QUEUE) queue.splice(buffer ? 0 : 1, 1);
@@ -68,7 +70,8 @@ function createPlayer(video, handlers) {
     }
   }
 
-  // Fragments that were lost leave gaps, and a tab in the background stops to play.
+  // Fragments that were lost leave gaps, a tab in the background stops to play, and a model that is
+  // slower than real time is shown slowed down: that looks better than to stand still after a block.
   function follow() {
     const { buffered, currentTime } = video;
     if (!buffered.length) return;
@@ -80,15 +83,17 @@ function createPlayer(video, handlers) {
         (index) => currentTime >= buffered.start(index) && currentTime < buffered.end(index) - 0.1,
       );
       if (!inEarlier) video.currentTime = start + 1e-3;
-    } else if (ahead > Math.max(3, 8 * blockSeconds)) {
+    } else if (ahead > Math.max(2, 5 * blockSeconds)) {
       video.currentTime = Math.max(start, end - 2 * blockSeconds);
       handlers.onJump(ahead);
     }
-    video.playbackRate = ahead > 4 * blockSeconds ? 1.1 : 1;
+    const hurries = ahead > 3 * blockSeconds;
+    video.playbackRate = hurries ? 1.1 : Math.min(1, Math.max(0.1, speed * ahead / blockSeconds));
     if (video.paused) video.play().catch(() => {});
   }
 
   function end() {
+    if (!source) return;
     source = buffer = null;
     queue = [];
     video.removeAttribute("src");
@@ -117,7 +122,7 @@ export function followStream(video, handlers) {
   let attempts = 0;
   let timer = 0;
   let socket = null;
-  let block_seconds = 0.5;
+  let fps = 16;
   const player = createPlayer(video, { ...handlers, onBroken: () => socket?.close() });
 
   function connect() {
@@ -133,12 +138,12 @@ export function followStream(video, handlers) {
     socket.onmessage = ({ data }) => {
       if (typeof data !== "string") {
         if (announced.type === "header") player.begin(announced.mime, data);
-        else player.append(data, block_seconds);
+        else player.append(data, announced.frames / fps, announced.seconds);
         return;
       }
       const message = JSON.parse(data);
       if (message.type === "state") {
-        block_seconds = message.bundle.block_frames / message.bundle.fps;
+        fps = message.bundle.fps;
         if (!message.video) player.end();
         handlers.onState(message);
       } else {
