@@ -18,6 +18,7 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SHAPES = ("circle", "square", "triangle", "star")
 GROUNDS = ("navy", "forest", "sand", "gray", "maroon", "teal")
 PATTERNS = ("plain", "stripes", "checks", "dots")
+KINDS = {"color": COLORS, "shape": SHAPES, "ground": GROUNDS, "pattern": PATTERNS}
 VOCABULARY = COLORS + SHAPES + GROUNDS + PATTERNS
 LONGEST = 10_000  # characters of a prompt
 FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
@@ -71,11 +72,8 @@ def _suggest(unknown: list[str]) -> str:
 
 
 def _grammar() -> str:
-    return (
-        "say a subject over a ground, such as 'a red star over navy stripes': "
-        f"color ({', '.join(COLORS)}), shape ({', '.join(SHAPES)}), "
-        f"ground ({', '.join(GROUNDS)}), pattern ({', '.join(PATTERNS)})"
-    )
+    kinds = ", ".join(f"{kind} ({', '.join(words)})" for kind, words in KINDS.items())
+    return f"say a subject over a ground, such as 'a red star over navy stripes': {kinds}"
 
 
 def make_prompt(

@@ -174,6 +174,7 @@ class Show:
             "first_frame": info.frames - count,
             "frames": count,
             "full": [self._scene + block for blocks in ranges for block in blocks],
+            "sinks": len(ranges[0]),  # the first of `full`
             "mid": info.read,
             "switch": switch and _describe_switch(switch),
         }

@@ -27,7 +27,7 @@ from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import graph_files
 from packforcing.runtime.start_clip import Fit, read_start
 from packforcing.runtime.video import Video
-from packforcing.words import VOCABULARY
+from packforcing.words import KINDS
 
 UNWATCHED_SECONDS = 30.0  # without a viewer, after which a video pauses
 START_SECONDS = 2.0  # of a clip to start from
@@ -240,7 +240,7 @@ def _describe_bundle(session: Session) -> dict[str, Any]:
         "policy": name,
         "policies": list(named) if session.backend.any_policy else [name],
         "default_history": switch_history(config),
-        "words": list(VOCABULARY) if config.text_encoder == "words" else None,
+        "words": KINDS if config.text_encoder == "words" else None,
     }
 
 
