@@ -80,7 +80,7 @@ def serve(
     """
     with optional_imports("serving", "serve"):
         from packforcing.app.server.application import make_application
-        from packforcing.app.server.live import make_router as live_router
+        from packforcing.app.server.live import live_router, watch_router
         from packforcing.app.server.stage import Stage
         from packforcing.app.server.videos import Service, videos_router
 
@@ -100,8 +100,11 @@ def serve(
         open_session(directory, chosen, None, threads, backend) as session,
         Store(out, session.manifest, session.config) as store,
     ):
-        stage, worker = Stage(session), Worker(session, store)
-        application = make_application(videos_router(Service(session, store)), live_router(stage))
+        service, stage = Service(session, store), Stage(session, store)
+        application = make_application(
+            videos_router(service), watch_router(stage), live_router(stage, service)
+        )
+        worker = Worker(session, store)
 
         def stop() -> None:
             store.close()
@@ -174,6 +177,7 @@ def _run(application: Any, listener: socket.socket, stop: Callable[[], None]) ->
             access_log=False,
             server_header=False,
             lifespan="off",
+            ws_per_message_deflate=False,  # video is compressed already
             timeout_graceful_shutdown=GRACE_SECONDS,
         )
     )

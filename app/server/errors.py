@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from packforcing.errors import BackendError, OutputError, PackForcingError
+from packforcing.errors import BackendError, LiveError, OutputError, PackForcingError
 
 _log = logging.getLogger(__name__)
 _LONGEST = 2000  # characters of a message
@@ -66,7 +66,7 @@ def as_api_error(error: PackForcingError) -> ApiError:
         return ApiError("the server cannot store it: its disk is full or cannot be written", 507)
     if isinstance(error, BackendError):
         return ApiError(str(error), 503)
-    return ApiError(str(error))
+    return ApiError(str(error), 409 if isinstance(error, LiveError) else 400)
 
 
 def add_error_handlers(application: FastAPI) -> None:

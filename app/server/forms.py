@@ -127,3 +127,10 @@ def decode_start(data: bytes, config: Config, fit: Fit) -> np.ndarray:
         except VideoError as error:
             text = str(error).replace(f"cannot start from {path}: ", "")
             raise ApiError(f"cannot start from it: {text}", 400, REFERENCE) from error
+
+
+def describe_body(form: type[Fields]) -> dict[str, Any]:
+    """Describe a body that may be JSON or a form, for the documentation."""
+    schema = form.model_json_schema()
+    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"content": content}}

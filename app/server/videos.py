@@ -17,7 +17,14 @@ from packforcing.app.jobs.records import ID, Draft
 from packforcing.app.jobs.store import Job, Store
 from packforcing.app.jobs.worker import begin_video
 from packforcing.app.server.errors import ApiError
-from packforcing.app.server.forms import Fields, ImageReference, Text, decode_start, read_form
+from packforcing.app.server.forms import (
+    Fields,
+    ImageReference,
+    Text,
+    decode_start,
+    describe_body,
+    read_form,
+)
 from packforcing.config import Config, Policy
 from packforcing.errors import PromptError
 from packforcing.presets import policies
@@ -161,6 +168,7 @@ class Deleted(Fields):
 def video_object(service: Service, job: Job) -> VideoObject:
     """Return a job as clients see it."""
     record, result = job.record, job.record.result
+    seconds = record.frames / service.config.fps if record.recorded else record.seconds
     error = None
     if result and result.status == "cancelled":
         error = VideoError(code="cancelled", message="the job was cancelled")
@@ -175,7 +183,7 @@ def video_object(service: Service, job: Job) -> VideoObject:
         started_at=None if job.began is None else int(job.began),
         completed_at=int(result.ended) if result and result.status == "completed" else None,
         size=_size(service.config),
-        seconds=f"{record.seconds:.3f}".rstrip("0").rstrip("."),
+        seconds=f"{seconds:.3f}".rstrip("0").rstrip("."),
         prompt=record.switches[0].prompt,
         remixed_from_video_id=record.remixed_from,
         error=error,
@@ -280,7 +288,7 @@ def videos_router(service: Service) -> APIRouter:
             raise ApiError("there is no video of this ID", 404, "video_id", "video_not_found")
         return job
 
-    @router.post("/videos", openapi_extra=_body(CreateVideo))
+    @router.post("/videos", openapi_extra=describe_body(CreateVideo))
     async def create_video(request: Request) -> VideoObject:
         """Queue a video."""
         fields, upload = await read_form(request, CreateVideo)
@@ -322,7 +330,7 @@ def videos_router(service: Service) -> APIRouter:
         job = store.cancel(find(video_id).record.id)
         return video_object(service, job or find(video_id))
 
-    @router.post("/videos/{video_id}/remix", openapi_extra=_body(RemixVideo))
+    @router.post("/videos/{video_id}/remix", openapi_extra=describe_body(RemixVideo))
     async def remix_video(video_id: str, request: Request) -> VideoObject:
         """Queue a video like another one: the same again, or with another prompt."""
         fields, _ = await read_form(request, RemixVideo)
@@ -388,10 +396,3 @@ def _first_frame(job: Job) -> bytes:
     with av.open(job.video.absolute()) as container:
         next(container.decode(video=0)).to_image().save(output, "JPEG", quality=90)
     return output.getvalue()
-
-
-def _body(form: type[Fields]) -> dict[str, Any]:
-    """Describe a body that may be JSON or a form, for the documentation."""
-    schema = form.model_json_schema()
-    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
-    return {"requestBody": {"content": content}}
