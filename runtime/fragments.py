@@ -15,6 +15,7 @@ import numpy as np
 
 from packforcing.files import flush
 from packforcing.runtime.encoders import check_frames
+from packforcing.runtime.video_files import output_errors
 from packforcing.runtime.video_forms import FORMS, encoder_options
 
 _CONTAINER = {
@@ -107,23 +108,26 @@ class _Nowhere:
         return len(data)
 
 
-def join_fragments(source: Path, target: Path) -> None:
+def join_fragments(source: Path, target: Path, then: str) -> None:
     """Copy a header and fragments into a plain MP4 that begins at 0 and plays while it loads.
 
     Args:
         source: The file, with a fragment at least.
         target: The new file, which is on the disk when this returns.
+        then: The end of an error's message: what to do.
 
     Raises:
-        OSError, av.FFmpegError: The disk refuses it.
+        OutputError: `target` cannot be written.
     """
     import av
 
-    options = dict(FORMS[".mp4"].container_options)
     # absolute, as FFmpeg takes what is before a colon for a protocol
     with (
+        output_errors(target, then),
         av.open(source.absolute()) as fragments,
-        av.open(target.absolute(), "w", format="mp4", options=options) as video,
+        av.open(
+            target.absolute(), "w", format="mp4", options=dict(FORMS[".mp4"].container_options)
+        ) as video,
     ):
         read = fragments.streams.video[0]
         copy, first = video.add_stream_from_template(read), None
@@ -133,4 +137,5 @@ def join_fragments(source: Path, target: Path) -> None:
             first = packet.dts if first is None else first
             packet.pts, packet.dts, packet.stream = packet.pts - first, packet.dts - first, copy
             video.mux(packet)
-    flush(target)
+    with output_errors(target, then):
+        flush(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -88,3 +89,37 @@ def reference(tiny_model):
         return list(rollout(Model(config, *parts), text, count, noise, seed=SEED, clip=clip))
 
     return blocks
+
+
+@pytest.fixture
+def browser():
+    """Chromium as the system has it, driven by Playwright: with H.264, which Playwright's lacks.
+
+    One per test: Playwright keeps an event loop in this thread while it runs.
+    """
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_on_phone(browser):
+    """Open a page 390 pixels wide, with all that is folded, and check that nothing is wider."""
+
+    def open_page(path: Path):
+        page = browser.new_page(viewport={"width": 390, "height": 844}, is_mobile=True)
+        errors: list[object] = []
+        page.on("pageerror", lambda error: errors.append(error))
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert not errors
+        return page
+
+    return open_page

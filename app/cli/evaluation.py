@@ -116,8 +116,9 @@ def compare(
 
     Renders every prompt with the same seed under each policy and measures the videos. With --with,
     compares bundles instead, for example to measure quantization loss. Writes the videos,
-    compare.json and compare.html with tables, curves, frames and what each block read. Finished
-    videos are not rendered again: running the command again resumes it, with further policies too.
+    compare.json and compare.html: the videos side by side, a verdict, frames, tables and curves.
+    Finished videos are not rendered again: running the command again resumes it, with further
+    policies too.
 
     Needs `pip install "packforcing[cpu,evaluate,plot]"`.
 

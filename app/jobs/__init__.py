@@ -1,2 +1,1 @@
-"""Render requests that outlive processes: `records` are the files, `store` the folder, `worker`
-makes the videos."""
+"""Render requests that outlive processes."""

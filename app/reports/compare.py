@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import msgspec
 
@@ -15,6 +17,7 @@ from packforcing.app.reports.page import (
     sample_frames,
     save_page,
 )
+from packforcing.app.reports.plan import COLORS as PLAN_COLORS
 from packforcing.app.reports.plan import plan_figure
 from packforcing.app.reports.plots import COLORS, loss_plots, measure_plots, plot_style, svg
 from packforcing.app.reports.tables import make_table
@@ -26,13 +29,16 @@ from packforcing.evaluation.compare import (
     TARGET,
     Comparison,
     Costs,
+    Pair,
     Row,
     Summary,
     config_for_video,
 )
 from packforcing.evaluation.intervals import Estimate, estimate_mean
 from packforcing.evaluation.measures import ALL_MEASURES, SEGMENT, format_value
+from packforcing.evaluation.video_reader import read_frames
 from packforcing.runtime.plan import make_plan
+from packforcing.runtime.video_files import open_video
 from packforcing.units import format_file_size, format_memory
 
 if TYPE_CHECKING:
@@ -53,32 +59,56 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
     """
     page = folder / "compare.html"
     config, names = comparison.config, list(comparison.costs)
-    prompts = {pair.number: pair.prompt for pair in comparison.pairs}
+    prompts = sorted({pair.number for pair in comparison.pairs})
+    urls = {
+        (pair.number, pair.policy): _url(_playable_video(folder, pair, config.fps))
+        for pair in comparison.pairs
+    }
+    end_table = list(_measure_rows(comparison.end))
+    verdict_table = [row for row in end_table if any(cell["verdict"] for cell in row["cells"])]
     costs = {name: _costs(cost) for name, cost in comparison.costs.items()}
+    plots, constants = measure_plots(comparison)
     save_page(
         page,
         "compare.html.j2",
         model=config.name,
         names=names,
-        colors=COLORS,
-        about=_about(comparison, len(prompts)),
+        colors=len(COLORS),
+        videos=_videos(comparison, len(prompts)),
+        prompts=[
+            {"title": _title(comparison, number), "urls": [urls[number, name] for name in names]}
+            for number in prompts
+        ],
+        frames=comparison.pairs[0].evaluation.frames,
+        fps=config.fps,
+        width=config.width,
+        height=config.height,
+        verdict=_verdict(comparison, verdict_table, len(prompts)),
+        verdict_table=verdict_table,
         fewest=MIN_PROMPTS,
-        end_seconds=f"{min(END, comparison.seconds):g}",
-        end_table=list(_measure_rows(comparison.end)),
+        end_seconds=_end_seconds(comparison),
+        end_table=end_table,
         whole_table=list(_measure_rows(comparison.whole)),
         **_quantization(comparison),
         cost_heads=list(costs[names[0]]),
         costs={name: tuple(cells.values()) for name, cells in costs.items()},
-        plots=list(measure_plots(comparison)),
+        plots=plots,
+        constants=constants,
         segment_seconds=f"{SEGMENT:g}",
-        sheets=[_sheet(folder, comparison, number) for number in sorted(prompts)[:SHEETS]],
+        sheets=[_sheet(folder, comparison, number, urls) for number in prompts[:SHEETS]],
         maps=list(_read_maps(comparison)),
         plan=_plan_picture(comparison),
         meanings={
             measure.head: (measure.title, measure.better, measure.meaning)
             for measure in ALL_MEASURES.values()
         },
-        versions={"Rendered with": runtime_versions(), "Bundle": comparison.bundle},
+        about={
+            "Model": f"{config.name}, {config.width}x{config.height}, {config.fps} frames/s",
+            "Bundle": comparison.bundle,
+            "Intervals": "95% of the means of 10,000 resamples of the prompts; differences are "
+            f"from {names[0]}, prompt by prompt",
+            "Rendered with": runtime_versions(),
+        },
     )
     return page
 
@@ -165,17 +195,55 @@ def _costs(cost: Costs) -> dict[str, str]:
     }
 
 
-def _about(comparison: Comparison, prompts: int) -> dict[str, str]:
-    config, names = comparison.config, list(comparison.costs)
+def _videos(comparison: Comparison, prompts: int) -> str:
+    """Say in a line what the videos are of."""
+    length = f"{prompts} prompt{'s' * (prompts > 1)} of {comparison.seconds:g} s"
     kind = "bundles" if comparison.fidelity else "policies"
-    few = f". Fewer than {MIN_PROMPTS} prompts prove little" if prompts < MIN_PROMPTS else ""
-    return {
-        "Model": f"{config.name}, {config.width}x{config.height}, {config.fps} frames/s",
-        "Videos": f"{prompts} prompts of {comparison.seconds:g} s, each with the same seed for "
-        f"{len(names)} {kind}",
-        "Intervals": "95% of the means of 10,000 resamples of the prompts; differences are from "
-        f"{names[0]}, prompt by prompt{few}",
-    }
+    count = len(comparison.costs)
+    return f"{length}, each with the same seed for {count} {kind}." if count > 1 else f"{length}."
+
+
+def _end_seconds(comparison: Comparison) -> str:
+    return f"{min(END, comparison.seconds):g}"
+
+
+def _title(comparison: Comparison, number: int) -> str:
+    pair = next(pair for pair in comparison.pairs if pair.number == number)
+    return f"{pair.prompt} (seed {pair.seed})"
+
+
+def _playable_video(folder: Path, pair: Pair, fps: int) -> str:
+    """Return the video for a page; browsers play no lossless one, so that has a copy beside it."""
+    video = folder / pair.video
+    copy = video.with_suffix(".mp4")
+    if not copy.exists():
+        frames = read_frames(video)
+        first = next(frames)
+        with open_video(copy, first.shape[1], first.shape[0], fps) as writer:
+            for frame in itertools.chain([first], frames):
+                writer.write(frame[None])
+    return copy.relative_to(folder).as_posix()
+
+
+def _url(path: str) -> str:
+    return quote(path, errors="replace")  # a name may hold lone surrogates
+
+
+def _verdict(comparison: Comparison, rows: Sequence[object], prompts: int) -> str:
+    """Say what the rows of the verdict's table are, or why there is none."""
+    first, seconds = next(iter(comparison.costs)), _end_seconds(comparison)
+    if prompts < MIN_PROMPTS:
+        return f"A verdict takes {MIN_PROMPTS} prompts or more; this comparison has {prompts}."
+    if not rows:
+        return (
+            f"No measure of the last {seconds} seconds differs clearly from {first}'s: every "
+            "interval of the differences includes zero."
+        )
+    return (
+        f"Measures of the last {seconds} seconds that differ from {first}'s, prompt by prompt: the "
+        "95% interval of the difference, in parentheses, excludes zero. By chance alone one in "
+        "twenty does."
+    )
 
 
 def _quantization(comparison: Comparison) -> dict[str, Any]:
@@ -226,20 +294,36 @@ def _measure_rows(summary: Summary) -> Iterator[dict[str, Any]]:
 
 
 def _cell(row: Row, better: str) -> dict[str, str]:
-    """Describe a mean, its interval, its difference from the baseline and a verdict on that."""
+    """Describe a mean and its interval, and the difference from the baseline."""
     if row.value is None:
-        return {"mean": "-", "interval": "", "change": "", "verdict": ""}
-    verdict, change = "", row.difference
-    if better and change and change.prompts >= MIN_PROMPTS:
-        assert change.low is not None and change.high is not None
-        if change.low > 0 or change.high < 0:
-            verdict = "better" if (change.low > 0) == (better == "higher") else "worse"
+        return {"mean": "-", "interval": "", **_difference(None, better)}
     return {
         "mean": format_value(row.value.mean),
         "interval": _interval(row.value).strip(),
-        "change": f"{change.mean:+.2g}{_interval(change, '+.2g')}" if change else "",
-        "verdict": verdict,
+        **_difference(row.difference, better),
     }
+
+
+def _difference(change: Estimate | None, better: str) -> dict[str, str]:
+    """Describe a difference with its sign; its verdict, if the interval excludes zero; in words."""
+    if change is None:
+        return {"change": "", "verdict": "", "words": ""}
+    verdict, words = "", "no clear difference"
+    low, high = change.low, change.high
+    if change.prompts >= MIN_PROMPTS and low is not None and high is not None and low * high > 0:
+        if better:
+            verdict = "better" if (low > 0) == (better == "higher") else "worse"
+        else:
+            verdict = "higher" if low > 0 else "lower"
+        ends = sorted(map(abs, (low, high)))
+        least, mean, most = map(_two_digits, (ends[0], abs(change.mean), ends[1]))
+        words = f"{verdict} by {mean} ({least} to {most})"
+    signed = f"{change.mean:+.2g}{_interval(change, '+.2g')}"
+    return {"change": signed, "verdict": verdict, "words": words}
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _interval(estimate: Estimate, form: str = ".3g") -> str:
@@ -248,16 +332,19 @@ def _interval(estimate: Estimate, form: str = ".3g") -> str:
     return f" ({estimate.low:{form}} to {estimate.high:{form}})"
 
 
-def _sheet(folder: Path, comparison: Comparison, number: int) -> dict[str, Any]:
+def _sheet(
+    folder: Path, comparison: Comparison, number: int, urls: Mapping[tuple[int, str], str]
+) -> dict[str, Any]:
     """Collect the videos of a prompt: a strip of frames per policy."""
-    pairs = [pair for pair in comparison.pairs if pair.number == number]
     strips = []
-    for pair in pairs:
-        frames = pair.evaluation.frames
-        samples = sample_frames(folder / pair.video, frames, SAMPLES, SAMPLE_WIDTH)
-        urls = [picture_url(picture, "jpeg") for _, picture in samples]
-        strips.append({"name": pair.policy, "video": pair.video, "urls": urls})
-    return {"title": f"{pairs[0].prompt} (seed {pairs[0].seed})", "strips": strips}
+    for pair in comparison.pairs:
+        if pair.number == number:
+            frames = pair.evaluation.frames
+            samples = sample_frames(folder / pair.video, frames, SAMPLES, SAMPLE_WIDTH)
+            pictures = [picture_url(picture, "jpeg") for _, picture in samples]
+            url = urls[number, pair.policy]
+            strips.append({"name": pair.policy, "url": url, "pictures": pictures})
+    return {"title": _title(comparison, number), "strips": strips}
 
 
 def _read_maps(comparison: Comparison) -> Iterator[dict[str, Any]]:
@@ -288,4 +375,5 @@ def _plan_picture(comparison: Comparison) -> str:
         config = config_for_video(config, cost.policy, comparison.seconds)
         plans.append((None, TARGET, make_plan(config, TARGET, seconds=comparison.seconds)))
     with plot_style():
-        return svg(plan_figure(plans, comparison.config))
+        colors = {PLAN_COLORS[0]: "var(--mid)", PLAN_COLORS[-1]: "var(--line)"}  # not on dark pages
+        return svg(plan_figure(plans, comparison.config), colors)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from packforcing.evaluation.compare import Comparison
-from packforcing.evaluation.measures import ALL_MEASURES, SEGMENT
+from packforcing.evaluation.measures import ALL_MEASURES, SEGMENT, format_value
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK = "#010203"  # stands for the page's text color
-COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf")
+COLORS = tuple(f"#01020{digit:x}" for digit in range(4, 12))  # of lines; stand for the page's
+LINES = {color: f"var(--line-{number})" for number, color in enumerate(COLORS)}
 SIZE = (3.7, 2.0)  # inches
 
 
@@ -36,23 +37,40 @@ def plot_style() -> Iterator[None]:
         yield
 
 
-def svg(figure: Figure) -> Markup:
-    """Encode a figure for a page: transparent, and ink in the page's text color."""
+def svg(figure: Figure, colors: Mapping[str, str] = LINES) -> Markup:
+    """Encode a figure for a page: transparent, its ink and these colors those of the page.
+
+    Args:
+        figure: The figure, drawn under `plot_style`.
+        colors: CSS colors of the page by color of the figure.
+    """
     from markupsafe import Markup
 
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    for color, css in colors.items():
+        text = text.replace(color, css)
     return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", text, count=1))
 
 
-def measure_plots(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    """Plot every measure, and the costs per block, over the video: a line per policy."""
+def measure_plots(comparison: Comparison) -> tuple[list[dict[str, Any]], list[str]]:
+    """Plot every measure, and the costs per block, over the video: a line per policy.
+
+    Returns:
+        A title and an SVG per plot; and what has the same value in all places of all videos, as
+        "title value", instead of a plot of flat lines.
+    """
+    plots, constants = [], []
     for name, measure in ALL_MEASURES.items():
         lines = [_measure_line(comparison, policy, name) for policy in comparison.costs]
-        if any(times for times, _ in lines):
-            yield {"title": measure.title, "svg": _line_plot(lines, comparison.seconds, marker=".")}
+        values = {format_value(value) for _, means in lines for value in means}
+        if len(values) > 1:
+            plot = _line_plot(lines, comparison.seconds, marker=".")
+            plots.append({"title": measure.title, "svg": plot})
+        elif values:
+            constants.append(f"{measure.title} {values.pop()}")
     block_seconds = comparison.config.block_pixel_frames / comparison.config.fps
     for title, field, scale in (
         ("ms per block", "block_seconds", 1e3),
@@ -60,9 +78,10 @@ def measure_plots(comparison: Comparison) -> Iterator[dict[str, Any]]:
     ):
         lines = []
         for policy in comparison.costs:
-            values = [getattr(pair, field) for pair in comparison.pairs if pair.policy == policy]
-            lines.append(_medians(np.mean(values, 0) * scale, block_seconds))
-        yield {"title": title, "svg": _line_plot(lines, comparison.seconds, bottom=0.0)}
+            blocks = [getattr(pair, field) for pair in comparison.pairs if pair.policy == policy]
+            lines.append(_medians(np.mean(blocks, 0) * scale, block_seconds))
+        plots.append({"title": title, "svg": _line_plot(lines, comparison.seconds, bottom=0.0)})
+    return plots, constants
 
 
 def _measure_line(

@@ -12,11 +12,17 @@ from tests.helpers import PROMPT, run
 
 
 @pytest.fixture(scope="module")
-def report(tiny_bundle, tiny_config, tmp_path_factory):
-    """Write the page of 16 frames in 4 blocks, of which the first `resumed` came from before."""
+def folder(tiny_bundle, tmp_path_factory):
+    """A folder with a video of 16 frames in 4 blocks."""
     folder = tmp_path_factory.mktemp("report")
-    assert run("render", PROMPT, "--bundle", tiny_bundle, "--out", folder / "a b.mkv",
+    assert run("render", PROMPT, "--bundle", tiny_bundle, "--out", folder / "a b.mp4",
                "--seconds", 2).exit_code == 0  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def report(folder, tiny_config):
+    """Write the video's page, as if its first `frames_resumed` frames came from before."""
 
     def write(blocks: list[float], frames_resumed: int, recovered: int = 0) -> str:
         summary = RenderSummary(
@@ -32,7 +38,7 @@ def report(tiny_bundle, tiny_config, tmp_path_factory):
             for number, seconds in enumerate(blocks)
         ]  # fmt: skip
         write_report(
-            folder / "demo.html", folder / "a b.mkv", PROMPT, 0, tiny_config, infos, summary,
+            folder / "demo.html", folder / "a b.mp4", PROMPT, 0, tiny_config, infos, summary,
             memory_by_purpose(tiny_config), {"torch": "2"},
         )  # fmt: skip
         return html.unescape((folder / "demo.html").read_text(encoding="utf-8"))
@@ -45,7 +51,7 @@ def test_speed_and_shares_are_of_the_whole_render(report):
     assert "0.8 s, 2.5 times real time" in text  # 2 s of video
     assert "median 200 ms, longest 300 ms" in text and "Resumed" not in text
     assert "<td>0.50 s</td><td>125.0 ms</td><td>62%</td>" in text
-    assert 'src="a%20b.mkv"' in text and "3,072 KiB" in text
+    assert 'src="a%20b.mp4"' in text and "3,072 KiB" in text
     (video,) = re.findall(r"<video([^>]*)>", text)
     assert {"controls", "loop", "muted", "playsinline"} <= set(video.split())
     assert 'poster="data:image/png' in video and 'width="' in video
@@ -93,3 +99,12 @@ def test_a_video_that_was_finished_before_has_a_page_without_times(report):
     assert "after 16 frames" in text and "real time" not in text
     assert "Time per block" not in text and "Time by graph" not in text
     assert text.count("<figure>") == 12
+
+
+def test_the_video_plays_on_a_phone(report, folder, open_on_phone):
+    report([0.1, 0.2, 2.0, 0.3], frames_resumed=0)
+    page = open_on_phone(folder / "demo.html")
+    assert page.evaluate("document.querySelector('video').play().then(() => true)")
+    page.wait_for_function("document.querySelector('video').currentTime > 0.5")
+    widths = page.evaluate("[...document.querySelectorAll('.pictures img')].map((p) => p.width)")
+    assert len(widths) == 12 and min(widths) > 150

@@ -1,6 +1,7 @@
 """PSNR, SSIM and GMSD against their definitions; bundles compared, from frames to the page."""
 
 import json
+import re
 
 import cv2
 import msgspec
@@ -9,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from packforcing.app.cli import main
-from packforcing.app.reports.plots import COLORS, loss_plots
+from packforcing.app.reports.plots import loss_plots
 from packforcing.calibration.quantizer import quantize_bundle
 from packforcing.evaluation.compare import Comparison
 from packforcing.evaluation.fidelity import frame_fidelity, gmsd, ssim
+from packforcing.evaluation.video_reader import read_frames
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest
 from tests.helpers import assert_one_line
@@ -125,11 +127,15 @@ def test_bundles_are_compared_by_their_frames(tmp_path):
     page = (out / "compare.html").read_text()
     texts = (f"{close.psnr:.1f} dB", next(iter(listed)), PROMPT, f"{flow.snr:.1f} dB, ")
     assert all(text in page for text in texts)
+    for shown, pair in zip(re.findall(r'<video[^>]* src="([^"]*)"', page), comparison.pairs):
+        assert shown == pair.video.replace(".mkv", ".mp4")  # a browser plays no FFV1
+        lossless, copy = (np.stack(list(read_frames(out / name))) for name in (pair.video, shown))
+        assert copy.shape == lossless.shape and cv2.PSNR(copy, lossless) > 30
     assert page.count("equal, 0") == 2  # keys and values of the first layer
     outputs = [name for name, loss in losses.items() if "." in name and loss.snr is not None]
     matrices, keys = loss_plots(comparison)
-    assert matrices["svg"].count(f"fill: {COLORS[1]}") == len(listed)
-    assert keys["svg"].count(f"fill: {COLORS[1]}") == len(outputs)
+    assert matrices["svg"].count("fill: var(--line-1)") == len(listed)
+    assert keys["svg"].count("fill: var(--line-1)") == len(outputs)
     (keys_alone,) = loss_plots(msgspec.structs.replace(comparison, snr={}))
     assert keys_alone["title"].startswith("dB of each key and value")
     assert keys_alone["title"] in page

@@ -332,6 +332,12 @@ def test_the_report_holds_every_output_and_loads_nothing(sound, tmp_path):
     assert msgspec.json.decode(saved, type=Verification) == sound
 
 
+def test_the_report_fits_a_phone(sound, tmp_path, open_on_phone):
+    page = open_on_phone(write_reports(tmp_path, sound))
+    box = page.locator(".wide").last.evaluate("box => [box.scrollWidth, box.clientWidth]")
+    assert box[0] > box[1]  # the table scrolls, not the page
+
+
 def test_an_infinite_error_is_null_in_json(sound, tmp_path):
     worst = msgspec.structs.replace(sound.checks[0], largest=math.inf, share=math.inf, passed=False)
     page = write_reports(tmp_path, msgspec.structs.replace(sound, checks=[worst, *sound.checks]))

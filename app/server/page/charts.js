@@ -213,10 +213,7 @@ export function showMemory(target, rows) {
     ...["device", "host"].flatMap((place) => showPlace(place, rows.filter((row) => row.where === place))),
     ...rows
       .filter((row) => GROWING.test(row.name))
-      .map((row) => {
-        const most = `${bytes(row.bytes)} of ${PLACES[row.where]}`;
-        return element("p", { className: "hint" }, `The archive grows beside it, up to ${most}.`);
-      }),
+      .map((row) => element("p", { className: "hint" }, `Beside it, ${row.name}: ${bytes(row.bytes)} of ${PLACES[row.where]}`)),
   );
 }
 

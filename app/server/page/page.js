@@ -91,11 +91,8 @@ function setUp() {
   setText(byId("model"), `${bundle.name} · ${bundle.width}×${bundle.height} · ${bundle.fps} frames/s`);
   document.body.classList.toggle("watching", !steerable);
   document.documentElement.style.setProperty("--aspect", bundle.width / bundle.height);
-  const others = bundle.policies.filter((name) => name !== bundle.policy);
-  byId("policy").replaceChildren(
-    element("option", { value: "" }, bundle.policy), // the server's own: none is sent
-    ...others.map((name) => element("option", { value: name }, name)),
-  );
+  const models = bundle.policies.map((name) => element("option", { value: name }, name));
+  byId("policy").replaceChildren(element("option", { value: "" }, "the model's own"), ...models);
   chooseHistory(bundle.default_history);
   if (!steerable) return;
   showWords(bundle.words);
