@@ -46,7 +46,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -383,18 +383,39 @@ def read_schedule(path: str | os.PathLike[str]) -> list[Switch]:
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise PromptError(f"{path} is not a schedule: it is larger than {MAX_FILE_BYTES} bytes")
-        entries = msgspec.toml.decode(decode_text(data), type=_File).switch
     except OSError as error:
         raise PromptError(f"cannot read a schedule from {path}: {error.strerror}") from error
+    return parse_schedule(data, str(path), load)
+
+
+def parse_schedule(
+    data: bytes, name: str, load: Callable[[str], Embedding] | None = None
+) -> list[Switch]:
+    """Parse the TOML of a schedule, which `read_schedule` describes.
+
+    Args:
+        data: The text.
+        name: What messages call it.
+        load: Loads the embedding of a name. None: no embedding can be named.
+
+    Raises:
+        PromptError: It is too large or not such a list.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise PromptError(f"{name} is not a schedule: it is larger than {MAX_FILE_BYTES} bytes")
+    try:
+        entries = msgspec.toml.decode(decode_text(data), type=_File).switch
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path} is not a schedule: {error}") from error
+        raise PromptError(f"{name} is not a schedule: {error}") from error
     switches = []
     for number, entry in enumerate(entries, 1):
         if (entry.prompt is None) == (entry.embedding is None):
-            raise PromptError(f"{path}: switch {number} needs either 'prompt' or 'embedding'")
-        prompt = load(entry.embedding) if entry.prompt is None else entry.prompt
+            raise PromptError(f"{name}: switch {number} needs either 'prompt' or 'embedding'")
+        if entry.embedding is not None and load is None:
+            raise PromptError(f"{name}: switch {number} needs 'prompt': no file can be named here")
+        prompt: Prompt = entry.prompt or ""
+        if entry.embedding is not None and load is not None:
+            prompt = load(entry.embedding)
         switches.append(Switch(entry.time, prompt, entry.history, entry.over, entry.block))
     return switches
 
@@ -410,15 +431,34 @@ def write_schedule(path: str | os.PathLike[str], switches: Sequence[Switch]) -> 
         OutputError: A file cannot be written.
     """
     path = Path(path)
+    names = {}
+    for number, switch in enumerate(switches, 1):
+        if not isinstance(prompt := switch.prompt, str):
+            names[number] = f"{path.stem}-{number}{SUFFIX}"
+            rows = prompt if isinstance(prompt, Embedding) else Embedding(prompt, "", "", "")
+            save_embedding(path.with_name(names[number]), rows)
+    write_file(path, format_schedule(switches, names))
+
+
+def format_schedule(switches: Sequence[Switch], names: Mapping[int, str] | None = None) -> bytes:
+    """Return a schedule as TOML.
+
+    Args:
+        switches: The schedule.
+        names: Files of embeddings, by the number of their switch from 1 on. Another embedding is
+            named by the words that it was encoded from.
+    """
     entries = []
     for number, switch in enumerate(switches, 1):
-        prompt = switch.prompt
         entry = _Entry(switch.time, history=switch.history, over=switch.over, block=switch.block)
-        if isinstance(prompt, str):
-            entry.prompt = prompt
+        if names and number in names:
+            entry.embedding = names[number]
         else:
-            entry.embedding = f"{path.stem}-{number}{SUFFIX}"
-            rows = prompt if isinstance(prompt, Embedding) else Embedding(prompt, "", "", "")
-            save_embedding(path.with_name(entry.embedding), rows)
+            entry.prompt = prompt_words(switch.prompt)
         entries.append(entry)
-    write_file(path, msgspec.toml.encode(_File(entries)))
+    return msgspec.toml.encode(_File(entries))
+
+
+def prompt_words(prompt: Prompt) -> str:
+    """Return the words of a prompt; of an embedding those that it records, or none."""
+    return prompt if isinstance(prompt, str) else getattr(prompt, "prompt", "")

@@ -15,7 +15,6 @@ import numpy as np
 
 from packforcing.files import flush
 from packforcing.runtime.encoders import check_frames
-from packforcing.runtime.video_files import output_errors
 from packforcing.runtime.video_forms import FORMS, encoder_options
 
 _CONTAINER = {
@@ -108,26 +107,23 @@ class _Nowhere:
         return len(data)
 
 
-def join_fragments(source: Path, target: Path, then: str) -> None:
+def join_fragments(source: Path, target: Path) -> None:
     """Copy a header and fragments into a plain MP4 that begins at 0 and plays while it loads.
 
     Args:
         source: The file, with a fragment at least.
         target: The new file, which is on the disk when this returns.
-        then: The end of an error's message: what to do.
 
     Raises:
-        OutputError: `target` cannot be written.
+        OSError, av.FFmpegError: The disk refuses it.
     """
     import av
 
+    options = dict(FORMS[".mp4"].container_options)
     # absolute, as FFmpeg takes what is before a colon for a protocol
     with (
-        output_errors(target, then),
         av.open(source.absolute()) as fragments,
-        av.open(
-            target.absolute(), "w", format="mp4", options=dict(FORMS[".mp4"].container_options)
-        ) as video,
+        av.open(target.absolute(), "w", format="mp4", options=options) as video,
     ):
         read = fragments.streams.video[0]
         copy, first = video.add_stream_from_template(read), None
@@ -137,5 +133,4 @@ def join_fragments(source: Path, target: Path, then: str) -> None:
             first = packet.dts if first is None else first
             packet.pts, packet.dts, packet.stream = packet.pts - first, packet.dts - first, copy
             video.mux(packet)
-    with output_errors(target, then):
-        flush(target)
+    flush(target)

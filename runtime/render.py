@@ -15,7 +15,7 @@ import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import ConfigError, RenderStopped
-from packforcing.prompts import History, Timeline
+from packforcing.prompts import History, Timeline, prompt_words
 from packforcing.runtime.allocations import archive_bytes
 from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
@@ -317,8 +317,7 @@ def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
     infos = []
     for block, switch in timeline.switches.items():
         seconds = frames_before(block, timeline, config) / config.fps
-        text = getattr(switch.prompt, "prompt", switch.prompt)  # the words of an embedding
-        text = text if isinstance(text, str) else ""
+        text = prompt_words(switch.prompt)
         infos.append(SwitchInfo(block, seconds, text, switch.effect, switch.over))
     return infos
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from packforcing.config import Config
 from packforcing.errors import ConfigError, VideoError
 from packforcing.runtime.clips import read_clip, show_frame
 from packforcing.runtime.colors import needs_conversion, to_sdr
@@ -21,6 +22,7 @@ from packforcing.runtime.pictures import Shown, read_picture
 
 Fit = Literal["fill", "fit", "stretch"]
 FITS: tuple[Fit, ...] = get_args(Fit)
+START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
 _REMEDY = "give a picture (png, jpg, webp, avif, gif, tiff) or a short clip"
 Item = TypeVar("Item")
 
@@ -107,6 +109,19 @@ def load_start(
     if not frames:
         raise VideoError(f"cannot start from {source}: no picture in it can be decoded; {_REMEDY}")
     return StartClip(np.stack(frames), size, fit, change, notes)
+
+
+def load_video_start(path: str | os.PathLike[str], config: Config, fit: Fit = "fill") -> StartClip:
+    """Read a picture, or the last `START_SECONDS` of a clip, as frames of whole blocks.
+
+    Args:
+        path: The file.
+        config: Of the model that the video is made with.
+        fit: As for `load_start`, as are the errors.
+    """
+    blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
+    limit = blocks * config.block_pixel_frames - config.trimmed_frames
+    return load_start(path, config.width, config.height, config.fps, limit, fit)
 
 
 def _decoder_errors() -> tuple[type[Exception], ...]:

@@ -31,6 +31,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
     "Make videos": {
         "demo": "videos",
         "render": "videos",
+        "serve": "serve",
         "encode-prompt": "prompts",
     },
     "Prepare models": {
@@ -55,7 +56,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 WRITING = {
-    "demo", "render", "encode-prompt", "fetch", "import-checkpoint", "export", "calibrate",
+    "demo", "render", "serve", "encode-prompt", "fetch", "import-checkpoint", "export", "calibrate",
     "quantize", "verify", "build", "compare",
 }  # fmt: skip
 

@@ -34,10 +34,8 @@ if TYPE_CHECKING:
     from packforcing.config import Config, Policy
     from packforcing.prompts import Prompts
     from packforcing.runtime import BlockInfo, RenderSummary, Session
-    from packforcing.runtime.start_clip import Fit, StartClip
+    from packforcing.runtime.start_clip import Fit
     from packforcing.sampler import StepOverrides
-
-START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
 
 
 @click.command()
@@ -71,13 +69,13 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     from packforcing.runtime.request import check_request
     from packforcing.runtime.video_files import check_output
 
-    directory, config, _ = _bundle_and_policy(bundle)
+    directory, config, _ = bundle_and_policy(bundle)
     timeline = check_request(config, prompt, seconds, seed)
     folder = make_folder(out)
     video, page = folder / "demo.mp4", folder / "demo.html"
     check_output(video, config.frames(seconds), config.width, config.height)
     blocks: list[BlockInfo] = []
-    with _open_session(directory) as session:
+    with open_session(directory) as session:
         with frame_meter() as show_block, _stopping(session, "with the same command"):
 
             def on_block(info: BlockInfo) -> None:
@@ -129,7 +127,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 @option(
     "--start",
     metavar="FILE",
-    help=f"Picture or clip to begin with; of a clip, only the last {START_SECONDS:g} s.",
+    help="Picture or clip to begin with; of a clip, only the last 2 s.",
 )
 @option(
     "--start-fit",
@@ -218,6 +216,7 @@ def render(
     from packforcing.prompts import as_schedule, read_schedule
     from packforcing.runtime.request import check_archive_limit, check_request, check_schedule
     from packforcing.runtime.resume import finished
+    from packforcing.runtime.start_clip import load_video_start
     from packforcing.runtime.video_files import check_output
     from packforcing.runtime.video_forms import STDOUT
     from packforcing.sampler import StepOverrides, describe_steps
@@ -236,7 +235,7 @@ def render(
     else:
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
     switches = as_schedule(prompts)
-    directory, config, chosen = _bundle_and_policy(bundle, policy)
+    directory, config, chosen = bundle_and_policy(bundle, policy)
     overrides, own_steps = StepOverrides(steps, first_steps, shift), describe_steps(config)
     config = overrides.apply(config)
     with_policy = msgspec.structs.replace(config, policy=chosen or config.policy)
@@ -250,12 +249,12 @@ def render(
         raise click.UsageError("standard output cannot be resumed: leave out --resume")
     if not (resume and finished(out)):
         check_output(out, config.frames(seconds), config.width, config.height)
-    clip = None if start is None else _read_start(start, start_fit, config)
+    clip = None if start is None else load_video_start(start, config, start_fit)
     if encoder is not None:  # last, as nothing takes as long to load
         encoded = encode_schedule(prompts, encoder, strict, quiet=as_json)
         prompts = check_request(config, encoded, seconds, seed)
     with (
-        _open_session(directory, chosen, overrides, threads, backend, as_json) as session,
+        open_session(directory, chosen, overrides, threads, backend, as_json) as session,
         frame_meter(quiet=as_json) as show_block,
         _stopping(session, "" if streamed else "with the same command and --resume"),
     ):
@@ -289,10 +288,10 @@ def render(
         print_training_free(config, policy_used, err=streamed)
 
 
-def _bundle_and_policy(
+def bundle_and_policy(
     bundle: Path | None, policy_name: str | None = None
 ) -> tuple[Path, Config, Policy | None]:
-    """Find a bundle, its config and the policy of this name."""
+    """Return a bundle's folder, its config and the policy of this name."""
     from packforcing.presets import policies
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
@@ -303,7 +302,7 @@ def _bundle_and_policy(
     return directory, config, policy
 
 
-def _open_session(
+def open_session(
     directory: Path,
     policy: Policy | None = None,
     steps: StepOverrides | None = None,
@@ -311,6 +310,7 @@ def _open_session(
     backend: str = "onnxruntime",
     quiet: bool = False,
 ) -> Session:
+    """Open a session, with a line for a person who waits."""
     from packforcing.runtime import Session
 
     print_status(f"loading {directory} ...", quiet)
@@ -343,15 +343,6 @@ def _stopping(session: Session, how: str) -> Iterator[None]:
     except RenderStopped as error:
         click.echo(f"{error} {how}", err=True)
         raise click.exceptions.Exit(128 + received[0]) from None
-
-
-def _read_start(path: str, fit: Fit, config: Config) -> StartClip:
-    """Read a picture, or the end of a clip, as frames of whole blocks."""
-    from packforcing.runtime.start_clip import load_start
-
-    blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
-    limit = blocks * config.block_pixel_frames - config.trimmed_frames
-    return load_start(path, config.width, config.height, config.fps, limit, fit)
 
 
 def _format_speed(summary: RenderSummary, config: Config) -> str:

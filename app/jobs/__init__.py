@@ -1,1 +1,2 @@
-"""Render requests that outlive processes."""
+"""Render requests that outlive processes: `records` are the files, `store` the folder, `worker`
+makes the videos."""

@@ -1,147 +1,110 @@
-"""The live video over HTTP: begin it, steer it, watch it."""
+"""The live video over HTTP: begin it, steer it, watch it, keep it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Request, WebSocket
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Request, Response, WebSocket
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
+from pydantic import Field
 from starlette.websockets import WebSocketDisconnect
 
+from packforcing.app.server.forms import (
+    Fields,
+    ImageReference,
+    Text,
+    decode_start,
+    describe_body,
+    read_form,
+)
 from packforcing.app.server.stage import Stage
-from packforcing.config import Policy
-from packforcing.errors import ConfigError, LiveError
-from packforcing.presets import policies
-from packforcing.prompts import MAX_BLEND, History
+from packforcing.app.server.videos import (
+    Service,
+    VideoObject,
+    queue_draft,
+    toml_response,
+    video_object,
+)
+from packforcing.errors import LiveError
+from packforcing.prompts import History, Prompt
+from packforcing.prompts import Switch as ScheduledSwitch
 from packforcing.runtime.start_clip import Fit
 
 STALLED_SECONDS = 60.0  # after which a viewer who takes nothing is sent away
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+State = dict[str, Any]
 
 
-class Begin(_Body):
+class Begin(Fields):
     """A video to begin."""
 
-    prompt: str
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    prompt: Text
+    seed: int | None = None
     policy: str | None = None
     start_fit: Fit = "fill"
+    input_reference: ImageReference | str | None = None
 
 
-class Switch(_Body):
+class Switch(Fields):
     """A prompt to follow."""
 
-    prompt: str
+    prompt: Text
     history: History | None = None
-    over: Annotated[int, Field(ge=1, le=MAX_BLEND)] = 1
+    over: int = 1
 
 
-@dataclass(frozen=True)
-class _Beginning:
-    """What `POST /v1/live` asks for, and the upload with it."""
+class FirstBlock(Fields):
+    """When a switch takes effect."""
 
-    fields: Begin
-    start: bytes | None
+    block: int
 
 
-async def _read_beginning(request: Request) -> _Beginning:
-    """Read JSON or a form."""
-    start: bytes | None = None
-    try:
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            async with request.form(max_files=1, max_fields=10) as form:
-                fields: dict[str, Any] = dict(form)
-                upload = fields.pop("input_reference", None)
-                if isinstance(upload, UploadFile):
-                    start = await upload.read()
-                return _Beginning(Begin.model_validate(fields), start)
-        return _Beginning(Begin.model_validate_json(await request.body()), None)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+class Render(Fields):
+    """What to render of the live video's schedule."""
+
+    seconds: Annotated[float, Field(gt=0)] | None = None
 
 
-_BEGIN_SCHEMA = Begin.model_json_schema()
-_BEGIN_DOCUMENTATION = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": _BEGIN_SCHEMA},
-            "multipart/form-data": {
-                "schema": {
-                    **_BEGIN_SCHEMA,
-                    "properties": {
-                        **_BEGIN_SCHEMA["properties"],
-                        "input_reference": {"type": "string", "format": "binary"},
-                    },
-                }
-            },
-        },
-    }
-}
-
-
-def make_router(stage: Stage) -> APIRouter:
-    """Return the routes of a stage's live video."""
+def watch_router(stage: Stage) -> APIRouter:
+    """Return the routes with which a video is watched, paused and stopped."""
     router = APIRouter(prefix="/v1/live", tags=["live"])
 
-    def full_state() -> dict[str, Any]:
+    def state() -> State:
         return stage.describe(blocks=True)
 
     @router.get("")
-    def get_state() -> dict[str, Any]:
+    def get_state() -> State:
         """Return the bundle, the memory plan, the live video and its latest blocks."""
-        return full_state()
-
-    @router.post("", openapi_extra=_BEGIN_DOCUMENTATION)
-    def begin(beginning: Annotated[_Beginning, Depends(_read_beginning)]) -> dict[str, Any]:
-        """Begin a live video in place of the current one."""
-        fields = beginning.fields
-        with _conflicts():
-            stage.begin(
-                fields.prompt,
-                fields.seed,
-                policy=None if fields.policy is None else _policy(stage, fields.policy),
-                start=beginning.start,
-                start_fit=fields.start_fit,
-            )
-        return full_state()
-
-    @router.post("/switch")
-    def switch(change: Switch) -> dict[str, int]:
-        """Follow another prompt; return the first block that does."""
-        with _conflicts():
-            return {"block": stage.switch(change.prompt, change.history, change.over)}
+        return state()
 
     @router.post("/pause")
-    def pause() -> dict[str, Any]:
+    def pause() -> State:
         """Begin no further block."""
-        with _conflicts():
-            stage.pause()
-        return full_state()
+        stage.pause()
+        return state()
 
     @router.post("/proceed")
-    def proceed() -> dict[str, Any]:
+    def proceed() -> State:
         """End a pause."""
-        with _conflicts():
-            stage.proceed()
-        return full_state()
+        stage.proceed()
+        return state()
 
     @router.post("/stop")
-    def stop() -> dict[str, Any]:
+    def stop() -> State:
         """End the video, in the middle of a block if need be."""
-        with _conflicts():
-            stage.stop()
-        return full_state()
+        stage.stop()
+        return state()
+
+    @router.get("/schedule", response_class=Response)
+    def download_schedule() -> Response:
+        """Return the schedule so far as TOML, for `packforcing render --schedule`."""
+        if stage.show is None:
+            raise LiveError("there is no live video: begin one")
+        return toml_response(stage.show.schedule(), stage.show.id)
 
     @router.websocket("/stream")
     async def stream(socket: WebSocket) -> None:
@@ -158,8 +121,8 @@ def make_router(stage: Stage) -> APIRouter:
     @router.get("/video", response_class=StreamingResponse)
     async def video() -> StreamingResponse:
         """Return the live video as fragmented MP4, from its latest block to its end."""
-        if stage.show is None:
-            raise HTTPException(404, "there is no live video: begin one")
+        if stage.show is None or not stage.show.live:
+            raise LiveError("there is no live video: begin one")
         return StreamingResponse(
             _fragments(stage), media_type="video/mp4", headers={"cache-control": "no-store"}
         )
@@ -167,20 +130,56 @@ def make_router(stage: Stage) -> APIRouter:
     return router
 
 
-@contextmanager
-def _conflicts() -> Iterator[None]:
-    """Answer 409 to what the live video cannot do now."""
-    try:
-        yield
-    except LiveError as error:
-        raise HTTPException(409, str(error)) from None
+def live_router(stage: Stage, service: Service) -> APIRouter:
+    """Return the routes with which a video is begun, switched, recorded and rendered."""
+    router = APIRouter(prefix="/v1/live", tags=["live"])
 
+    def encode(prompt: str) -> Prompt:
+        return service.encode_words([ScheduledSwitch(0, prompt)])[0].prompt
 
-def _policy(stage: Stage, name: str) -> Policy:
-    named = policies(stage.session.manifest.config)
-    if name not in named:
-        raise ConfigError(f"unknown policy '{name}'; known policies: {', '.join(named)}")
-    return named[name]
+    @router.post("", openapi_extra=describe_body(Begin))
+    async def begin(request: Request) -> State:
+        """Begin a live video in place of the current one."""
+        fields, upload = await read_form(request, Begin)
+        return await run_in_threadpool(begin_video, fields, upload)
+
+    def begin_video(fields: Begin, upload: bytes | None) -> State:
+        frames = None
+        if upload is not None:
+            frames = decode_start(upload, service.config, fields.start_fit)
+        stage.begin(
+            encode(fields.prompt),
+            fields.seed,
+            policy=service.find_policy(fields.policy),
+            frames=frames,
+            start=upload,
+            start_fit=fields.start_fit,
+        )
+        return stage.describe(blocks=True)
+
+    @router.post("/switch")
+    def switch(change: Switch) -> FirstBlock:
+        """Follow another prompt."""
+        block = stage.switch(encode(change.prompt), change.history, change.over)
+        return FirstBlock(block=block)
+
+    @router.post("/record")
+    def record() -> State:
+        """Record the video from its next block on."""
+        stage.record()
+        return stage.describe(blocks=True)
+
+    @router.post("/record/stop")
+    def finish_recording() -> VideoObject:
+        """End the recording; it is a video among the jobs."""
+        return video_object(service, stage.finish_recording())
+
+    @router.post("/render")
+    def render(length: Render | None = None) -> VideoObject:
+        """Queue a job that renders the live video from its beginning, the same frames."""
+        return queue_draft(service, stage.draft(None if length is None else length.seconds))
+
+    return router
 
 
 async def _send(socket: WebSocket, stage: Stage) -> None:

@@ -7,14 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from packforcing.app.server.broadcast import Broadcast, Header
-from packforcing.embeddings import Embedding
-from packforcing.prompts import Prompt, Switch
+from packforcing.app.server.recording import Recording
+from packforcing.errors import LiveError, OutputError
+from packforcing.prompts import Switch, prompt_words
 from packforcing.runtime.fragments import FragmentEncoder
+from packforcing.runtime.start_clip import Fit
 from packforcing.runtime.video import Block, BlockInfo, Video
 
 RECORDED_BLOCKS = 240  # of which a viewer who comes learns
@@ -30,21 +33,33 @@ class Show:
     Attributes:
         id: Tells the video from those before and after it.
         video: Makes the blocks.
+        start: The picture or clip that it begins with, as uploaded.
+        start_fit: What became of a start of another shape.
         header: What its fragments follow.
         blocks: Blocks that were added.
         frames: Frames of all blocks that were added.
     """
 
-    def __init__(self, video: Video, policy: str, broadcast: Broadcast) -> None:
+    def __init__(
+        self,
+        video: Video,
+        policy: str,
+        broadcast: Broadcast,
+        start: bytes | None = None,
+        start_fit: Fit = "fill",
+    ) -> None:
         """Make ready to show a video.
 
         Args:
             video: Makes uint8 frames.
             policy: The name of its policy.
             broadcast: Has the viewers.
+            start: The picture or clip that it begins with, as uploaded.
+            start_fit: What became of a start of another shape.
         """
         config = video.config
         self.id, self.video = f"live_{secrets.token_hex(8)}", video
+        self.start, self.start_fit = start, start_fit
         self._policy, self._broadcast = policy, broadcast
         self._encoder = FragmentEncoder(config.width, config.height, config.fps)
         self.header = Header(self.id, self._encoder.mime, self._encoder.header)
@@ -55,6 +70,8 @@ class Show:
         self._paused, self._unwatched, self._stopping = False, False, False
         self._ending: State | None = None
         self._error: str | None = None
+        self._recording: Recording | None = None
+        self._recording_lock = threading.Lock()  # held while a block is written
 
     def add(self, block: Block) -> None:
         """Encode the next block and send it to the viewers."""
@@ -65,6 +82,7 @@ class Show:
         if info.switch is not None and info.switch.history == "cut":
             self._scene = info.index
         entry = self._describe_block(info, count, encode_seconds)
+        self._add_to_recording(fragment, count)
         with self._lock:
             self._latest.append(entry)
             self.blocks, self.frames = info.index + 1, info.frames
@@ -73,6 +91,47 @@ class Show:
         self._broadcast.publish(self.header, entry, fragment)
         if waited or entry["switch"]:
             self._broadcast.announce()
+
+    def _add_to_recording(self, fragment: bytes, frames: int) -> None:
+        """Record a block; a disk that refuses it ends the recording, and not the video."""
+        with self._recording_lock:
+            if self._recording is not None:
+                try:
+                    self._recording.add(fragment, frames)
+                except OutputError as error:
+                    self._recording = None
+                    self.report(f"the recording has ended: {error}")
+
+    def report(self, problem: str | None) -> None:
+        """Tell viewers in one line what is wrong; the video continues. None: nothing any more."""
+        self._error = problem
+        self._broadcast.announce()
+
+    def record(self, path: Path) -> None:
+        """Record all blocks from the next one on to a file.
+
+        Raises:
+            LiveError: The video is being recorded already, or has ended.
+            OutputError: The file cannot be written.
+        """
+        with self._recording_lock:
+            if self._recording is not None:
+                raise LiveError("the video is being recorded already")
+            if not self.live:
+                raise LiveError("the video has ended: begin another one to record")
+            self._recording = Recording(path, self.header.data, self.frames)
+        self.report(None)
+
+    def take_recording(self) -> Recording | None:
+        """End the recording and return it, if there is one."""
+        with self._recording_lock:
+            recording, self._recording = self._recording, None
+        self._broadcast.announce()
+        return recording
+
+    @property
+    def recording(self) -> bool:
+        return self._recording is not None
 
     def end(self, error: str | None = None) -> None:
         """Take note that there is no further block.
@@ -140,7 +199,8 @@ class Show:
 
     def describe(self) -> dict[str, Any]:
         """Return the state, for JSON."""
-        request, schedule = self.video.request, self.schedule()
+        request, schedule, recording = self.video.request, self.schedule(), self._recording
+        fps = self.video.config.fps
         return {
             "id": self.id,
             "state": self.state,
@@ -150,9 +210,9 @@ class Show:
             "policy": self._policy,
             "block": self.blocks,
             "frames": self.frames,
-            "seconds": self.frames / self.video.config.fps,
+            "seconds": self.frames / fps,
             "schedule": describe_schedule(schedule),
-            "recording": None,
+            "recording": recording and {"since_seconds": recording.first_frame / fps},
             "viewers": self._broadcast.viewers,
             "behind_seconds": self._behind_seconds,
             "archive_limit": request.archive_limit,
@@ -191,10 +251,3 @@ def describe_schedule(switches: Sequence[Switch]) -> list[dict[str, Any]]:
 def _describe_switch(switch: Switch) -> dict[str, Any]:
     words = prompt_words(switch.prompt)
     return {"prompt": words, "history": switch.effect, "over": switch.over}
-
-
-def prompt_words(prompt: Prompt) -> str:
-    """Return the words of a prompt; empty for an embedding that does not record them."""
-    if isinstance(prompt, Embedding):
-        return prompt.prompt
-    return prompt if isinstance(prompt, str) else ""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import secrets
-import tempfile
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from packforcing.app.jobs.records import Draft
+from packforcing.app.jobs.store import Job, Store
 from packforcing.app.server.broadcast import Broadcast
+from packforcing.app.server.recording import Recording
 from packforcing.app.server.show import Show
-from packforcing.config import Config, Policy
+from packforcing.config import Policy
 from packforcing.errors import LiveError, PackForcingError
 from packforcing.presets import policies, switch_history
 from packforcing.prompts import History, Prompt
@@ -25,12 +26,11 @@ from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.bundle import GPU_GRAPHS
 from packforcing.runtime.device import HostDevice
 from packforcing.runtime.engine_records import graph_files
-from packforcing.runtime.start_clip import Fit, read_start
-from packforcing.runtime.video import Video
+from packforcing.runtime.start_clip import Fit
+from packforcing.runtime.video import LEAD, Video
 from packforcing.words import KINDS
 
 UNWATCHED_SECONDS = 30.0  # without a viewer, after which a video pauses
-START_SECONDS = 2.0  # of a clip to start from
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +51,26 @@ class Stage:
     def __init__(
         self,
         session: Session,
+        store: Store | None = None,
         *,
-        steerable: bool = True,
         unwatched_seconds: float = UNWATCHED_SECONDS,
+        lead: float | None = LEAD,
     ) -> None:
         """Make a stage without a video.
 
         Args:
             session: Makes the videos.
-            steerable: Whether a video may be begun and switched here.
-            unwatched_seconds: Without a viewer, after which a video pauses.
+            store: Gets recordings. None: the stage only shows what is made elsewhere.
+            unwatched_seconds: Without a viewer and a recording, after which a video pauses.
+            lead: Blocks that a video is made ahead of playback; None: as fast as possible.
         """
-        self.session, self.steerable = session, steerable
+        self.session, self.steerable, self._store = session, store is not None, store
         self.broadcast = Broadcast(self.describe, self._follow_audience)
         self.show: Show | None = None
         self._maker: threading.Thread | None = None
         self._lock = threading.Lock()  # of what begins
         self._audience_lock = threading.Lock()
-        self._unwatched_seconds = unwatched_seconds
+        self._unwatched_seconds, self._lead = unwatched_seconds, lead
         self._watched = time.monotonic()  # when somebody did so for the last time
         self._bundle = _describe_bundle(session)
         self._memory = _describe_memory(session, None)
@@ -79,6 +81,7 @@ class Stage:
         seed: int | None = None,
         *,
         policy: Policy | None = None,
+        frames: np.ndarray | None = None,
         start: bytes | None = None,
         start_fit: Fit = "fill",
     ) -> None:
@@ -88,29 +91,35 @@ class Stage:
             prompt: What it shows.
             seed: Of the noise; None: a random one.
             policy: Which history blocks read; None: the session's.
-            start: A picture or clip that it begins with, as uploaded.
-            start_fit: What becomes of a start of another shape.
+            frames: That it begins with, uint8 RGB [T, H, W, 3].
+            start: The picture or clip that they are of, as uploaded.
+            start_fit: What became of a start of another shape.
 
         Raises:
             PackForcingError: It cannot be made.
         """
-        self._require_steering()
-        frames = None if start is None else read_upload(start, start_fit, self.session.config)
         seed = secrets.randbits(32) if seed is None else seed
         with self._lock:
-            video = self.session.begin(prompt, seed, start=frames, policy=policy)
+            video = self.session.begin(prompt, seed, start=frames, policy=policy, lead=self._lead)
             earlier, maker = self.show, self._maker
             if earlier is not None:
                 earlier.stop()
-            show = self.present(video)
+            show = self.present(video, start, start_fit)
             self._maker = threading.Thread(
                 target=self._make, args=(show, maker), name="packforcing-live", daemon=True
             )
             self._maker.start()
 
-    def present(self, video: Video) -> Show:
-        """Show a video whose blocks are made elsewhere and added to the show."""
-        show = Show(video, _policy_name(self.session, video.config.policy), self.broadcast)
+    def present(self, video: Video, start: bytes | None = None, start_fit: Fit = "fill") -> Show:
+        """Show a video to whose show somebody adds the blocks.
+
+        Args:
+            video: Makes them.
+            start: The picture or clip that it begins with, as uploaded.
+            start_fit: What became of a start of another shape.
+        """
+        policy = _policy_name(self.session, video.config.policy)
+        show = Show(video, policy, self.broadcast, start, start_fit)
         self._memory = _describe_memory(self.session, video)
         self._watched = time.monotonic()
         self.show = show
@@ -124,7 +133,6 @@ class Stage:
             LiveError: There is no video to switch.
             PromptError: The prompt cannot be followed.
         """
-        self._require_steering()
         return self._current().video.switch(prompt, history, over=over)
 
     def pause(self) -> None:
@@ -138,6 +146,51 @@ class Stage:
     def stop(self) -> None:
         """End the video before its next call of a graph; raise `LiveError` without one."""
         self._current().stop()
+
+    def record(self) -> None:
+        """Record the video from its next block on.
+
+        Raises:
+            LiveError: There is no video, or it is being recorded already.
+            OutputError: The disk refuses it.
+        """
+        assert self._store is not None
+        show = self._current()
+        show.record(self._store.spare_path(".mp4"))
+        show.rest(False)
+
+    def finish_recording(self) -> Job:
+        """End the recording and return it as a job that is completed.
+
+        Raises:
+            LiveError: Nothing is being recorded.
+            OutputError: The disk refuses it.
+        """
+        show = self.show
+        recording = None if show is None else show.take_recording()
+        if show is None or recording is None:
+            raise LiveError("nothing is being recorded")
+        return self._add_recording(show, recording)
+
+    def draft(self, seconds: float | None = None) -> Draft:
+        """Return what renders the frames of the live video, from its beginning, once more.
+
+        Args:
+            seconds: Length; None: as long as the live video is so far.
+
+        Raises:
+            LiveError: There is no block to render once more.
+        """
+        if self.show is None or not self.show.frames:
+            raise LiveError("there is no block of a live video yet")
+        return _draft(self.show, seconds)
+
+    def _add_recording(self, show: Show, recording: Recording) -> Job:
+        assert self._store is not None
+        end_seconds = (recording.first_frame + recording.frames) / show.video.config.fps
+        path = self._store.spare_path(".mp4")
+        recording.finish(path)
+        return self._store.add_recording(_draft(show, end_seconds), path, recording.frames)
 
     def close(self) -> None:
         """End the video and all streams."""
@@ -167,10 +220,6 @@ class Stage:
             raise LiveError("there is no live video: begin one")
         return self.show
 
-    def _require_steering(self) -> None:
-        if not self.steerable:
-            raise LiveError("this page shows a render, which follows the command that began it")
-
     def _make(self, show: Show, earlier: threading.Thread | None) -> None:
         """Make the blocks of a video, until it is stopped or fails."""
         error = None
@@ -192,13 +241,18 @@ class Stage:
             _log.exception("the live video failed")
             error = f"{type(failure).__name__}: {failure}"
         show.end(error and " ".join(error.split()))
+        if (recording := show.take_recording()) is not None:
+            try:
+                self._add_recording(show, recording)
+            except PackForcingError as failure:
+                show.report(f"the recording is lost: {failure}")
 
     def _rest_unwatched(self, show: Show) -> None:
         with self._audience_lock:
             if self.broadcast.viewers:
                 self._watched = time.monotonic()
             elif time.monotonic() - self._watched >= self._unwatched_seconds:
-                show.rest(True)
+                show.rest(not show.recording)
 
     def _follow_audience(self) -> None:
         with self._audience_lock:
@@ -208,18 +262,18 @@ class Stage:
         self.broadcast.announce()
 
 
-def read_upload(data: bytes, fit: Fit, config: Config) -> np.ndarray:
-    """Read an uploaded picture, or the end of a clip, as frames of whole blocks.
-
-    Raises:
-        VideoError: It cannot be read.
-    """
-    blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
-    limit = blocks * config.block_pixel_frames - config.trimmed_frames
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "the upload"
-        path.write_bytes(data)
-        return read_start(path, config.width, config.height, config.fps, limit, fit)
+def _draft(show: Show, seconds: float | None) -> Draft:
+    video = show.video
+    seconds = show.frames / video.config.fps if seconds is None else seconds
+    return Draft(
+        prompts=[switch for switch in show.schedule() if switch.time < seconds],
+        seconds=seconds,
+        seed=video.request.seed,
+        policy=video.request.policy,
+        start=show.start,
+        start_fit=show.start_fit,
+        archive_limit=video.request.archive_limit,
+    )
 
 
 def _policy_name(session: Session, policy: Policy) -> str:

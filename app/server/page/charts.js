@@ -213,7 +213,10 @@ export function showMemory(target, rows) {
     ...["device", "host"].flatMap((place) => showPlace(place, rows.filter((row) => row.where === place))),
     ...rows
       .filter((row) => GROWING.test(row.name))
-      .map((row) => element("p", { className: "hint" }, `Beside it, ${row.name}: ${bytes(row.bytes)} of ${PLACES[row.where]}`)),
+      .map((row) => {
+        const most = `${bytes(row.bytes)} of ${PLACES[row.where]}`;
+        return element("p", { className: "hint" }, `The archive grows beside it, up to ${most}.`);
+      }),
   );
 }
 

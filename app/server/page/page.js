@@ -91,8 +91,11 @@ function setUp() {
   setText(byId("model"), `${bundle.name} · ${bundle.width}×${bundle.height} · ${bundle.fps} frames/s`);
   document.body.classList.toggle("watching", !steerable);
   document.documentElement.style.setProperty("--aspect", bundle.width / bundle.height);
-  const models = bundle.policies.map((name) => element("option", { value: name }, name));
-  byId("policy").replaceChildren(element("option", { value: "" }, "the model's own"), ...models);
+  const others = bundle.policies.filter((name) => name !== bundle.policy);
+  byId("policy").replaceChildren(
+    element("option", { value: "" }, bundle.policy), // the server's own: none is sent
+    ...others.map((name) => element("option", { value: name }, name)),
+  );
   chooseHistory(bundle.default_history);
   if (!steerable) return;
   showWords(bundle.words);

@@ -1,0 +1,202 @@
+"""The command that serves videos over HTTP: `serve`."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from packforcing.app.cli.options import FOLDER, argument_for, option, run_options
+from packforcing.app.cli.videos import bundle_and_policy, open_session
+from packforcing.errors import ConfigError, OutputError
+from packforcing.extras import optional_imports
+
+if TYPE_CHECKING:
+    from packforcing.app.jobs.store import Store
+
+GRACE_SECONDS = 2  # for answers that are being sent when the server ends
+
+
+@click.command()
+@option("--bundle", type=FOLDER, metavar="DIR", help="Exported model.  [default: the demo model]")
+@argument_for("bundle", "[BUNDLE]")
+@option(
+    "--host",
+    metavar="ADDRESS",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on. Beyond this machine a token is needed.",
+)
+@option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on; 0 picks a free one.",
+)
+@option(
+    "--out",
+    type=FOLDER,
+    metavar="DIR",
+    default="out/serve",
+    show_default=True,
+    help="Folder of the jobs and their videos.",
+)
+@option(
+    "--policy",
+    metavar="NAME",
+    help="History policy of videos that name none. An unknown name lists all.  "
+    "[default: the bundle's]",
+)
+@option("--open", "open_page", is_flag=True, help="Open the page in a browser.")
+@run_options
+def serve(
+    bundle: Path | None,
+    host: str,
+    port: int,
+    out: Path,
+    policy: str | None,
+    open_page: bool,
+    threads: int | None,
+    backend: str,
+) -> None:
+    """Serve a page with a live video, and jobs over HTTP.
+
+    Jobs speak OpenAI's API for videos: POST /v1/videos creates one, /docs lists all routes. They
+    are files in DIR: after a restart, also after a crash, they go on where they were and give the
+    same frames.
+
+    Ctrl-C or SIGTERM ends the server within a step of a block.
+
+    \b
+    Examples:
+      packforcing serve --open
+      packforcing serve my-bundle --port 9000 --out videos
+    """
+    with optional_imports("serving", "serve"):
+        from packforcing.app.server.application import make_application
+        from packforcing.app.server.live import live_router, watch_router
+        from packforcing.app.server.stage import Stage
+        from packforcing.app.server.videos import Service, videos_router
+
+    from packforcing.app.jobs.store import Store
+    from packforcing.app.jobs.worker import Worker
+
+    directory, config, chosen = bundle_and_policy(bundle, policy)
+    if config.width % 2 or config.height % 2:
+        raise ConfigError(
+            f"H.264 needs an even width and height, and the bundle has {config.width}x"
+            f"{config.height}: export it at another --size"
+        )
+    listener = _listen(host, port)
+    _log_to_stderr()
+    with (
+        listener,
+        open_session(directory, chosen, None, threads, backend) as session,
+        Store(out, session.manifest, session.config) as store,
+    ):
+        service, stage = Service(session, store), Stage(session, store)
+        application = make_application(
+            videos_router(service), watch_router(stage), live_router(stage, service)
+        )
+        worker = Worker(session, store)
+
+        def stop() -> None:
+            store.close()
+            stage.close()
+            worker.join()
+
+        name = f"[{host}]" if ":" in host else host
+        url = f"http://{name}:{listener.getsockname()[1]}/"
+        click.echo(url)
+        sys.stdout.flush()
+        if open_page:
+            click.launch(url)
+        worker.start()
+        number = _run(application, listener, stop)
+        click.echo(_summary(store), err=True)
+    raise click.exceptions.Exit(128 + number if number else 0)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Listen on an address, before anything is loaded.
+
+    Raises:
+        OutputError: It cannot be listened on.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise OutputError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --host or "
+            "--port"
+        ) from error
+
+
+def _run(application: Any, listener: socket.socket, stop: Callable[[], None]) -> int:
+    """Serve until a signal ends it; return the signal's number.
+
+    Args:
+        application: The ASGI application.
+        listener: Listens already.
+        stop: Ends what makes videos; called while connections are still open.
+    """
+    import asyncio
+    from contextlib import contextmanager
+
+    import uvicorn
+
+    from packforcing.app.cli.process import handle_signals
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Any:  # ours are handled below
+            yield
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            await asyncio.to_thread(stop)
+            await super().shutdown(sockets)
+
+    received: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        server.force_exit = bool(received)  # the second signal: do not wait for connections
+        server.should_exit = True
+        received.append(number)
+
+    server = Server(
+        uvicorn.Config(
+            application,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws_per_message_deflate=False,  # video is compressed already
+            timeout_graceful_shutdown=GRACE_SECONDS,
+        )
+    )
+    with handle_signals(end):
+        asyncio.run(server.serve([listener]))
+    return received[0] if received else 0
+
+
+def _log_to_stderr() -> None:
+    """Print what the server does, without prompts and paths, which only debug lines have."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("packforcing")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def _summary(store: Store) -> str:
+    if not store.queued:
+        return "stopped; no job is left"
+    jobs = "1 job goes" if store.queued == 1 else f"{store.queued} jobs go"
+    return f"stopped; {jobs} on at the next start with --out {store.folder}"

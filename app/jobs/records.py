@@ -1,0 +1,195 @@
+"""A job as a file: what is asked for, and the result once it has ended.
+
+    ID.json                     the record: request, then the result as well; sealed, versioned
+    ID.mp4                      the video
+    ID.mp4.render/              the unfinished render, which `packforcing.runtime.resume` describes
+    ID.start                    the picture or clip that the video begins with, as uploaded
+    ID.prompt-N.safetensors     the embedding of switch N, where prompts are embeddings
+
+A job exists as long as its record does. The record is written last and removed first, so whatever
+lies there without one is what a killed process left. Nothing in a record says that a job is being
+rendered: it has no result yet, and the process that renders it knows.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from packforcing.config import Policy
+from packforcing.embeddings import SUFFIX, Embedding, load_embedding, save_embedding
+from packforcing.errors import ResumeError
+from packforcing.files import (
+    Upgrade,
+    VersionError,
+    decode_versioned,
+    seal_json,
+    unseal_json,
+    write_file,
+)
+from packforcing.prompts import History, Switch, prompt_words
+from packforcing.runtime.start_clip import Fit
+
+VERSION = 1
+UPGRADES: dict[int, Upgrade] = {}  # of older records
+ID = re.compile(r"video_[0-9a-f]{24}")  # nanoseconds since 1970 and 8 random digits
+_MAX_RECORD_BYTES = 1 << 24
+
+Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is asked for, checked, before it is a job.
+
+    Attributes:
+        prompts: The schedule, words or embeddings.
+        seconds: Length of the video.
+        seed: Of the noise.
+        policy: Which history blocks read; None: the session's.
+        start: The picture or clip that the video begins with, as uploaded.
+        start_fit: What becomes of a start of another shape.
+        archive_limit: Blocks that the archive holds at most; None: all.
+        remixed_from: The job that this one is a variation of.
+    """
+
+    prompts: list[Switch]
+    seconds: float
+    seed: int
+    policy: Policy | None = None
+    start: bytes | None = None
+    start_fit: Fit = "fill"
+    archive_limit: int | None = None
+    remixed_from: str | None = None
+
+
+class SwitchRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A `Switch` in a record."""
+
+    time: float
+    prompt: str  # its words; those of an embedding where it records them, or ""
+    embedded: bool = False  # whether ID.prompt-N.safetensors is what the video follows
+    history: History | None = None
+    over: int = 1
+    block: int | None = None
+
+
+class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a job ended."""
+
+    status: Literal["completed", "failed", "cancelled"]
+    ended: float  # this and the next in seconds since 1970
+    began: float | None = None  # in the process that ended it
+    error: str = ""
+
+
+class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What `ID.json` holds."""
+
+    version: int = VERSION
+    id: str
+    created: float  # seconds since 1970
+    model: str  # the bundle's name
+    bundle: str  # SHA-256 of its manifest
+    switches: tuple[SwitchRecord, ...]
+    seconds: float
+    frames: int
+    seed: int
+    policy: Policy
+    start: bool  # whether there is an ID.start
+    start_fit: Fit
+    archive_limit: int | None
+    remixed_from: str | None
+    recorded: bool  # whether the video is a recording of a live one
+    result: Result | None = None
+
+
+def record_path(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}.json"
+
+
+def video_path(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}.mp4"
+
+
+def start_path(folder: Path, job_id: str) -> Path:
+    return folder / f"{job_id}.start"
+
+
+def _prompt_path(folder: Path, job_id: str, number: int) -> Path:
+    return folder / f"{job_id}.prompt-{number}{SUFFIX}"
+
+
+def write_record(folder: Path, record: JobRecord) -> None:
+    """Write a record atomically; it is on the disk when this returns.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    write_file(record_path(folder, record.id), seal_json("job", msgspec.json.encode(record)))
+
+
+def read_record(path: Path) -> JobRecord:
+    """Read a record.
+
+    Raises:
+        ResumeError: It is damaged, of another job or of another version.
+    """
+    remedy = "put the file back, or remove it, and the job is forgotten"
+    try:
+        if path.is_symlink() or path.stat().st_size > _MAX_RECORD_BYTES:
+            raise ResumeError(f"{path} is no record of a job: {remedy}")
+        body = unseal_json("job", path.read_bytes())
+        record = decode_versioned(body, JobRecord, VERSION, UPGRADES, remedy)
+    except VersionError as error:
+        raise ResumeError(f"{path} {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResumeError(f"{path} is damaged: {remedy}") from error
+    if record.id != path.stem:
+        raise ResumeError(f"{path} is the record of another job: {remedy}")
+    return record
+
+
+def write_switches(folder: Path, job_id: str, switches: list[Switch]) -> tuple[SwitchRecord, ...]:
+    """Write the embeddings of a schedule beside its record, and return the schedule's records."""
+    records = []
+    for number, switch in enumerate(switches, 1):
+        prompt = switch.prompt
+        if not isinstance(prompt, str):
+            rows = prompt if isinstance(prompt, Embedding) else Embedding(prompt, "", "", "")
+            save_embedding(_prompt_path(folder, job_id, number), rows)
+        records.append(
+            SwitchRecord(
+                switch.time,
+                prompt_words(prompt),
+                not isinstance(prompt, str),
+                switch.history,
+                switch.over,
+                switch.block,
+            )
+        )
+    return tuple(records)
+
+
+def read_switches(folder: Path, record: JobRecord) -> list[Switch]:
+    """Return a job's schedule, its embeddings loaded.
+
+    Raises:
+        PromptError: An embedding is missing or damaged.
+    """
+    return [
+        Switch(
+            entry.time,
+            load_embedding(_prompt_path(folder, record.id, number))
+            if entry.embedded
+            else entry.prompt,
+            entry.history,
+            entry.over,
+            entry.block,
+        )
+        for number, entry in enumerate(record.switches, 1)
+    ]

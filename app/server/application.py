@@ -1,0 +1,42 @@
+"""Put routers, page, errors and documentation together into one application."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+
+from packforcing import __version__
+from packforcing.app.server.errors import add_error_handlers
+
+PAGE = Path(str(resources.files("packforcing.app.server") / "page"))
+
+
+def make_application(*routers: APIRouter) -> FastAPI:
+    """Make the application of a server.
+
+    Args:
+        routers: Its routes, beside `/health`, the page, `/docs` and `/openapi.json`.
+    """
+    application = FastAPIOffline(title="PackForcing", version=__version__, redoc_url=None)
+    add_error_handlers(application)
+    for router in routers:
+        application.include_router(router)
+
+    @application.get("/health")
+    async def health() -> dict[str, str]:
+        """Tell that the server answers; needs no token."""
+        return {"status": "ok"}
+
+    if PAGE.is_dir():
+
+        @application.get("/", include_in_schema=False)
+        async def show_page() -> FileResponse:
+            return FileResponse(PAGE / "index.html")
+
+        application.mount("/page", StaticFiles(directory=PAGE), name="page")
+    return application

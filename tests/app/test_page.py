@@ -1,0 +1,210 @@
+"""The page in Chromium, on a server of the demo model: what is seen and done there."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from packforcing.evaluation.demo_judge import read_scene
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which plays H.264")
+PATIENCE_SECONDS = 90  # of a busy machine; what is waited for comes within seconds
+DESKTOP, PHONE = (1280, 800), (360, 740)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[str]:
+    """The address of `packforcing serve`."""
+    folder = tmp_path_factory.mktemp("served")
+    command = [sys.executable, "-m", "packforcing.app.cli", "serve", "--port", "0", "--out", folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield process.stdout.readline().strip()
+        process.send_signal(signal.SIGTERM)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@contextmanager
+def open_page(browser, server: str, size=DESKTOP, *, refusals: int = 0, on_socket=None) -> Iterator:
+    """Open the page, and check that it logs no error and that all it loads is the server's.
+
+    Args:
+        refusals: Requests that the server refuses, which Chromium logs.
+        on_socket: Called with the page's WebSocket before it connects, and with the server's.
+    """
+    errors: list[str] = []
+    addresses: list[str] = []
+    context = browser.new_context(viewport={"width": size[0], "height": size[1]})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_SECONDS * 1000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.on("request", lambda request: addresses.append(request.url))
+    if on_socket:
+        page.route_web_socket(
+            re.compile("/v1/live/stream"),
+            lambda socket: on_socket(socket, socket.connect_to_server()),
+        )
+    page.goto(server)
+    yield page
+    context.close()
+    assert sum("status of 4" in error for error in errors) == refusals == len(errors), errors
+    assert all(url.startswith((server, f"blob:{server}", "data:")) for url in addresses), addresses
+
+
+def wait(page, condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        page.wait_for_timeout(50)
+
+
+def picture(page) -> np.ndarray:
+    """The pixels that the live video shows, uint8 [H, W, 3]; black before it has any."""
+    url = page.evaluate("""() => {
+        const video = document.getElementById("picture"), canvas = document.createElement("canvas");
+        [canvas.width, canvas.height] = [video.videoWidth || 1, video.videoHeight || 1];
+        canvas.getContext("2d").drawImage(video, 0, 0);
+        return canvas.toDataURL();
+    }""")
+    return pixels(base64.b64decode(url.partition(",")[2]))
+
+
+def pixels(data: bytes) -> np.ndarray:
+    """Decode a picture to RGB; what is transparent is black."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "black"), image))[..., :3]
+
+
+def block_in(page, readout: str) -> int:
+    """The block that a chart's line below it is about."""
+    return int(page.inner_text(readout).split()[1].rstrip(":"))
+
+
+def begin(page, prompt: str) -> None:
+    """Begin a video, whatever is live, and wait for its first picture."""
+    page.fill("#prompt", prompt)
+    page.press("#prompt", "Control+Enter")
+    color = prompt.split()[1]
+    wait(page, lambda: picture(page).any() and read_scene(picture(page)).color == color)
+
+
+def test_the_picture_is_shown_and_follows_a_switch(browser, server):
+    with open_page(browser, server) as page:
+        page.wait_for_selector("[data-state=empty]")
+        begin(page, "a red star over navy stripes")
+        assert picture(page).shape == (128, 128, 3)
+        wait(page, lambda: read_scene(picture(page)).shape == "star")
+        page.click(".chip:text-is('green')")
+        page.click(".chip:text-is('circle')")
+        assert page.input_value("#prompt") == "a green circle over navy stripes"
+        page.click("text=Recompute")
+        page.fill("#over", "2")
+        page.press("#prompt", "Enter")
+        scene = lambda: read_scene(picture(page))  # noqa: E731
+        wait(
+            page,
+            lambda: (scene().color, scene().shape, scene().ground) == ("green", "circle", "navy"),
+        )
+        rows = page.locator("#switches li").all_inner_texts()
+        assert len(rows) == 2 and "recompute, over 2 blocks" in rows[1]
+        assert page.inner_text("#speed-figure").endswith("real time")
+        assert " reads sink 0; " in page.inner_text("#reads-readout")
+        page.locator("#reads-chart").press("ArrowLeft")  # looks at the block before the latest
+        wait(page, lambda: block_in(page, "#reads-readout") < block_in(page, "#speed-readout"))
+        page.click("#pause")
+        page.wait_for_selector("[data-state=paused]")
+        page.click("#pause")
+        page.wait_for_selector("[data-state=running]")
+
+
+def test_nothing_is_wider_than_a_phone(browser, server):
+    with open_page(browser, server, PHONE) as page:
+        begin(page, "a white circle over teal checks")
+        long = "a white circle over teal checks " + "white" * 30
+        page.fill("#prompt", long)
+        wide = page.evaluate("""() => [...document.querySelectorAll("body *")].filter(
+            (part) => part.getBoundingClientRect().right > innerWidth + 1
+              && getComputedStyle(part).clipPath === "none" && part.id !== "glow").map(
+            (part) => part.outerHTML.slice(0, 80))""")
+        assert page.evaluate("document.documentElement.scrollWidth") == PHONE[0] and not wide
+        assert (
+            page.locator("#go").evaluate("(part) => part.getBoundingClientRect().bottom")
+            <= PHONE[1]
+        )
+
+
+def test_an_error_is_said_where_the_action_was(browser, server):
+    with open_page(browser, server, refusals=2) as page:
+        begin(page, "a red star over navy stripes")
+        page.fill("#prompt", "a red unicorn")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#prompt-line:has-text('unicorn')")
+        page.fill("#seconds", "1000000000")
+        page.click("#render")
+        page.wait_for_selector("#fresh-line[data-kind=error]")
+        assert picture(page).any()  # what is live goes on
+        page.click("#stop")
+
+
+def test_a_lost_connection_is_told_and_made_again(browser, server):
+    sockets = []
+    on_socket = lambda socket, upstream: sockets.append(socket)  # noqa: E731
+    with open_page(browser, server, on_socket=on_socket) as page:
+        begin(page, "a yellow triangle over gray plain")
+        sockets[0].close()
+        page.wait_for_selector("text=Connection lost")
+        page.wait_for_selector("body:not(.offline)")
+        assert len(sockets) > 1
+        wait(page, lambda: read_scene(picture(page)).color == "yellow")
+        page.click("#stop")
+
+
+def changing(change: Callable[[str], str]) -> Callable[..., None]:
+    """Change what the server says."""
+    return lambda socket, upstream: upstream.on_message(
+        lambda message: socket.send(change(message) if isinstance(message, str) else message)
+    )
+
+
+def test_a_render_that_is_watched_cannot_be_steered(browser, server):
+    watched = changing(lambda text: re.sub(r'("steerable": ?)true', r"\1false", text))
+    with open_page(browser, server, on_socket=watched) as page:
+        page.wait_for_selector("body.watching")
+        for part in ("#steer", "#jobs", "#record", "#schedule-render"):
+            assert not page.is_visible(part), part
+        assert page.is_visible("#pause") and page.is_visible("#stop")
+
+
+def test_a_browser_without_the_codec_says_so(browser, server):
+    unknown = changing(lambda text: text.replace("avc1.", "none."))
+    with open_page(browser, server, on_socket=unknown) as page:
+        page.fill("#prompt", "a red star over navy stripes")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("text=This browser cannot play the stream")
+        assert "v1/live/video" in page.inner_text("#notice-text")
+        page.click("#stop")
