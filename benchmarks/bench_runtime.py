@@ -37,7 +37,7 @@ from packforcing import Config, Policy, model_config
 from packforcing.machine import cpu_cores
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.allocations import memory_by_purpose
-from packforcing.runtime.video import BlockInfo
+from packforcing.runtime.blocks import BlockInfo
 from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"

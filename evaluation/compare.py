@@ -35,12 +35,12 @@ from packforcing.files import write_file
 from packforcing.presets import model_config
 from packforcing.prompts import Timeline
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
+from packforcing.runtime.blocks import BlockInfo
 from packforcing.runtime.bundle import MANIFEST, read_manifest
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.request import check_memory, check_request
 from packforcing.runtime.resume import discard
 from packforcing.runtime.session import Session
-from packforcing.runtime.video import BlockInfo
 from packforcing.runtime.video_files import check_output
 
 END = 20.0  # seconds: what is left of a video at its end

@@ -1,10 +1,22 @@
-"""Print byte counts: GiB for device and host memory, MB and GB for files."""
+"""Print byte counts, GiB for device and host memory, MB and GB for files; read such amounts."""
 
 from __future__ import annotations
 
 import math
+import re
 
 GIB = 1 << 30
+_FACTORS = {
+    f"{prefix}{suffix}b": base ** (power + 1)
+    for suffix, base in (("", 1000), ("i", 1024))
+    for power, prefix in enumerate("kmgt")
+}
+
+
+def parse_memory(text: str) -> int | None:
+    """Return the bytes of an amount like "512 MiB" or "1.5GB"; None where it is none."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt]i?b)\s*", text.lower())
+    return int(float(match[1]) * _FACTORS[match[2]]) if match else None
 
 
 def format_gib(size_bytes: float, *, round_up: bool = False) -> str:

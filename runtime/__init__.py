@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from packforcing.prompts import Switch
+    from packforcing.runtime.blocks import Block, BlockInfo, StepInfo
     from packforcing.runtime.render import RenderSummary
     from packforcing.runtime.session import Session
-    from packforcing.runtime.video import Block, BlockInfo, StepInfo, Video
+    from packforcing.runtime.video import Video
 
 __all__ = [
     "Block",
@@ -32,11 +33,15 @@ def demo_bundle() -> Path:
 
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of this module's
-    _MODULES = {"RenderSummary": "runtime.render", "Session": "runtime.session"}
-    _MODULES["Switch"] = "prompts"
+    _MODULES = {
+        "RenderSummary": "runtime.render",
+        "Session": "runtime.session",
+        "Switch": "prompts",
+        "Video": "runtime.video",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        module = _MODULES.get(name, "runtime.video")
+        module = _MODULES.get(name, "runtime.blocks")
         return getattr(import_module(f"packforcing.{module}"), name)

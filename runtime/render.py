@@ -20,6 +20,7 @@ from packforcing.runtime.allocations import archive_bytes
 from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
+from packforcing.runtime.blocks import Block, BlockInfo
 from packforcing.runtime.plan import LONGEST
 from packforcing.runtime.request import frames_before
 from packforcing.runtime.resume import (
@@ -30,7 +31,7 @@ from packforcing.runtime.resume import (
     snapshot_interval,
     unfinished_record,
 )
-from packforcing.runtime.video import Block, BlockInfo, Video, stream_video
+from packforcing.runtime.video import Video, stream_video
 from packforcing.sampler import describe_steps
 
 if TYPE_CHECKING:
@@ -100,15 +101,15 @@ class RenderSummary:
 class _Stopwatch:
     """Measures what a run generates: the time up to the last recovered block is kept apart."""
 
-    def __init__(self, session: Session) -> None:
-        self._session, self._began = session, time.perf_counter()
+    def __init__(self, video: Video) -> None:
+        self._video, self._began = video, time.perf_counter()
         self.frames_before, self.seconds_before = 0, 0.0
-        self._graphs, self.seconds_video = session.graph_seconds(), 0.0
+        self._graphs, self.seconds_video = dict(video.graph_seconds), 0.0
 
     def begin_again(self, frames: int) -> None:
         """Measure from here on; so many frames of the video are an earlier run's."""
         self.frames_before, self.seconds_before = frames, self.seconds
-        self._graphs, self.seconds_video = self._session.graph_seconds(), 0.0
+        self._graphs, self.seconds_video = dict(self._video.graph_seconds), 0.0
 
     @property
     def seconds(self) -> float:
@@ -117,8 +118,8 @@ class _Stopwatch:
     @property
     def seconds_graphs(self) -> dict[str, float]:
         return {
-            name: seconds - self._graphs.get(name, 0.0)
-            for name, seconds in self._session.graph_seconds().items()
+            name: seconds - self._graphs[name]
+            for name, seconds in self._video.graph_seconds.items()
         }
 
 
@@ -175,7 +176,7 @@ def render_video(
         raise ConfigError("standard output cannot be resumed")
     config = video.config
     session.use_threads(_recorded_threads(path) if resume else None)
-    stopwatch = _Stopwatch(session)
+    stopwatch = _Stopwatch(video)
     checkpoint_seconds = check_number(
         "checkpoint_seconds", checkpoint_seconds, LONGEST, f"above 0 and at most {LONGEST:.0f}"
     )

@@ -13,9 +13,9 @@ from packforcing.machine import total_memory
 from packforcing.prompts import Prompts, Timeline, plan_prompts, plan_switches
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.archive import IN_MEMORY, stored_blocks
-from packforcing.runtime.arguments import check_integer, check_number, check_type
+from packforcing.runtime.arguments import check_integer, check_number, check_type, show_value
 from packforcing.runtime.plan import LONGEST
-from packforcing.units import format_memory
+from packforcing.units import format_memory, parse_memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def make_request(
     seconds: float | None,
     seed: int,
     start: np.ndarray | None = None,
-    archive_limit: int | None = None,
+    archive_limit: int | str | None = None,
 ) -> VideoRequest:
     """Check what a video is asked to be, and encode its prompts.
 
@@ -57,8 +57,9 @@ def make_request(
         seconds: Length of the video; None: no end. The prompt is then a single one.
         seed: Of the noise.
         start: Frames that it begins with.
-        archive_limit: Blocks that the archive holds at most. None: all, or where the video has no
-            end those that fit into `IN_MEMORY` or a quarter of this machine's memory.
+        archive_limit: Blocks that the archive holds at most, or an amount of memory like "512 MiB"
+            for them. None: all, or where the video has no end those that fit into `IN_MEMORY` or a
+            quarter of this machine's memory.
 
     Raises:
         PromptError: A prompt or a switch cannot be followed.
@@ -67,33 +68,42 @@ def make_request(
     config = msgspec.structs.replace(manifest_config, policy=policy)
     timeline = check_request(config, prompt, seconds, seed)
     clip = None if start is None else check_start(config, start, timeline)
-    archive_limit = check_archive_limit(config, archive_limit, endless=seconds is None)
-    check_memory(manifest_config, policy, timeline.blocks, archive_limit)
+    limit = check_archive_limit(config, archive_limit, endless=seconds is None)
+    check_memory(manifest_config, policy, timeline.blocks, limit)
     frames = _frames(config, seconds)
-    return VideoRequest(timeline, policy, frames, check_seed(seed), clip, archive_limit)
+    return VideoRequest(timeline, policy, frames, check_seed(seed), clip, limit)
 
 
-def check_archive_limit(config: Config, limit: int | None, *, endless: bool) -> int | None:
+def check_archive_limit(config: Config, limit: int | str | None, *, endless: bool) -> int | None:
     """Check the limit of a video's archive.
 
     Args:
         config: The bundle's, with the policy of the video.
-        limit: Blocks that the archive holds at most; None: as many as are right.
+        limit: Blocks that the archive holds at most, or an amount of memory like "512 MiB" for
+            them; None: as many as are right.
         endless: Whether the video has no end, so that its archive needs a limit.
 
     Returns:
-        The limit; None: no limit.
+        The limit in blocks; None: no limit.
 
     Raises:
-        ConfigError: It is too small for the policy.
+        ConfigError: It is too small for the policy, or no amount.
     """
     policy = config.policy
     least = policy.mid + policy.recent + 1  # what is read, what will be, and one to give up
+    row_bytes = max(1, archive_bytes(config, policy.sink + 1))
     if limit is None:
-        row_bytes = max(1, archive_bytes(config, policy.sink + 1))
         memory = min(IN_MEMORY, total_memory() // 4)
         return max(least, memory // row_bytes) if endless else None
     bounds = f"{least} blocks or more: {policy.mid} to read, {policy.recent} recent, 1 to give up"
+    if isinstance(limit, str):
+        limit_bytes = parse_memory(limit)
+        if limit_bytes is None or limit_bytes < least * row_bytes:
+            raise ConfigError(
+                f"archive_limit must be {bounds}; or memory for them, "
+                f"{format_memory(least * row_bytes)} or more; it is {show_value(limit)}"
+            )
+        return limit_bytes // row_bytes
     return check_integer("archive_limit", limit, least, 2**63, bounds)
 
 

@@ -23,21 +23,14 @@ from packforcing.runtime.arguments import (
     show_value,
 )
 from packforcing.runtime.backends import MAX_THREADS, Backend, open_backend
+from packforcing.runtime.blocks import Block, BlockInfo, FrameForm, StepInfo
 from packforcing.runtime.bundle import Manifest, read_manifest
 from packforcing.runtime.encoder import encode_start
 from packforcing.runtime.render import RenderSummary, render_video
 from packforcing.runtime.request import VideoRequest, check_seconds, make_request
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.video import (
-    LEAD,
-    Block,
-    BlockInfo,
-    FrameForm,
-    StepInfo,
-    Video,
-    stream_video,
-)
+from packforcing.runtime.video import LEAD, Video, stream_video
 from packforcing.sampler import StepOverrides
 
 MAX_LEAD = 1_000_000
@@ -206,7 +199,7 @@ class Session:
         policy: Policy | None = None,
         frames: FrameForm = "uint8",
         lead: float | None = LEAD,
-        archive_limit: int | None = None,
+        archive_limit: int | str | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
     ) -> Video:
         """Begin a video, to be made by iterating over it. Arguments are checked at once.
@@ -223,7 +216,8 @@ class Session:
             frames: The form of the frames, see `Block`.
             lead: Blocks that may be made ahead of a viewer who plays the video as it is made.
                 None: make blocks as fast as possible.
-            archive_limit: Blocks that the archive holds at most; when it is full, it thins out
+            archive_limit: Blocks that the archive holds at most, or an amount of memory like
+                "512 MiB" for them; when it is full, it thins out
                 (`packforcing.selection.evict`). None: all; without an end, those that fit into 4
                 GiB or a quarter of this machine's memory, whichever is less.
             on_step: Called after each denoising step.
@@ -294,7 +288,7 @@ class Session:
         *,
         start: np.ndarray | None = None,
         policy: Policy | None = None,
-        archive_limit: int | None = None,
+        archive_limit: int | str | None = None,
         on_block: Callable[[BlockInfo], None] | None = None,
         on_frames: Callable[[Block], None] | None = None,
         resume: bool = False,

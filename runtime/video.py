@@ -14,9 +14,10 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ from packforcing.config import TEMPORAL_FACTOR
 from packforcing.errors import BackendError, PromptError, RenderStopped
 from packforcing.presets import switch_history
 from packforcing.prompts import History, Prompt, Switch, check_switch, encode_prompt
-from packforcing.runtime.device import Array
+from packforcing.runtime.blocks import Block, BlockInfo, FrameForm, StepInfo, convert_frames
 from packforcing.runtime.pacing import PlaybackClock
 from packforcing.runtime.request import VideoRequest, frames_before, is_cut, start_blocks
 from packforcing.runtime.rollout import Rollout
@@ -33,71 +34,10 @@ from packforcing.runtime.rollout import Rollout
 if TYPE_CHECKING:
     from packforcing.runtime.session import Session
 
-FrameForm = Literal["uint8", "float32", "device"]
 LEAD = 2.0  # blocks that a live video is made ahead of playback
 _NAP_SECONDS = 0.02  # between two looks at the flags while waiting
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """What is known of a block once it is made.
-
-    Attributes:
-        index: The block, from 0 on.
-        blocks: Blocks of the video; None while it has no end.
-        frames: Frames delivered so far, this block's included.
-        frames_total: Frames of the video; None while it has no end.
-        read: The archived blocks that this block read.
-        seconds: Wall time of the block, without the consumer's.
-        switch: The switch that takes effect with this block, or None.
-        recovered: Whether an interrupted run had generated it: it was decoded and committed again.
-        behind_seconds: How long a viewer has waited for blocks so far, as playback is faster than
-            rendering. 0 for a video that is not paced.
-    """
-
-    index: int
-    blocks: int | None
-    frames: int
-    frames_total: int | None
-    read: list[int]
-    seconds: float
-    switch: Switch | None
-    recovered: bool = False
-    behind_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What `on_step` receives after each denoising step.
-
-    Attributes:
-        block: The block in the making.
-        step: The step, from 0 on.
-        steps: Steps of the block.
-    """
-
-    block: int
-    step: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of a video.
-
-    Attributes:
-        frames: RGB. "uint8": uint8 [n, H, W, 3]. "float32": float32 [n, H, W, 3] in 0..1.
-            "device": [n, 3, H, W] in 0..1 in the backend's own memory, for `from_dlpack` of other
-            libraries; the next block overwrites it.
-        latents: Clean latents, float32 [B_f, C, h, w].
-        info: Which block it is.
-    """
-
-    frames: np.ndarray | Array
-    latents: np.ndarray
-    info: BlockInfo
 
 
 class Recorder(Protocol):
@@ -136,6 +76,7 @@ class Video:
         config: The session's, with the policy of this video.
         block: The next block's index.
         frames: Frames delivered so far.
+        graph_seconds: Time spent inside each graph so far, by name.
         stopped: Whether it was stopped before its last block.
     """
 
@@ -161,6 +102,7 @@ class Video:
         self.request, self.config, self.block, self.frames = request, config, 0, 0
         self._session, self._form, self._on_step = session, form, on_step
         self._timeline = request.timeline.copy()  # what is switched live does not change it
+        self.graph_seconds = dict.fromkeys(session.backend.graphs, 0.0)
         self._begun = 0  # blocks that have begun: a switch takes effect with the next one
         self._lock = threading.Lock()  # of the timeline
         self._rollout: Rollout | None = None
@@ -189,7 +131,8 @@ class Video:
             self._wait()
             with self._session.backend.turns.turn(self._check):
                 self._check()
-                block = self._make_block()
+                with self._count_graph_seconds():
+                    block = self._make_block()
         except BaseException as error:
             self._closed = True
             if isinstance(error, RenderStopped):
@@ -342,6 +285,16 @@ class Video:
         if self._stop or self._closed:
             raise RenderStopped(f"stopped after {self.block} blocks")
 
+    @contextmanager
+    def _count_graph_seconds(self) -> Iterator[None]:
+        """Add the time of the calls in the block, during this video's turn, to `graph_seconds`."""
+        before = self._session.graph_seconds()
+        try:
+            yield
+        finally:
+            for name, seconds in self._session.graph_seconds().items():
+                self.graph_seconds[name] += seconds - before[name]
+
     def _wait(self) -> None:
         """Wait while the video is paused, or too far ahead of playback."""
         clock = self._clock
@@ -405,7 +358,7 @@ class Video:
         stop = self.config.block_pixel_frames
         if total is not None:
             stop = min(stop, trimmed + total - self.frames)
-        frames = _frames_as(self._form, rollout.buffers.pixels[0].rows(trimmed, stop))
+        frames = convert_frames(self._form, rollout.buffers.pixels[0].rows(trimmed, stop))
         with self._lock:  # the embeddings of a long video's past would add up
             timeline.forget(block)
         self.frames += stop - trimmed
@@ -474,26 +427,3 @@ def stream_video(
             raise RenderStopped(
                 f"stopped after {video.block} of {video.request.timeline.blocks} blocks"
             )
-
-
-def _frames_as(form: FrameForm, pixels: Array) -> np.ndarray | Array:
-    """Return pixels, [n, 3, H, W] in 0..1, in the form that a consumer asks for."""
-    if form == "device":
-        return pixels
-    if form == "float32":
-        return np.ascontiguousarray(pixels.host.transpose(0, 2, 3, 1), np.float32)
-    return to_bytes(pixels.host)
-
-
-def to_bytes(pixels: np.ndarray) -> np.ndarray:
-    """Convert pixels, float32 or float16 [n, 3, H, W] in 0..1, to frames, uint8 [n, H, W, 3].
-
-    Rounds in float32.
-    """
-    scaled = pixels * np.float32(255)
-    scaled += np.float32(0.5)
-    planes = scaled.astype(np.uint8)
-    frames = np.empty((len(pixels), *pixels.shape[2:], 3), np.uint8)
-    for channel in range(3):  # three strided copies: NumPy's transposed copy takes thrice as long
-        frames[..., channel] = planes[:, channel]
-    return frames

@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 import click
 
 from packforcing.presets import AUTOENCODERS
-from packforcing.units import GIB
+from packforcing.units import GIB, parse_memory
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
@@ -183,6 +183,22 @@ class BudgetsType(click.ParamType):
         return tuple(budgets)
 
 
+class LimitType(click.ParamType):
+    """A number of blocks, or an amount of memory, as in 512MiB."""
+
+    name = "limit"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int | str:
+        if isinstance(value, int):
+            return value
+        if parse_memory(value) is not None:
+            return str(value)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"'{value}' is no number of blocks, nor memory like 512MiB", param, ctx)
+
+
 class NamesType(click.ParamType):
     """Names separated by commas."""
 
@@ -237,7 +253,7 @@ COMPUTE_DTYPES = ("fp32", "fp16")
 WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4", "fp8")
 CACHE_DTYPES = ("fp32", "fp16", "int8", "fp8")
 SIZE, HISTORY, BUDGETS, NAMES = SizeType(), HistoryType(), BudgetsType(), NamesType()
-PRECISION, STEPS = PrecisionType(), StepsType()
+LIMIT, PRECISION, STEPS = LimitType(), PrecisionType(), StepsType()
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)

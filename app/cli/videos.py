@@ -12,6 +12,7 @@ import click
 
 from packforcing.app.cli.options import (
     FILE,
+    LIMIT,
     PATH,
     argument_for,
     bundle_option,
@@ -145,9 +146,10 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 @step_options
 @option(
     "--archive-limit",
-    type=int,
+    type=LIMIT,
     metavar="BLOCKS",
-    help="Archived blocks to keep at most; a full archive thins out evenly.  [default: all]",
+    help="Archived blocks to keep at most, or memory for them, like 512MiB; a full archive thins "
+    "out evenly.  [default: all]",
 )
 @option(
     "--resume",
@@ -172,7 +174,7 @@ def render(
     steps: tuple[float, ...] | None,
     first_steps: tuple[float, ...] | None,
     shift: float | None,
-    archive_limit: int | None,
+    archive_limit: int | str | None,
     resume: bool,
     threads: int | None,
     backend: str,

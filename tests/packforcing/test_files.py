@@ -17,7 +17,7 @@ import pytest
 import packforcing.files as files
 from packforcing import errors
 from packforcing.extras import install_command, optional_imports
-from packforcing.units import format_file_size, format_gib, format_memory
+from packforcing.units import format_file_size, format_gib, format_memory, parse_memory
 
 
 def names(folder: Path) -> list[str]:
@@ -170,6 +170,13 @@ def test_a_full_disk_is_found_before_writing(tmp_path, monkeypatch):
     files.require_disk_space(tmp_path, 1_500_000, "the bundle", "make room")
     with pytest.raises(errors.OutputError, match=r"the bundle needs 2\.9 GB .* 1\.5 MB left: make"):
         files.require_disk_space(tmp_path, 2_900_000_000, "the bundle", "make room")
+
+
+def test_amounts_of_memory_are_read():
+    amounts = {"512MiB": 1 << 29, "1.5 GiB": 3 << 29, "2 kb": 2000, "0.25 tB": 250 * 10**9}
+    assert {text: parse_memory(text) for text in amounts} == amounts
+    for text in ("512", "MiB", "-1 GiB", "1e3 kB", "1 XiB", "", "1 GiB each"):
+        assert parse_memory(text) is None
 
 
 def test_memory_is_in_binary_units_and_files_in_decimal_ones():

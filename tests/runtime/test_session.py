@@ -26,13 +26,13 @@ from packforcing.reference import rollout
 from packforcing.runtime import Session
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
+from packforcing.runtime.blocks import to_bytes
 from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import contract, graph_file
 from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.rollout import Rollout
-from packforcing.runtime.video import to_bytes
 from packforcing.sampler import draw_noise
 from packforcing.words import encode_words
 from tests.emulated import Cuda, cuda_device, gpu_session, on_gpu
@@ -525,7 +525,11 @@ def test_videos_of_one_session_have_policies_of_their_own(tiny_bundle):
     chosen = [policies(TINY)[name] for name in names]
     with Session.open(tiny_bundle, threads=1) as session:
         videos = [session.begin(PROMPT, SEED, seconds=6, policy=p, lead=None) for p in chosen]
+        before = session.graph_seconds()
         together = [[block.frames for block in blocks] for blocks in zip(*videos)]
+        for name, seconds in session.graph_seconds().items():  # each call is one video's
+            shares = sum(video.graph_seconds[name] for video in videos)
+            assert shares == pytest.approx(seconds - before[name])
         session.backend.any_policy = False  # as engines
         with pytest.raises(BackendError, match="engines fit the policy"):
             session.begin(PROMPT, policy=chosen[1])

@@ -682,8 +682,12 @@ def test_an_archive_that_is_not_full_changes_nothing(tiny_bundle):
             for limit in (None, 13)  # blocks beyond the sink
         ]  # fmt: skip
         np.testing.assert_array_equal(*videos)
-        with pytest.raises(ConfigError, match="archive_limit must be 6 blocks or more"):
-            session.begin(PROMPT, archive_limit=5)
+        row = archive_bytes(TINY, TINY.policy.sink + 1)
+        limit = session.begin(PROMPT, archive_limit=f"{100 * row / 1024:.9f} KiB").request
+        assert limit.archive_limit == 100
+        for few in (5, f"{5.5 * row / 1000:.3f} kB"):
+            with pytest.raises(ConfigError, match="archive_limit must be 6 blocks or more"):
+                session.begin(PROMPT, archive_limit=few)
 
 
 # Frames and latents for other libraries
