@@ -16,9 +16,10 @@ from packforcing.app.server.broadcast import Broadcast, Header
 from packforcing.app.server.recording import Recording
 from packforcing.errors import LiveError, OutputError
 from packforcing.prompts import Switch, prompt_words
+from packforcing.runtime.blocks import Block, BlockInfo
 from packforcing.runtime.fragments import FragmentEncoder
 from packforcing.runtime.start_clip import Fit
-from packforcing.runtime.video import Block, BlockInfo, Video
+from packforcing.runtime.video import Video
 
 RECORDED_BLOCKS = 240  # of which a viewer who comes learns
 
