@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 from packforcing.evaluation.demo_judge import read_scene
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+av = pytest.importorskip("av")
 pytest.importorskip("fastapi", reason="needs the extra serve")
 
 CHROMIUM = next(
@@ -113,6 +115,30 @@ def begin(page, prompt: str) -> None:
     wait(page, lambda: picture(page).any() and read_scene(picture(page)).color == color)
 
 
+def video_frames(path: Path) -> np.ndarray:
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def save_first_video(page, path: Path) -> np.ndarray:
+    """Download the newest video with a click, and return its frames."""
+    with page.expect_download() as download:
+        page.locator("#cards .card >> nth=0 >> text=Download").click()
+    download.value.save_as(path)
+    return video_frames(path)
+
+
+def made_videos(page) -> int:
+    return page.locator("#cards .card").count()
+
+
+def render_schedule(page) -> None:
+    """Render the live video's schedule with a click, and wait until it is made."""
+    before = made_videos(page)
+    page.click("#schedule-render")
+    wait(page, lambda: made_videos(page) == before + 1)
+
+
 def test_the_picture_is_shown_and_follows_a_switch(browser, server):
     with open_page(browser, server) as page:
         page.wait_for_selector("[data-state=empty]")
@@ -140,6 +166,59 @@ def test_the_picture_is_shown_and_follows_a_switch(browser, server):
         page.wait_for_selector("[data-state=paused]")
         page.click("#pause")
         page.wait_for_selector("[data-state=running]")
+
+
+def test_a_recording_is_downloaded_and_its_schedule_renders_the_same_frames(
+    browser, server, tmp_path
+):
+    with open_page(browser, server) as page:
+        begin(page, "a blue square over sand dots")
+        page.click("#record")
+        wait(page, lambda: re.search(r"0:0[1-9]", page.inner_text("#badge")))
+        live = page.evaluate("fetch('v1/live').then((answer) => answer.json())")
+        since = round(live["video"]["recording"]["since_seconds"] * live["bundle"]["fps"])
+        page.click("#record")
+        wait(page, lambda: "recorded live" in page.inner_text("#cards .card >> nth=0"))
+        recorded = save_first_video(page, tmp_path / "recorded.mp4")
+        page.click("#stop")
+        page.wait_for_selector("[data-state=stopped]")
+        render_schedule(page)
+        rendered = save_first_video(page, tmp_path / "rendered.mp4")
+        assert len(recorded) >= 16 and len(rendered) >= since + len(recorded)
+        again = rendered[since : since + len(recorded)]
+        assert np.abs(again.astype(int) - recorded).mean() < 4  # two encoders' rounding
+        page.click("#cards .thumbnail >> nth=0")
+        page.wait_for_function("document.getElementById('player-video').currentTime > 0")
+        page.keyboard.press("Escape")
+        before = made_videos(page)
+        page.click("#cards .card >> nth=0 >> text=Delete")
+        wait(page, lambda: made_videos(page) == before - 1)
+
+
+def test_a_dropped_picture_begins_the_video(browser, server, tmp_path):
+    halves = np.zeros((96, 96, 3), np.uint8)
+    halves[:, 48:] = 250
+    Image.fromarray(halves).save(data := io.BytesIO(), "PNG")
+    with open_page(browser, server) as page:
+        transfer = page.evaluate_handle(
+            """(text) => {
+                const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([bytes], "halves.png", { type: "image/png" }));
+                return transfer;
+            }""",
+            base64.b64encode(data.getvalue()).decode(),
+        )
+        page.dispatch_event("#theater", "drop", {"dataTransfer": transfer})
+        page.wait_for_selector("#start-preview img")
+        page.fill("#seed", "7")
+        begin(page, "a red star over navy stripes")
+        page.click("#stop")
+        page.wait_for_selector("[data-state=stopped]")
+        assert "7" in page.inner_text("#facts")
+        render_schedule(page)
+        first = save_first_video(page, tmp_path / "started.mp4")[0]
+        assert first[:, :48].mean() < 90 < 165 < first[:, 80:].mean()
 
 
 def test_nothing_is_wider_than_a_phone(browser, server):

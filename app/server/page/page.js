@@ -130,7 +130,6 @@ function show() {
   showGo();
   showMemory(byId("memory-bars"), state.memory);
   showSchedule(live);
-  showNotice();
   showBlocks();
 }
 
@@ -165,6 +164,7 @@ function showBlocks() {
     const rest = recent.length ? ` · ${clock(((total - done) * took) / recent.length)} to go` : "";
     setText(byId("progress").lastElementChild, `${done} of ${total} blocks${live.state === "running" ? rest : ""}`);
   }
+  showNotice();
   drawSpeed(blocks);
   drawReads(blocks.map(withPartitions));
 }
@@ -225,6 +225,7 @@ function notice() {
       : ["The render has not begun", "The picture appears as it is made."];
   }
   if (live.state === "failed") return ["The video failed", live.error];
+  if (live.state === "running" && !blocks.length) return ["The first block is made now", ""];
   return null;
 }
 
