@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import socket
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
+import msgspec
+import numpy as np
 import uvicorn
+from websockets.sync.client import connect
 
 from packforcing.app.jobs.store import Store
 from packforcing.app.jobs.worker import Worker
@@ -73,3 +81,66 @@ def serving(bundle: Path, folder: Path) -> Iterator[Served]:
         routers = videos_router(service), watch_router(stage), live_router(stage, service)
         with running(make_application(*routers), stop) as url:
             yield Served(url, service, stage)
+
+
+def call_route(url, path, method="POST", body=b"", kind="application/json", **fields):
+    """Call a route with fields as JSON; return what comes back, of a refusal status and message."""
+    body = msgspec.json.encode(fields) if fields else body
+    headers = {"content-type": kind}
+    address = url.rstrip("/") + path
+    request = urllib.request.Request(address, body or None, headers, method=method)
+    try:
+        with urllib.request.urlopen(request) as response:
+            data = response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)["error"]["message"]
+    return json.loads(data) if data[:1] == b"{" else data
+
+
+class Viewer:
+    """A client of the stream.
+
+    Attributes:
+        state: The latest.
+        header: The latest, with its data.
+        blocks: Those since the header, with their data.
+    """
+
+    def __init__(self, socket):
+        self.socket, self.state, self.header, self.blocks = socket, None, None, []
+
+    def receive(self, kind):
+        """Receive messages up to the next one of a kind, and return it."""
+        while True:
+            message = json.loads(self.socket.recv(timeout=60))
+            if message["type"] == "state":
+                self.state = message
+            else:
+                message["data"] = self.socket.recv(timeout=60)
+                if message["type"] == "header":
+                    self.header, self.blocks = message, []
+                else:
+                    self.blocks.append(message)
+            if message["type"] == kind:
+                return message
+
+    def receive_state(self, state):
+        while (
+            self.state is None or not self.state["video"] or self.state["video"]["state"] != state
+        ):
+            self.receive("state")
+
+    @property
+    def frames(self):
+        data = self.header["data"] + b"".join(block["data"] for block in self.blocks)
+        with av.open(io.BytesIO(data)) as container:
+            return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+@contextmanager
+def viewing(url: str, **options) -> Iterator[Viewer]:
+    """Watch the live video of a server."""
+    address = url.rstrip("/").replace("http", "ws") + "/v1/live/stream"
+    options = {"max_size": None, "compression": None, "close_timeout": 0.2, **options}
+    with connect(address, **options) as socket:
+        yield Viewer(socket)

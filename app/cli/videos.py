@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,11 +30,12 @@ from packforcing.app.cli.progress import frame_meter, print_status
 from packforcing.app.cli.prompts import check_encoder_is_needed, encode_schedule
 from packforcing.app.cli.settings import is_training_free, policy_by_name
 from packforcing.errors import ConfigError, RenderStopped
+from packforcing.extras import optional_imports
 
 if TYPE_CHECKING:
     from packforcing.config import Config, Policy
     from packforcing.prompts import Prompts
-    from packforcing.runtime import BlockInfo, RenderSummary, Session
+    from packforcing.runtime import Block, BlockInfo, RenderSummary, Session, Video
     from packforcing.runtime.start_clip import Fit
     from packforcing.sampler import StepOverrides
 
@@ -156,6 +157,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     is_flag=True,
     help="Resume an interrupted render; start a new one where there is none.",
 )
+@option("--watch", is_flag=True, help="Show the render in a browser, on a page of this machine.")
 @run_options
 @json_option
 def render(
@@ -176,6 +178,7 @@ def render(
     shift: float | None,
     archive_limit: int | str | None,
     resume: bool,
+    watch: bool,
     threads: int | None,
     backend: str,
     as_json: bool,
@@ -208,6 +211,7 @@ def render(
     Examples:
       packforcing render "a blue square over sand checks" --out square.mp4 --seconds 60
       packforcing render "a red star" --start photo.jpg --out frames/
+      packforcing render "a red star" --seconds 600 --out star.mp4 --watch
       packforcing render --embedding fox.safetensors --bundle my-bundle --out fox.mp4
       packforcing render --schedule scenes.toml --seconds 20 --out scenes.mp4
     """
@@ -216,6 +220,7 @@ def render(
     from packforcing.embeddings import load_embedding
     from packforcing.presets import switch_history
     from packforcing.prompts import as_schedule, read_schedule
+    from packforcing.runtime.render import render_video
     from packforcing.runtime.request import check_archive_limit, check_request, check_schedule
     from packforcing.runtime.resume import finished
     from packforcing.runtime.start_clip import load_video_start
@@ -236,6 +241,7 @@ def render(
         prompts = prompt
     else:
         raise click.UsageError("Missing argument 'PROMPT', --embedding FILE or --schedule FILE")
+    watching = _load_watching() if watch else None
     switches = as_schedule(prompts)
     directory, config, chosen = bundle_and_policy(bundle, policy)
     overrides, own_steps = StepOverrides(steps, first_steps, shift), describe_steps(config)
@@ -257,14 +263,17 @@ def render(
         prompts = check_request(config, encoded, seconds, seed)
     with (
         open_session(directory, chosen, overrides, threads, backend, as_json) as session,
+        session.begin(
+            prompts, seed, seconds=seconds, start=None if clip is None else clip.frames,
+            lead=None, archive_limit=archive_limit,
+        ) as video,
         frame_meter(quiet=as_json) as show_block,
         _stopping(session, "" if streamed else "with the same command and --resume"),
-    ):
-        frames = None if clip is None else clip.frames
-        summary = session.render(
-            prompts, seconds, out, seed, start=frames, archive_limit=archive_limit,
-            on_block=show_block, resume=resume,
-        )  # fmt: skip
+        watching(session, video) if watching else nullcontext() as show_frames,
+    ):  # fmt: skip
+        summary = render_video(
+            session, video, out, on_block=show_block, on_frames=show_frames, resume=resume
+        )
     policy_used = chosen or config.policy
     if as_json:
         training_free = is_training_free(config, policy_used)
@@ -319,6 +328,14 @@ def open_session(
     return Session.open(directory, policy=policy, steps=steps, threads=threads, backend=backend)
 
 
+def _load_watching() -> Callable[[Session, Video], AbstractContextManager[Callable[[Block], None]]]:
+    """Return what serves a page of a render and prints its address."""
+    with optional_imports("--watch", "serve"):
+        from packforcing.app.server.watch import watching
+
+    return partial(watching, on_url=lambda url: click.echo(f"watch it on {url}", err=True))
+
+
 @contextmanager
 def _stopping(session: Session, how: str) -> Iterator[None]:
     """Stop before the next call of a graph on the first signal; the next one is obeyed.
@@ -344,7 +361,8 @@ def _stopping(session: Session, how: str) -> Iterator[None]:
             yield
     except RenderStopped as error:
         click.echo(f"{error} {how}", err=True)
-        raise click.exceptions.Exit(128 + received[0]) from None
+        number = received[0] if received else signal.SIGINT  # stopped on the page
+        raise click.exceptions.Exit(128 + number) from None
 
 
 def _format_speed(summary: RenderSummary, config: Config) -> str:

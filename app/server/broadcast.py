@@ -141,7 +141,7 @@ class Broadcast:
             self._wake()
 
     def end(self) -> None:
-        """End the stream of every viewer, as the server ends."""
+        """End the stream of every viewer once it has all there is."""
         with self._lock:
             self._ended = True
             self._wake()
@@ -151,14 +151,13 @@ class Broadcast:
             viewer.wake()
 
     async def follow(self) -> AsyncGenerator[Message, None]:
-        """Yield what a viewer gets, from the latest fragment on, until the server ends."""
+        """Yield what a viewer gets, from the latest fragment on, until `end` was called."""
         with self._lock:
             viewer = _Viewer(self._published - bool(self._fragments))
             self._viewers.add(viewer)
         self._on_audience()
         try:
-            while not self._ended:
-                message = self._next_message(viewer)
+            while (message := self._next_message(viewer)) is not None or not self._ended:
                 if message is None:
                     await viewer.wait()
                 else:

@@ -80,7 +80,11 @@ class Show:
         info, count, began = block.info, len(block.frames), time.perf_counter()
         fragment = self._encoder.encode(block.frames, info.frames - count)
         encode_seconds = time.perf_counter() - began
-        if info.switch is not None and info.switch.history == "cut":
+        if not self.blocks:  # a render that is resumed begins later
+            switches = self.video.request.timeline.switches
+            cuts = [cut for cut in switches if cut < info.index and switches[cut].effect == "cut"]
+            self._scene = max(cuts, default=0)
+        if info.switch is not None and info.switch.effect == "cut":
             self._scene = info.index
         entry = self._describe_block(info, count, encode_seconds)
         self._add_to_recording(fragment, count)

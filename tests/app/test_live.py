@@ -1,19 +1,14 @@
 """The live video over a real socket: steered, watched, recorded, rendered once more."""
 
 import io
-import json
 import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
+from functools import partial
 
 import av
-import msgspec
 import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from websockets.sync.client import connect
 
 from packforcing.app.server.show import Show
 from packforcing.app.server.stage import Stage
@@ -21,7 +16,7 @@ from packforcing.errors import BackendError
 from packforcing.prompts import read_schedule
 from packforcing.runtime.video_files import open_video
 from tests.helpers import PROMPT, TINY, frames_of
-from tests.serving import serving
+from tests.serving import call_route, serving, viewing
 
 MEGABYTE = 1 << 20
 
@@ -36,73 +31,14 @@ def server(tiny_bundle, tmp_path_factory):
 def call(server):
     """Return a function that calls a route: JSON in and out, and (status, error) of a refusal."""
 
-    def call(path, method="POST", body=b"", kind="application/json", **fields):
-        body = msgspec.json.encode(fields) if fields else body
-        headers = {"content-type": kind}
-        request = urllib.request.Request(server.url + path, body or None, headers, method=method)
-        try:
-            with urllib.request.urlopen(request) as response:
-                data = response.read()
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)["error"]["message"]
-        return json.loads(data) if data[:1] == b"{" else data
-
-    yield call
+    yield partial(call_route, server.url)
     if server.stage.show is not None:
         server.stage.show.stop()
 
 
-class Viewer:
-    """A client of the stream.
-
-    Attributes:
-        state: The latest.
-        header: The latest, with its data.
-        blocks: Those since the header, with their data.
-    """
-
-    def __init__(self, socket):
-        self.socket, self.state, self.header, self.blocks = socket, None, None, []
-
-    def receive(self, kind):
-        """Receive messages up to the next one of a kind, and return it."""
-        while True:
-            message = json.loads(self.socket.recv(timeout=60))
-            if message["type"] == "state":
-                self.state = message
-            else:
-                message["data"] = self.socket.recv(timeout=60)
-                if message["type"] == "header":
-                    self.header, self.blocks = message, []
-                else:
-                    self.blocks.append(message)
-            if message["type"] == kind:
-                return message
-
-    def receive_state(self, state):
-        while (
-            self.state is None or not self.state["video"] or self.state["video"]["state"] != state
-        ):
-            self.receive("state")
-
-    @property
-    def frames(self):
-        data = self.header["data"] + b"".join(block["data"] for block in self.blocks)
-        with av.open(io.BytesIO(data)) as container:
-            return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
-
-
-@contextmanager
-def watching(server, **options):
-    address = server.url.replace("http", "ws") + "/v1/live/stream"
-    options = {"max_size": None, "compression": None, "close_timeout": 0.2, **options}
-    with connect(address, **options) as socket:
-        yield Viewer(socket)
-
-
 @pytest.fixture
 def viewer(server):
-    with watching(server, max_queue=None) as viewer:
+    with viewing(server.url, max_queue=None) as viewer:
         yield viewer
 
 
@@ -320,7 +256,7 @@ def test_a_stalled_viewer_costs_no_memory_and_the_others_nothing(server, call, v
     call("/v1/live/stop")
     viewer.receive_state("stopped")
     header, process = server.stage.show.header, psutil.Process()
-    with watching(server) as stalled:
+    with viewing(server.url) as stalled:
         stalled.receive("header")
         before = process.memory_info().rss
         for number in range(300):

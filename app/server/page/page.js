@@ -411,14 +411,16 @@ addEventListener("keydown", (event) => {
 
 // ---- the glow behind the picture
 
-const GLOW_FRAMES = 4; // of the video for one of the glow: a browser without a GPU draws it on the CPU
+const glow = byId("glow");
+const glowContext = glow.getContext("2d");
+
+function drawGlow() {
+  if (video.videoWidth) glowContext.drawImage(video, 0, 0, glow.width, glow.height);
+}
 
 if (video.requestVideoFrameCallback && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
-  const glow = byId("glow");
-  const context = glow.getContext("2d");
-  let frames = 0;
   const onFrame = () => {
-    if (frames++ % GLOW_FRAMES === 0) context.drawImage(video, 0, 0, glow.width, glow.height);
+    drawGlow();
     video.requestVideoFrameCallback(onFrame);
   };
   video.requestVideoFrameCallback(onFrame);
