@@ -5,11 +5,15 @@ INSTALLED := .venv/installed
 DEMO := out/demo
 TYPED := build/typed
 
-.PHONY: demo test full bench figures docs lint typed clean
+.PHONY: demo live test full bench figures docs lint typed clean
 
 demo: $(INSTALLED)  ## export the demo model, render a prompt with it, write a report
 	$(BIN)/packforcing export --model demo --out $(DEMO)/bundle
 	$(BIN)/packforcing demo --bundle $(DEMO)/bundle --out $(DEMO)
+
+live: $(INSTALLED)  ## open a page on which the demo model's video is steered while it is made
+	test -f $(DEMO)/bundle/manifest.json || $(BIN)/packforcing export --model demo --out $(DEMO)/bundle
+	$(BIN)/packforcing serve $(DEMO)/bundle --open
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

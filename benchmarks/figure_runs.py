@@ -84,6 +84,10 @@ RUNS = {
         (packforcing(values.PLAN.removeprefix("packforcing ")),), 1, values.plan_values,
         pictures={"docs/plan.png": pictures.drawn_by_the_command},
     ),
+    "page": Run(
+        (benchmark("page_picture --out docs/serve.png"),), 2, lambda results: {},
+        pictures={"docs/serve.png": pictures.drawn_by_the_command},
+    ),
     "self-forcing": Run(
         (
             packforcing(values.SELF_FORCING.removeprefix("packforcing ")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from packforcing.app.reports.plan import plan_figure
 from packforcing.app.reports.plots import COLORS, loss_plots, measure_plots, plot_style, svg
 from packforcing.app.reports.tables import make_table
 from packforcing.calibration.recipes import OutputLoss
-from packforcing.config import Policy
+from packforcing.config import Config, Policy
 from packforcing.evaluation.compare import (
     CLOSE,
     END,
@@ -36,7 +35,6 @@ from packforcing.evaluation.compare import (
 )
 from packforcing.evaluation.intervals import Estimate, estimate_mean
 from packforcing.evaluation.measures import ALL_MEASURES, SEGMENT, format_value
-from packforcing.evaluation.video_reader import read_frames
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.video_files import open_video
 from packforcing.units import format_file_size, format_memory
@@ -61,7 +59,7 @@ def write_report(folder: Path, comparison: Comparison) -> Path:
     config, names = comparison.config, list(comparison.costs)
     prompts = sorted({pair.number for pair in comparison.pairs})
     urls = {
-        (pair.number, pair.policy): _url(_playable_video(folder, pair, config.fps))
+        (pair.number, pair.policy): _url(_playable_video(folder, pair, config))
         for pair in comparison.pairs
     }
     end_table = list(_measure_rows(comparison.end))
@@ -212,16 +210,19 @@ def _title(comparison: Comparison, number: int) -> str:
     return f"{pair.prompt} (seed {pair.seed})"
 
 
-def _playable_video(folder: Path, pair: Pair, fps: int) -> str:
+def _playable_video(folder: Path, pair: Pair, config: Config) -> str:
     """Return the video for a page; browsers play no lossless one, so that has a copy beside it."""
+    import av
+
     video = folder / pair.video
     copy = video.with_suffix(".mp4")
     if not copy.exists():
-        frames = read_frames(video)
-        first = next(frames)
-        with open_video(copy, first.shape[1], first.shape[0], fps) as writer:
-            for frame in itertools.chain([first], frames):
-                writer.write(frame[None])
+        with (
+            av.open(video) as source,
+            open_video(copy, config.width, config.height, config.fps) as writer,
+        ):
+            for frame in source.decode(video=0):
+                writer.write(frame.to_ndarray(format="rgb24")[None])
     return copy.relative_to(folder).as_posix()
 
 

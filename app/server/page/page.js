@@ -40,6 +40,8 @@ function playingSeconds() {
 const connectNow = followStream(video, {
   onState(message) {
     const isFirst = !state;
+    const isOtherServer = !isFirst && JSON.stringify(state.bundle) !== JSON.stringify(message.bundle);
+    if (isOtherServer) return location.reload();
     state = message;
     if (isFirst) setUp();
     expectBlocksOf(message.video?.id ?? null);
@@ -378,9 +380,13 @@ function toggleFullscreen() {
 
 // ---- keys
 
-const singleKeys = byId("single-keys");
-singleKeys.checked = localStorage.getItem("single-keys") !== "off";
-singleKeys.addEventListener("change", () => localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
+const singleKeys = byId("single-keys"); // can be turned off, for those who dictate
+try {
+  singleKeys.checked = localStorage.getItem("single-keys") !== "off";
+  singleKeys.addEventListener("change", () => localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
+} catch {
+  // a browser that stores nothing forgets the choice
+}
 
 const keys = {
   "/": () => prompt.focus(),
@@ -411,16 +417,14 @@ addEventListener("keydown", (event) => {
 
 // ---- the glow behind the picture
 
-const glow = byId("glow");
-const glowContext = glow.getContext("2d");
-
-function drawGlow() {
-  if (video.videoWidth) glowContext.drawImage(video, 0, 0, glow.width, glow.height);
-}
+const GLOW_FRAMES = 4; // of the video for one of the glow: a browser without a GPU draws it on the CPU
 
 if (video.requestVideoFrameCallback && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
+  const glow = byId("glow");
+  const context = glow.getContext("2d");
+  let frames = 0;
   const onFrame = () => {
-    drawGlow();
+    if (frames++ % GLOW_FRAMES === 0) context.drawImage(video, 0, 0, glow.width, glow.height);
     video.requestVideoFrameCallback(onFrame);
   };
   video.requestVideoFrameCallback(onFrame);

@@ -27,11 +27,11 @@ function createPlayer(video, handlers) {
     const opened = (source = new Source());
     queue = [header];
     video.disableRemotePlayback = true; // a managed source does not open otherwise
-    video.src = URL.createObjectURL(opened);
+    const url = (video.src = URL.createObjectURL(opened));
     opened.addEventListener(
       "sourceopen",
       () => {
-        URL.revokeObjectURL(video.src);
+        URL.revokeObjectURL(url);
         if (opened !== source) return;
         buffer = opened.addSourceBuffer(mime);
         buffer.addEventListener("updateend", () => {
