@@ -36,6 +36,8 @@ the decoder's frames and state that of the computation. The others are float32.
 from __future__ import annotations
 
 import hashlib
+import mmap
+import re
 import stat
 from pathlib import Path
 
@@ -241,25 +243,22 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def check_files(directory: str | Path, manifest: Manifest) -> None:
-    """Compare every file of a bundle with its manifest.
+    """Compare every listed file of a bundle with its manifest.
 
-    A file that is not listed is refused, since a graph could read its weights from there. So is a
-    link, which may lead anywhere. Engines have a folder of their own, which no listed file is in.
+    A link counts as what it leads to, since that is how caches of the hub keep files. Other files
+    may lie beside the listed ones, like a model card, as long as no graph reads its weights there:
+    no hash would cover them. Engines have a folder of their own.
 
     Raises:
-        BundleError: Names the first file that is missing, damaged or not listed.
+        BundleError: Names the first file that is missing or damaged, or weights that are not
+            listed.
     """
-    for path in sorted(Path(directory).iterdir()):
-        if path.name == ENGINE_FOLDER and path.is_dir() and not path.is_symlink():
-            continue
-        if path.name not in manifest.files and path.name != MANIFEST:
-            raise BundleError(f"{path} is not part of the bundle; remove it")
     for name, record in manifest.files.items():
         path = Path(directory) / name
         try:
-            status = path.lstat()
+            status = path.stat()
             if not stat.S_ISREG(status.st_mode):
-                raise BundleError(f"{path} is a link or no file; put the file itself there")
+                raise BundleError(f"{path} is no file; put the file itself there")
             # the size first: what is far too large need not be read
             if status.st_size != record.bytes or file_record(path) != record:
                 raise BundleError(
@@ -269,3 +268,26 @@ def check_files(directory: str | Path, manifest: Manifest) -> None:
             raise BundleError(
                 f"the bundle lacks {path} ({error.strerror}); export or download it again"
             ) from error
+    for graph in manifest.graphs:
+        for name in sorted(weight_files(Path(directory) / graph_file(graph))):
+            if name not in manifest.files:
+                raise BundleError(
+                    f"{graph_file(graph)} reads weights from '{name}', which the manifest of "
+                    f"{directory} does not list; export or download the bundle again"
+                )
+
+
+def weight_files(graph: Path) -> set[str]:
+    """Return the names of the files that a graph reads weights from.
+
+    ONNX writes them as entries "location" of its tensors: field 1 of a message with the key, field
+    2 with the value, each a length and its bytes (Protocol Buffers' encoding).
+    """
+    names = set[str]()
+    if not graph.stat().st_size:  # cannot be mapped
+        return names
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for entry in re.finditer(rb"\n\x08location\x12([\x80-\xff]{0,4}[\0-\x7f])", content):
+            length = sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(entry[1]))
+            names.add(content[entry.end() : entry.end() + length].decode("utf-8", "replace"))
+    return names

@@ -64,7 +64,8 @@ class OnnxGraph:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         # multiply quantized weights in the activations' own dtype, not rounded to int8
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
+        if model:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         if device:
             # an operator without a GPU kernel is an error, not work for the CPU
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

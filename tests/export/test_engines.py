@@ -19,7 +19,6 @@ from packforcing import model_config
 from packforcing.config import Precision
 from packforcing.errors import (
     BackendError,
-    BundleError,
     ConfigError,
     MissingDependency,
     OutputError,
@@ -349,8 +348,10 @@ def test_a_damaged_engine_is_refused_and_built_again(rebuilt, damage, message):
 
 def test_a_file_in_the_place_of_the_engines_is_refused(bundle):
     (bundle / "engines").write_text("not a folder")
-    with pytest.raises(BundleError, match="engines is not part of the bundle"):
-        check_files(bundle, read_manifest(bundle))
+    with pytest.raises(BackendError, match="is not built for tensorrt-rtx"):
+        read_records(bundle, RTX)
+    with pytest.raises(OutputError, match="engines"):
+        engines.build_engines(bundle)
 
 
 # When it is killed. The graph is the smallest, so that each takes a second.

@@ -21,6 +21,7 @@ from packforcing.export import export_bundle
 from packforcing.export.exporter import save_graph
 from packforcing.export.graphs import WRAPPERS, example_inputs, export_graph
 from packforcing.export.lint import TRACE_SIZES, lint
+from packforcing.files import file_sha256
 from packforcing.model import LazyWeights, Model, open_weights, save_model
 from packforcing.runtime import Session
 from packforcing.runtime.backends.onnxruntime import OnnxGraph
@@ -31,6 +32,7 @@ from packforcing.runtime.bundle import (
     check_files,
     contract,
     read_manifest,
+    weight_files,
 )
 from packforcing.runtime.device import view
 
@@ -204,11 +206,12 @@ def test_damaged_files_are_refused(copy):
         check_files(copy, manifest)
 
 
-def test_unlisted_files_are_refused(copy):
-    """A graph could read weights from there that no hash covers."""
-    (copy / "weights.data").touch()
-    with pytest.raises(BundleError, match=r"weights\.data is not part of the bundle"):
-        check_files(copy, read_manifest(copy))
+def test_a_bundle_may_have_what_the_hub_and_desktops_add(copy):
+    """A model card, dot files and folders: no graph reads its weights there."""
+    for name in ("README.md", ".gitattributes", ".DS_Store", "Thumbs.db"):
+        (copy / name).write_text("weights")
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    check_files(copy, read_manifest(copy))
 
 
 def test_large_weights_are_files_beside_their_graph(tiny_bundle, tiny_model, tmp_path, monkeypatch):
@@ -220,11 +223,18 @@ def test_large_weights_are_files_beside_their_graph(tiny_bundle, tiny_model, tmp
     manifest = export_bundle(tiny_model.config, tiny_model.weights(), tmp_path / "large")
     check_files(tmp_path / "large", manifest)
     assert "denoiser.onnx.data" in manifest.files
+    assert weight_files(tmp_path / "large" / "denoiser.onnx") == {"denoiser.onnx.data"}
+    # as the hub's cache keeps a download: files under their digests, and links
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for path in (tmp_path / "large").iterdir():
+        blob = shutil.copy(path, tmp_path / "blobs" / file_sha256(path))
+        (tmp_path / "snapshot" / path.name).symlink_to(f"../blobs/{blob.name}")
     videos = []
-    for bundle in (tiny_bundle, tmp_path / "large"):
+    for bundle in (tiny_bundle, tmp_path / "large", tmp_path / "snapshot"):
         with Session.open(bundle) as session:
             videos.append(next(session.stream("a red star", 1)))
-    assert np.array_equal(*videos)
+    assert np.array_equal(videos[0], videos[1]) and np.array_equal(videos[0], videos[2])
 
 
 def test_an_interrupted_export_leaves_the_old_bundle(copy, tiny_model, monkeypatch):
