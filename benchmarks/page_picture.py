@@ -20,9 +20,9 @@ from PIL import Image
 
 SEED = 11
 PROMPTS = {  # by the block they are switched at
-    0: "a red star over navy stripes",
-    24: "a yellow star over navy stripes",
-    44: "a green circle over teal checks",
+    0: "a blue square over sand dots",
+    24: "a red star over sand dots",
+    44: "a yellow star over navy stripes",
 }
 BLOCKS = 72
 SIZE = {"width": 1280, "height": 860}

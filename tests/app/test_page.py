@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 import signal
@@ -259,6 +260,29 @@ def test_a_lost_connection_is_told_and_made_again(browser, server):
         page.wait_for_selector("body:not(.offline)")
         assert len(sockets) > 1
         wait(page, lambda: read_scene(picture(page)).color == "yellow")
+        page.click("#stop")
+
+
+def test_the_picture_goes_on_after_lost_fragments(browser, server):
+    """A viewer who is too slow is not sent all."""
+    messages = []
+
+    def lose_some(socket, upstream):
+        def send(message):
+            if isinstance(message, str):
+                messages.append(json.loads(message))
+            if not 4 <= messages[-1].get("index", 0) < 8:
+                socket.send(message)
+
+        upstream.on_message(send)
+
+    with open_page(browser, server, on_socket=lose_some) as page:
+        begin(page, "a purple square over forest dots")
+        wait(page, lambda: messages[-1].get("index", 0) >= 8)
+        resumed = next(block["first_frame"] for block in messages if block.get("index") == 8)
+        shown = "document.getElementById('picture').currentTime"
+        wait(page, lambda: page.evaluate(shown) > resumed / 16)
+        assert page.evaluate("document.getElementById('picture').buffered.length") == 2
         page.click("#stop")
 
 

@@ -9,6 +9,7 @@ import { followStream } from "./stream.js";
 
 const MOST_BLOCKS = 240; // that the charts show
 const SPEED_BLOCKS = 20; // that the speed is the mean of
+const NOTE_SECONDS = 5; // that a remark on the picture stays
 const LIVE = ["running", "paused", "unwatched"];
 const HISTORY_HINTS = {
   keep: "What was made stays as it is; the new prompt blends into it.",
@@ -66,11 +67,16 @@ const connectNow = followStream(video, {
     connection = { status, detail };
     showNotice();
   },
+  isOver: () => Boolean(state) && !state.steerable && !isLive(), // a watched render ends its server
   onUnsupported(mime) {
     unsupported = mime;
     showNotice();
   },
-  onJump: (seconds) => say(byId("stage-line"), `Jumped ahead ${seconds.toFixed(1)} s, to what is made now.`),
+  onJump(seconds) {
+    if (!state.steerable) return; // a render is faster or slower than it plays
+    say(byId("stage-line"), `Jumped ahead ${seconds.toFixed(1)} s, to what is made now.`);
+    setTimeout(() => say(byId("stage-line"), ""), NOTE_SECONDS * 1000);
+  },
 });
 
 /** A video's header may come before the state that has its id, or after it. */
@@ -204,7 +210,7 @@ function showNotice() {
   setText(byId("notice-text"), text ?? "");
   byId("notice-action").hidden = !action;
   setText(byId("notice-action"), action ?? "");
-  document.body.classList.toggle("offline", connection.status !== "open");
+  document.body.classList.toggle("offline", ["lost", "refused"].includes(connection.status));
 }
 
 function notice() {

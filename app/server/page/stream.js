@@ -4,6 +4,7 @@ import { call } from "./api.js";
 
 const PLAYED_SECONDS = 15; // of the video that stay in the buffer after they were shown
 const LONGEST_QUEUE = 64; // fragments that wait for the buffer; older ones are dropped
+const FASTEST = 8; // times of real time: a render that is watched may be faster than it plays
 const WAITS_SECONDS = [0.5, 1, 2, 4, 8]; // before another attempt to connect
 
 /**
@@ -18,10 +19,12 @@ function createPlayer(video, handlers) {
   let buffer = null;
   let queue = [];
   let blockSeconds = 0.5; // that a block plays
-  let speed = 1; // at which blocks are made, in times of real time
+  let speed = 1; // at which blocks come, in times of real time
+  let latest = 0; // when one came, in seconds
 
   function begin(mime, header) {
     end();
+    [speed, latest] = [1, 0];
     const Source = self.ManagedMediaSource ?? self.MediaSource; // the first is all that an iPhone has
     if (!Source?.isTypeSupported(mime)) return handlers.onUnsupported(mime);
     const opened = (source = new Source());
@@ -45,9 +48,10 @@ function createPlayer(video, handlers) {
     video.play().catch(() => {}); // the browser waits for a click, or another video began
   }
 
-  function append(fragment, playing, making) {
-    blockSeconds = playing;
-    speed += 0.2 * (playing / making - speed);
+  function append(fragment, seconds) {
+    const now = performance.now() / 1000;
+    if (latest) speed += 0.2 * (Math.min(seconds / (now - latest), FASTEST) - speed);
+    [latest, blockSeconds] = [now, seconds];
     if (!source) return;
     queue.push(fragment);
     if (queue.length > LONGEST_QUEUE) queue.splice(buffer ? 0 : 1, 1);
@@ -78,17 +82,15 @@ function createPlayer(video, handlers) {
     const start = buffered.start(buffered.length - 1);
     const end = buffered.end(buffered.length - 1);
     const ahead = end - currentTime;
-    if (currentTime < start) {
-      const inEarlier = [...Array(buffered.length - 1).keys()].some(
-        (index) => currentTime >= buffered.start(index) && currentTime < buffered.end(index) - 0.1,
-      );
-      if (!inEarlier) video.currentTime = start + 1e-3;
-    } else if (ahead > Math.max(2, 5 * blockSeconds)) {
-      video.currentTime = Math.max(start, end - 2 * blockSeconds);
-      handlers.onJump(ahead);
+    const lags = ahead > Math.max(2, 5 * blockSeconds);
+    const isInGap = currentTime < start && video.readyState < video.HAVE_FUTURE_DATA;
+    if (lags || isInGap) {
+      if (lags && video.played.length) handlers.onJump(ahead);
+      video.currentTime = Math.max(start + 1e-3, end - 2 * blockSeconds);
     }
     const hurries = ahead > 3 * blockSeconds;
-    video.playbackRate = hurries ? 1.1 : Math.min(1, Math.max(0.1, speed * ahead / blockSeconds));
+    const slow = Math.min(1, Math.max(0.1, (speed * ahead) / blockSeconds));
+    video.playbackRate = hurries ? Math.max(1, speed) + 0.1 : slow;
     if (video.paused) video.play().catch(() => {});
   }
 
@@ -111,9 +113,11 @@ function createPlayer(video, handlers) {
  *
  * @param {HTMLVideoElement} video
  * @param {{onState: (state: object) => void, onBlock: (block: object) => void,
- *   onHeader: () => void, onConnection: (status: "open" | "lost" | "refused", detail?: any) => void,
+ *   onHeader: (header: object) => void, isOver: () => boolean,
+ *   onConnection: (status: "open" | "lost" | "refused" | "over", detail?: any) => void,
  *   onUnsupported: (mime: string) => void, onJump: (seconds: number) => void}} handlers
- *   of "lost" the detail is the seconds until the next attempt, of "refused" the server's reason
+ *   of "lost" the detail is the seconds until the next attempt, of "refused" the server's reason;
+ *   `isOver` tells whether a lost connection is the end
  * @returns {() => void} connects at once where an attempt is due later
  */
 export function followStream(video, handlers) {
@@ -138,7 +142,7 @@ export function followStream(video, handlers) {
     socket.onmessage = ({ data }) => {
       if (typeof data !== "string") {
         if (announced.type === "header") player.begin(announced.mime, data);
-        else player.append(data, announced.frames / fps, announced.seconds);
+        else player.append(data, announced.frames / fps);
         return;
       }
       const message = JSON.parse(data);
@@ -158,6 +162,7 @@ export function followStream(video, handlers) {
   // A refused handshake looks like a dead server: a plain request tells them apart.
   async function retry() {
     const seconds = WAITS_SECONDS[Math.min(attempts++, WAITS_SECONDS.length - 1)];
+    if (handlers.isOver()) return handlers.onConnection("over");
     const refusal = await call("GET", "v1/live").then(() => null, (error) => error);
     if ([401, 403].includes(refusal?.status)) return handlers.onConnection("refused", refusal.message);
     handlers.onConnection("lost", seconds);
