@@ -22,6 +22,7 @@ from websockets.sync.client import connect
 from packforcing.app.jobs.store import Store
 from packforcing.app.jobs.worker import Worker
 from packforcing.app.server.application import make_application
+from packforcing.app.server.broadcast import bound_unsent
 from packforcing.app.server.live import live_router, watch_router
 from packforcing.app.server.stage import Stage
 from packforcing.app.server.videos import Service, videos_router
@@ -47,6 +48,7 @@ class Served:
 def running(application, stop=lambda: None) -> Iterator[str]:
     """Serve an application in a thread; yield its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
+    bound_unsent(listener)
     config = uvicorn.Config(
         application, log_config=None, access_log=False, lifespan="off", ws_per_message_deflate=False
     )

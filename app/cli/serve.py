@@ -80,6 +80,7 @@ def serve(
     """
     with optional_imports("serving", "serve"):
         from packforcing.app.server.application import make_application
+        from packforcing.app.server.broadcast import bound_unsent
         from packforcing.app.server.live import live_router, watch_router
         from packforcing.app.server.stage import Stage
         from packforcing.app.server.videos import Service, videos_router
@@ -94,6 +95,7 @@ def serve(
             f"{config.height}: export it at another --size"
         )
     listener = _listen(host, port)
+    bound_unsent(listener)
     _log_to_stderr()
     with (
         listener,

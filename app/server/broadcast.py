@@ -9,6 +9,7 @@ video is described when a viewer takes it: however many changes there were, the 
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 
 LATEST = 4  # fragments that are kept
+UNSENT_BYTES = 1 << 16  # of a connection, that the system holds
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,16 @@ class Broadcast:
         text, fragment = self._fragments[viewer.place - oldest]
         viewer.place += 1
         return Message("block", f'{text[:-1]},"lost":{viewer.lost}}}', fragment)
+
+
+def bound_unsent(listener: socket.socket) -> None:
+    """Have the system hold little that a viewer has not taken: its megabytes are minutes of video.
+
+    Args:
+        listener: Connections that it accepts are bounded.
+    """
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # not on Windows
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 def _header_message(header: Header) -> Message:

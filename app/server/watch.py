@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from packforcing.app.server.application import make_application
+from packforcing.app.server.broadcast import bound_unsent
 from packforcing.app.server.live import watch_router
 from packforcing.app.server.show import Show
 from packforcing.app.server.stage import Stage
@@ -45,6 +46,7 @@ def watching(
     """
     stage = Stage(session)
     with _listen() as listener:
+        bound_unsent(listener)
         show = stage.present(video)
         server = uvicorn.Server(
             uvicorn.Config(

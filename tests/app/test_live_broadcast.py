@@ -1,11 +1,15 @@
 """One stream, many viewers: what a slow one misses is its own loss, and states arrive."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import threading
 from contextlib import aclosing
 
-from packforcing.app.server.broadcast import LATEST, Broadcast, Header
+import pytest
+
+from packforcing.app.server.broadcast import LATEST, Broadcast, Header, bound_unsent
 
 HEADER = Header("live_1", "video/mp4", b"header")
 
@@ -112,3 +116,17 @@ def test_a_new_video_comes_with_its_state_and_header_and_nothing_of_the_one_befo
         assert broadcast.viewers == 0
 
     asyncio.run(watch())
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="the system has no such bound")
+def test_the_system_holds_little_of_what_is_not_taken():
+    """By default, it takes megabytes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        bound_unsent(listener)
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            accepted.setblocking(False)
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                while sent < 1 << 24:
+                    sent += accepted.send(bytes(1 << 12))
+    assert sent < 1 << 20
