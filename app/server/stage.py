@@ -237,9 +237,9 @@ class Stage:
                     encoded.result()
         except PackForcingError as failure:
             error = str(failure)
-        except Exception as failure:
+        except Exception:
             _log.exception("the live video failed")
-            error = f"{type(failure).__name__}: {failure}"
+            error = "an internal error; the log of the server has the details"
         show.end(error and " ".join(error.split()))
         if (recording := show.take_recording()) is not None:
             try:

@@ -1,7 +1,9 @@
 """The live video over a real socket: steered, watched, recorded, rendered once more."""
 
+import asyncio
 import io
 import time
+from contextlib import aclosing
 from functools import partial
 
 import av
@@ -271,22 +273,50 @@ def test_a_stalled_viewer_costs_no_memory_and_the_others_nothing(server, call, v
         assert stalled.blocks[-1]["lost"] > 200
 
 
-def test_a_video_that_nobody_watches_rests(tiny_bundle, server, call):
+def test_a_viewer_who_takes_nothing_is_sent_away(server, call, viewer, monkeypatch):
+    monkeypatch.setattr("packforcing.app.server.live.STALLED_SECONDS", 0.5)
+    begin(call, viewer)
+    call("/v1/live/stop")
+    viewer.receive_state("stopped")
+    broadcast, header = server.stage.broadcast, server.stage.show.header
+    with viewing(server.url) as stalled:
+        stalled.receive("header")
+        assert broadcast.viewers == 2
+        end = time.monotonic() + 60
+        while broadcast.viewers == 2 and time.monotonic() < end:
+            broadcast.publish(header, {"index": 1}, bytes(MEGABYTE))
+            viewer.receive("block")
+            viewer.blocks.clear()
+        assert broadcast.viewers == 1
+
+
+def test_a_video_that_nobody_watches_rests(server):
     """Until somebody comes, or it is recorded."""
     stage = Stage(server.service.session, server.service.store, unwatched_seconds=0, lead=None)
+
+    async def watch(blocks):
+        async with aclosing(stage.broadcast.follow()) as messages:
+            async for message in messages:
+                blocks -= message.kind == "block"
+                if not blocks:
+                    return
+
     stage.begin(PROMPT)
-    maker_rests(stage)
+    wait_for_rest(stage)
+    asyncio.run(asyncio.wait_for(watch(4), 60))
+    wait_for_rest(stage)
     stage.record()
     blocks = stage.show.blocks
     while stage.show.blocks < blocks + 3:
         assert stage.show.live
     job = stage.finish_recording()
-    assert job.frames >= 9 and job.frames % 12 in (0, 9)
-    maker_rests(stage)
+    assert job.frames >= 36 and job.frames % 12 == 0
+    wait_for_rest(stage)
     stage.close()
+    assert stage.show.state == "stopped"
 
 
-def maker_rests(stage):
+def wait_for_rest(stage):
     end = time.monotonic() + 60
     while stage.show.state != "unwatched":
         assert time.monotonic() < end
