@@ -37,7 +37,7 @@ export async function call(method, path, body) {
   return answer;
 }
 
-/** Put fields into a form if a file is among them, else return them as they are; null is left out. */
+/** Put fields into a form if a file is among them, else return them; empty ones are left out. */
 export function requestBody(fields) {
   const present = Object.entries(fields).filter(([, value]) => value !== null && value !== "");
   if (!present.some(([, value]) => value instanceof Blob)) return Object.fromEntries(present);

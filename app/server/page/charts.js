@@ -10,8 +10,8 @@ const PARTITIONS = ["sink", "mid", "recent"];
  *
  * @param {HTMLCanvasElement} canvas
  * @param {HTMLElement} readout says what the block looked at has; the latest, if none is
- * @param {(context: CanvasRenderingContext2D, size: object, blocks: object[], chosen: object | null)
- *   => ((block: object) => number)} draw returns where a block is across, in pixels
+ * @param {(context: CanvasRenderingContext2D, size: object, blocks: object[],
+ *   chosen: object | null) => ((block: object) => number)} draw returns where a block is across
  * @param {(block: object) => string} describe
  * @returns {(blocks: object[]) => void} draws other blocks
  */
@@ -26,9 +26,9 @@ function blockChart(canvas, readout, draw, describe) {
     const { width, height } = canvas.getBoundingClientRect();
     if (!width) return;
     const scale = devicePixelRatio;
-    if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-      canvas.width = Math.round(width * scale);
-      canvas.height = Math.round(height * scale);
+    const pixels = [Math.round(width * scale), Math.round(height * scale)];
+    if (pixels.join() !== [canvas.width, canvas.height].join()) {
+      [canvas.width, canvas.height] = pixels;
     }
     const context = canvas.getContext("2d");
     context.setTransform(scale, 0, 0, scale, 0, 0);
@@ -37,8 +37,9 @@ function blockChart(canvas, readout, draw, describe) {
     if (!block) chosen = null;
     across = draw(context, { width, height }, blocks, block);
     const described = block ?? blocks.at(-1);
-    setText(readout, described ? describe(described) : canvas.dataset.empty);
-    if (described) canvas.setAttribute("aria-label", `${canvas.dataset.name}. ${describe(described)}`);
+    const text = described ? describe(described) : canvas.dataset.empty;
+    setText(readout, text);
+    canvas.setAttribute("aria-label", `${canvas.dataset.name}. ${text}`);
   }
 
   function request() {
@@ -111,8 +112,9 @@ export function speedChart(canvas, readout, playing) {
       const [top, base] = [8, height - 1];
       const step = width / count;
       const left = (index) => (index - first) * step;
-      const sorted = blocks.map((block) => block.seconds + block.encode_seconds).sort((a, b) => a - b);
-      const longest = sorted[Math.floor(sorted.length * 0.98)] ?? 0; // one slow block hides no other
+      const times = blocks.map((block) => block.seconds + block.encode_seconds);
+      times.sort((a, b) => a - b);
+      const longest = times[Math.floor(times.length * 0.98)] ?? 0; // a slow block hides no other
       const most = Math.max(playing() * 1.15, Math.min(longest * 1.1, playing() * 20));
       const up = (seconds) => (Math.min(seconds, most) / most) * (base - top);
       const gap = step > 3 ? 1 : 0;
@@ -147,9 +149,11 @@ export function speedChart(canvas, readout, playing) {
       context.fillText(label, width - wide - 3, level + 14);
       return (block) => left(block.index) + step / 2;
     },
-    (block) =>
-      `Block ${block.index}: ${duration(block.seconds)}, and ${duration(block.encode_seconds)} to encode` +
-      describeSwitch(block),
+    (block) => {
+      const { index, seconds, encode_seconds: encoding } = block;
+      const times = `${duration(seconds)}, and ${duration(encoding)} to encode`;
+      return `Block ${index}: ${times}${describeSwitch(block)}`;
+    },
   );
 }
 
@@ -171,9 +175,10 @@ export function readsChart(canvas, readout) {
       const last = Math.max(blocks.at(-1)?.index ?? 0, FEWEST_BLOCKS - 1);
       const step = width / count;
       const down = height / (last + 1);
-      const [wide, tall] = [Math.max(step - (step > 3 ? 1 : 0), 1), Math.max(down - (down > 3 ? 1 : 0), 1.5)];
+      const wide = Math.max(step - (step > 3 ? 1 : 0), 1);
+      const tall = Math.max(down - (down > 3 ? 1 : 0), 1.5);
       const left = (index) => (index - first) * step;
-      context.fillStyle = color("diagonal"); // the blocks themselves: nothing is read on and below it
+      context.fillStyle = color("diagonal"); // what is not made yet cannot be read
       context.beginPath();
       context.moveTo(left(Math.max(first, 0)), first * down);
       context.lineTo(width, Math.min((first + count) * down, height));
@@ -185,7 +190,9 @@ export function readsChart(canvas, readout) {
         context.fillStyle = color(partition);
         for (const block of blocks) {
           context.globalAlpha = chosen && chosen !== block ? 0.4 : 1;
-          for (const read of block[partition]) context.fillRect(left(block.index), read * down, wide, tall);
+          for (const read of block[partition]) {
+            context.fillRect(left(block.index), read * down, wide, tall);
+          }
         }
       }
       context.globalAlpha = 1;
@@ -210,7 +217,9 @@ export function showMemory(target, rows) {
   if (target.dataset.drawn === drawn) return;
   target.dataset.drawn = drawn;
   target.replaceChildren(
-    ...["device", "host"].flatMap((place) => showPlace(place, rows.filter((row) => row.where === place))),
+    ...["device", "host"].flatMap((place) =>
+      showPlace(place, rows.filter((row) => row.where === place)),
+    ),
     ...rows
       .filter((row) => GROWING.test(row.name))
       .map((row) => {
@@ -223,7 +232,8 @@ export function showMemory(target, rows) {
 const PLACES = { device: "GPU memory", host: "host memory" };
 
 function showPlace(place, rows) {
-  const sorted = rows.filter((row) => row.bytes && !GROWING.test(row.name)).sort((a, b) => b.bytes - a.bytes);
+  const fixed = rows.filter((row) => row.bytes && !GROWING.test(row.name));
+  const sorted = fixed.sort((a, b) => b.bytes - a.bytes);
   if (!sorted.length) return [];
   const count = sorted.length > PARTS + 1 ? PARTS : sorted.length; // one alone is not summed up
   const parts = sorted.slice(0, count);

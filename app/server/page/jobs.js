@@ -62,14 +62,14 @@ export function showJobs() {
     const oldest = data.at(-1)?.id ?? "";
     for (const id of jobs.keys()) if (!listed.has(id) && (id > oldest || !more)) jobs.delete(id);
     for (const job of data) jobs.set(job.id, job);
-    const next = [...jobs.values()].filter((job) => !listed.has(job.id) && isActive(job)).sort(compare);
-    for (const { id } of next.slice(0, 1)) {
-      try {
-        jobs.set(id, await call("GET", `v1/videos/${id}`));
-      } catch (error) {
-        if (error.status !== 404) throw error;
-        jobs.delete(id);
-      }
+    const unlisted = [...jobs.values()].filter((job) => !listed.has(job.id) && isActive(job));
+    const [next] = unlisted.sort(compare);
+    if (!next) return;
+    try {
+      jobs.set(next.id, await call("GET", `v1/videos/${next.id}`));
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      jobs.delete(next.id);
     }
   }
 
@@ -98,7 +98,8 @@ export function showJobs() {
       if (!cards.has(job.id)) cards.set(job.id, makeCard(job.id));
       const { root, update } = cards.get(job.id);
       update(job);
-      if (list.children[position] !== root) list.insertBefore(root, list.children[position] ?? null);
+      const there = list.children[position] ?? null;
+      if (there !== root) list.insertBefore(root, there);
     });
     const rest = sorted.length - visible.length;
     const more = byId(`more-${name}`);
@@ -119,8 +120,7 @@ export function showJobs() {
     jobs.set(job.id, job);
     draw();
     cards.get(job.id)?.root.classList.add("new");
-    const text = isActive(job) ? `Queued as a video${job.queue_position ? `, ${place(job.queue_position)}` : ""}.` : "Saved as a video.";
-    say(line, text);
+    say(line, isActive(job) ? `Queued as a video${place(job)}.` : "Saved as a video.");
     refresh();
   }
 
@@ -141,8 +141,13 @@ export function showJobs() {
     };
     const download = element("a", { href: `${base}/content`, download: `${id}.mp4` }, "Download");
     const schedule = element("a", { href: `${base}/schedule`, download: `${id}.toml` }, "Schedule");
-    const again = button("Render again", async () => add(await call("POST", `${base}/remix`, {}), line));
-    const cancel = button("Cancel", async () => jobs.set(id, await call("POST", `${base}/cancel`)) && draw());
+    const again = button("Render again", async () => {
+      add(await call("POST", `${base}/remix`, {}), line);
+    });
+    const cancel = button("Cancel", async () => {
+      jobs.set(id, await call("POST", `${base}/cancel`));
+      draw();
+    });
     const remove = button("Delete", async () => {
       await call("DELETE", base);
       jobs.delete(id);
@@ -150,8 +155,10 @@ export function showJobs() {
       draw();
       (next?.querySelector(".thumbnail") ?? byId("seconds")).focus(); // what had the focus is gone
     });
-    const actions = element("p", { className: "actions" }, download, schedule, again, cancel, remove);
-    const root = element("li", { className: "card" }, play, element("div", {}, title, status, meter, line, actions));
+    const buttons = [download, schedule, again, cancel, remove];
+    const actions = element("p", { className: "actions" }, ...buttons);
+    const text = element("div", {}, title, status, meter, line, actions);
+    const root = element("li", { className: "card" }, play, text);
     play.addEventListener("click", () => playJob(job, base));
 
     function update(current) {
@@ -168,7 +175,7 @@ export function showJobs() {
       remove.hidden = isActive(job);
       cancel.hidden = !isActive(job);
       play.disabled = !done;
-      play.setAttribute("aria-label", done ? `Play “${job.prompt}”` : `“${job.prompt}” is not rendered`);
+      play.setAttribute("aria-label", `${done ? "Play" : "No video of"} “${job.prompt}”`);
       if (done && picture.hidden) {
         picture.src = `${base}/content?variant=thumbnail`;
         picture.hidden = false;
@@ -177,7 +184,9 @@ export function showJobs() {
     return { root, update };
   }
 
-  for (const name of Object.keys(SHOWN)) byId(`more-${name}`).addEventListener("click", () => showMore(name));
+  for (const name of Object.keys(SHOWN)) {
+    byId(`more-${name}`).addEventListener("click", () => showMore(name));
+  }
   document.addEventListener("visibilitychange", () => document.hidden || refresh());
   byId("player").addEventListener("close", () => byId("player-video").removeAttribute("src"));
   refresh();
@@ -186,16 +195,19 @@ export function showJobs() {
 
 function describe(job) {
   const length = `${clock(Number(job.seconds), Number(job.seconds) % 1 ? 1 : 0)}`;
-  if (job.status === "queued") return `${length} · waits${job.queue_position ? `, ${place(job.queue_position)}` : ""}`;
+  if (job.status === "queued") return `${length} · waits${place(job)}`;
   if (job.status === "in_progress") return `${length} · ${job.progress}%`;
   if (isCancelled(job)) return `${length} · cancelled`;
-  if (job.status === "failed") return `${length} · failed: ${job.error?.message ?? "no reason is known"}`;
+  if (job.status === "failed") return `${length} · failed: ${job.error.message}`;
   const switches = job.schedule.length - 1;
   const kind = job.recorded ? " · recorded live" : "";
   return `${length}${kind}${switches ? ` · ${plural(switches, "switch", "switches")}` : ""}`;
 }
 
-const place = (position) => (position === 1 ? "next" : `number ${position}`);
+function place({ queue_position: position }) {
+  if (!position) return "";
+  return position === 1 ? ", next" : `, number ${position}`;
+}
 
 function playJob(job, base) {
   const video = byId("player-video");

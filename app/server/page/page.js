@@ -41,8 +41,8 @@ function playingSeconds() {
 const connectNow = followStream(video, {
   onState(message) {
     const isFirst = !state;
-    const isOtherServer = !isFirst && JSON.stringify(state.bundle) !== JSON.stringify(message.bundle);
-    if (isOtherServer) return location.reload();
+    const [before, now] = [state, message].map((each) => JSON.stringify(each?.bundle));
+    if (!isFirst && before !== now) return location.reload(); // another server is there
     state = message;
     if (isFirst) setUp();
     expectBlocksOf(message.video?.id ?? null);
@@ -54,7 +54,7 @@ const connectNow = followStream(video, {
     expectBlocksOf(id);
   },
   onBlock(block) {
-    if (blocks.at(-1)?.index >= block.index) blocks = blocks.filter(({ index }) => index < block.index);
+    blocks = blocks.filter(({ index }) => index < block.index); // a viewer who comes gets one again
     blocks.push(block);
     if (blocks.length > MOST_BLOCKS) blocks.shift();
     if (follows !== null && block.index >= follows) {
@@ -96,7 +96,8 @@ function withPartitions(block) {
 /** Fill in what stays the same as long as the page is open. */
 function setUp() {
   const { bundle, steerable } = state;
-  setText(byId("model"), `${bundle.name} · ${bundle.width}×${bundle.height} · ${bundle.fps} frames/s`);
+  const facts = [bundle.name, `${bundle.width}×${bundle.height}`, `${bundle.fps} frames/s`];
+  setText(byId("model"), facts.join(" · "));
   document.body.classList.toggle("watching", !steerable);
   document.documentElement.style.setProperty("--aspect", bundle.width / bundle.height);
   const others = bundle.policies.filter((name) => name !== bundle.policy);
@@ -125,7 +126,8 @@ function show() {
   };
   setText(byId("state"), names[live?.state] ?? "Nothing is live");
   setText(byId("caption"), live?.prompt ?? "");
-  document.title = live ? `${live.state === "running" ? "▶ " : ""}${live.prompt} · PackForcing` : "PackForcing";
+  const sign = live?.state === "running" ? "▶ " : "";
+  document.title = live ? `${sign}${live.prompt} · PackForcing` : "PackForcing";
   for (const id of ["pause", "stop", "record"]) byId(id).disabled = !isLive();
   const isHeld = live?.state === "paused";
   setText(byId("pause").lastElementChild, isHeld ? "Proceed" : "Pause");
@@ -150,7 +152,8 @@ function showBlocks() {
   const speed = took ? `${(played / took).toFixed(1)}× real time` : "";
   setText(byId("speed-figure"), speed);
   byId("speed-figure").classList.toggle("slow", played < took);
-  const seconds = latest ? (latest.first_frame + latest.frames) / state.bundle.fps : (live?.seconds ?? 0);
+  const frames = latest ? latest.first_frame + latest.frames : (live?.frames ?? 0);
+  const seconds = frames / (state?.bundle.fps ?? 1);
   const facts = live
     ? [
         ["made", clock(seconds, 1)],
@@ -163,14 +166,18 @@ function showBlocks() {
   setFacts(byId("facts"), facts);
   const recording = live?.recording;
   byId("badge").hidden = !recording;
-  setText(byId("badge"), recording ? `Recording ${clock(Math.max(0, seconds - recording.since_seconds))}` : "");
+  const recorded = recording ? Math.max(0, seconds - recording.since_seconds) : 0;
+  setText(byId("badge"), recording ? `Recording ${clock(recorded)}` : "");
   const total = live?.blocks_total;
   byId("progress").hidden = !total;
   if (total) {
     const done = (latest?.index ?? -1) + 1;
     byId("progress").firstElementChild.value = done / total;
-    const rest = recent.length ? ` · ${clock(((total - done) * took) / recent.length)} to go` : "";
-    setText(byId("progress").lastElementChild, `${done} of ${total} blocks${live.state === "running" ? rest : ""}`);
+    const parts = [`${done} of ${plural(total, "block")}`];
+    if (live.state === "running" && recent.length) {
+      parts.push(`${clock(((total - done) * took) / recent.length)} to go`);
+    }
+    setText(byId("progress").lastElementChild, parts.join(" · "));
   }
   showNotice();
   drawSpeed(blocks);
@@ -188,7 +195,8 @@ function showSchedule(live) {
   list.replaceChildren(
     ...steps.map((step, index) => {
       const how = index ? [step.history, step.over > 1 ? `over ${step.over} blocks` : null] : [];
-      const text = element("button", { type: "button", className: "quiet", title: "Edit this prompt" }, step.prompt);
+      const text = element("button", { type: "button", className: "quiet" }, step.prompt);
+      text.title = "Edit this prompt";
       text.addEventListener("click", () => edit(step.prompt));
       return element(
         "li",
@@ -217,19 +225,19 @@ function notice() {
   if (connection.status === "refused") return ["No access", connection.detail];
   if (connection.status === "lost") {
     const seconds = Math.round(connection.detail);
-    return ["Connection lost", `Another attempt ${seconds > 1 ? `in ${seconds} s` : "follows"}.`, "Connect now"];
+    const when = seconds > 1 ? `in ${seconds} s` : "at once";
+    return ["Connection lost", `Another attempt follows ${when}.`, "Connect now"];
   }
   if (!state) return null;
   if (unsupported) {
-    return [
-      "This browser cannot play the stream",
-      `It lacks ${unsupported}. Players such as ffplay and VLC open ${new URL("v1/live/video", document.baseURI)}.`,
-    ];
+    const address = new URL("v1/live/video", document.baseURI);
+    const text = `It lacks ${unsupported}. Players such as ffplay and VLC open ${address}.`;
+    return ["This browser cannot play the stream", text];
   }
   const live = state.video;
   if (!live) {
     return state.steerable
-      ? ["Nothing is live yet", "Write what it should show, then begin. The picture appears as it is made."]
+      ? ["Nothing is live yet", "Write what it should show, then begin."]
       : ["The render has not begun", "The picture appears as it is made."];
   }
   if (live.state === "failed") return ["The video failed", live.error];
@@ -350,7 +358,7 @@ async function render(button, line) {
 const transport = (id, action) =>
   byId(id).addEventListener("click", () => act(byId(id), byId("stage-line"), action));
 
-transport("pause", () => post(state.video.state === "paused" ? "v1/live/proceed" : "v1/live/pause"));
+transport("pause", () => post(`v1/live/${state.video.state === "paused" ? "proceed" : "pause"}`));
 transport("stop", () => post("v1/live/stop"));
 transport("record", async () => {
   if (!state.video.recording) return post("v1/live/record");
@@ -389,7 +397,9 @@ function toggleFullscreen() {
 const singleKeys = byId("single-keys"); // can be turned off, for those who dictate
 try {
   singleKeys.checked = localStorage.getItem("single-keys") !== "off";
-  singleKeys.addEventListener("change", () => localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off"));
+  singleKeys.addEventListener("change", () => {
+    localStorage.setItem("single-keys", singleKeys.checked ? "on" : "off");
+  });
 } catch {
   // a browser that stores nothing forgets the choice
 }
@@ -413,8 +423,9 @@ prompt.addEventListener("keydown", (event) => {
 
 addEventListener("keydown", (event) => {
   const { target, key } = event;
-  if (event.ctrlKey || event.metaKey || event.altKey || !singleKeys.checked || document.querySelector("dialog[open]")) return;
-  if (target.matches("input, textarea, select") || (key === " " && target.matches("button, a, video"))) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || !singleKeys.checked) return;
+  if (document.querySelector("dialog[open]") || target.matches("input, textarea, select")) return;
+  if (key === " " && target.matches("button, a, video")) return;
   const action = keys[key.length === 1 ? key.toLowerCase() : key];
   if (!action || (!state?.steerable && key === "/")) return;
   event.preventDefault();
@@ -423,7 +434,7 @@ addEventListener("keydown", (event) => {
 
 // ---- the glow behind the picture
 
-const GLOW_FRAMES = 4; // of the video for one of the glow: a browser without a GPU draws it on the CPU
+const GLOW_FRAMES = 4; // of the video for one of the glow: without a GPU it costs CPU time
 
 if (video.requestVideoFrameCallback && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
   const glow = byId("glow");

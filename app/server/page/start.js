@@ -18,21 +18,22 @@ export function startImage() {
     preview.replaceChildren();
     if (!file) return;
     const properties = { src: URL.createObjectURL(file), title: file.name };
+    const playing = { muted: true, autoplay: true, loop: true, playsInline: true };
     preview.append(
       file.type.startsWith("video/")
-        ? element("video", { ...properties, muted: true, autoplay: true, loop: true, playsInline: true })
+        ? element("video", { ...properties, ...playing })
         : element("img", { ...properties, alt: `Start image ${file.name}` }),
     );
   }
 
   function take(files) {
     const file = [...files].find(isUsable);
-    if (!file) return say(byId("fresh-line"), "A video begins with a picture or a clip, not with this file.", "error");
-    say(byId("fresh-line"), "");
-    use(file);
+    const error = "A video begins with a picture or a clip, not with this file.";
+    say(byId("fresh-line"), file ? "" : error, "error");
+    if (file) use(file);
   }
 
-  byId("start-file").addEventListener("change", ({ target }) => target.files.length && take(target.files));
+  byId("start-file").addEventListener("change", ({ target: { files } }) => files.length && take(files));
   byId("start-remove").addEventListener("click", () => {
     use(null);
     byId("start-file").focus();
@@ -43,7 +44,9 @@ export function startImage() {
     event.preventDefault(); // else the browser opens the file in place of the page
     document.body.classList.add("dropping");
   });
-  addEventListener("dragleave", (event) => event.relatedTarget ?? document.body.classList.remove("dropping"));
+  addEventListener("dragleave", ({ relatedTarget }) => {
+    if (!relatedTarget) document.body.classList.remove("dropping"); // it left the window
+  });
   addEventListener("drop", (event) => {
     document.body.classList.remove("dropping");
     if (!bringsFiles(event)) return;
