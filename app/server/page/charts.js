@@ -175,7 +175,7 @@ export function readsChart(canvas, readout) {
       const last = Math.max(blocks.at(-1)?.index ?? 0, FEWEST_BLOCKS - 1);
       const step = width / count;
       const down = height / (last + 1);
-      const wide = Math.max(step - (step > 3 ? 1 : 0), 1);
+      const wide = step > 3 ? step - 1 : step + 0.5; // small ones join to a line
       const tall = Math.max(down - (down > 3 ? 1 : 0), 1.5);
       const left = (index) => (index - first) * step;
       context.fillStyle = color("diagonal"); // what is not made yet cannot be read
