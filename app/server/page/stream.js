@@ -164,7 +164,9 @@ export function followStream(video, handlers) {
     const seconds = WAITS_SECONDS[Math.min(attempts++, WAITS_SECONDS.length - 1)];
     if (handlers.isOver()) return handlers.onConnection("over");
     const refusal = await call("GET", "v1/live").then(() => null, (error) => error);
-    if ([401, 403].includes(refusal?.status)) return handlers.onConnection("refused", refusal.message);
+    if ([401, 403, 421].includes(refusal?.status)) {
+      return handlers.onConnection("refused", refusal.message);
+    }
     handlers.onConnection("lost", seconds);
     timer = setTimeout(connect, seconds * 1000);
   }
