@@ -95,7 +95,6 @@ class FragmentEncoder:
             container.start_encoding()
             for packet in packets:
                 packet.stream = stream
-                packet.duration = round(self._time_base / packet.time_base)
                 container.mux(packet)
         return file.getvalue()
 

@@ -116,6 +116,8 @@ def test_live_frames_are_recorded_and_render_once_more_bit_for_bit(
     assert shown.shape == live.shape == (viewer.state["video"]["frames"], 64, 96, 3)
 
     job = wait_for_job(call, call("/v1/live/render"))
+    limit = server.stage.show.video.request.archive_limit
+    assert server.service.store.get(job["id"]).record.archive_limit == limit is not None
     (tmp_path / "again.mp4").write_bytes(call(f"/v1/videos/{job['id']}/content", "GET"))
     with open_video(tmp_path / "expected.mp4", 96, 64, TINY.fps) as video:
         video.write(live)

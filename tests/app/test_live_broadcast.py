@@ -33,7 +33,8 @@ async def take(messages, count):
     """Return the next messages of a viewer: their fields, and the data of blocks."""
     taken = []
     for _ in range(count):
-        message = await asyncio.wait_for(anext(messages), 10)
+        async with asyncio.timeout(10):
+            message = await anext(messages)
         taken.append(
             {**json.loads(message.text), **({"data": message.data} if message.data else {})}
         )
@@ -59,6 +60,21 @@ def test_a_slow_viewer_loses_its_own_fragments_alone():
             assert [(m["index"], m["lost"]) for m in late] == [
                 (n, 10 - LATEST) for n in range(10 - LATEST, 10)
             ]
+
+    asyncio.run(watch())
+
+
+def test_a_viewer_who_waits_gets_each_block_from_another_thread():
+    async def watch():
+        broadcast, _ = make_broadcast()
+        broadcast.begin(HEADER)
+        async with aclosing(broadcast.follow()) as messages:
+            await take(messages, 2)
+            for number in range(3):
+                waiting = asyncio.create_task(take(messages, 1))
+                await asyncio.sleep(0)  # it waits now
+                await asyncio.to_thread(publish, broadcast, number)
+                assert (await waiting)[0]["index"] == number
 
     asyncio.run(watch())
 
