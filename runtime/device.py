@@ -18,6 +18,7 @@ import numpy as np
 
 from packforcing.errors import BackendError
 from packforcing.extras import optional_imports
+from packforcing.machine import free_memory, total_memory
 from packforcing.runtime import dlpack
 from packforcing.runtime.nvml import driver, gpus
 from packforcing.units import format_gib
@@ -111,6 +112,10 @@ class HostDevice:
 
     def use(self) -> None:
         """Make it the device of the calling thread."""
+
+    def free_memory(self) -> tuple[int, int]:
+        """Return the bytes of device memory that are free now, and all."""
+        return free_memory(), total_memory()
 
     def require(self, needed_bytes: int, what: str) -> None:
         """Check that so much device memory is free.
@@ -224,7 +229,6 @@ class CudaDevice(HostDevice):
         self._call("cudaSetDevice", self.number)
 
     def free_memory(self) -> tuple[int, int]:
-        """Return the bytes of device memory that are free now, and all."""
         free_bytes, total_bytes = self._call("cudaMemGetInfo")
         return free_bytes, total_bytes
 

@@ -42,7 +42,7 @@ class Shown(NamedTuple):
     transfer: int = 2
 
 
-def read_picture(path: Path, notes: list[str]) -> list[tuple[float, float, Shown]] | None:
+def read_picture(path: Path, notes: list[str]) -> Iterator[tuple[float, float, Shown]] | None:
     """Read the pictures of a file that is no clip.
 
     The EXIF orientation is applied, an ICC profile converted to sRGB, transparency shown over
@@ -53,8 +53,8 @@ def read_picture(path: Path, notes: list[str]) -> list[tuple[float, float, Shown
         notes: Gets a line for what a user may not expect.
 
     Returns:
-        Start and duration in seconds and the picture: one, or those of an animation; None for a
-        file of another format.
+        Start and duration in seconds and the picture: one, or those of an animation, each decoded
+        when it is its turn; None for a file of another format.
 
     Raises:
         VideoError: A picture of a kind that is not read.
@@ -73,15 +73,18 @@ def read_picture(path: Path, notes: list[str]) -> list[tuple[float, float, Shown
             image = Image.open(path, formats=_FORMATS)
         except UnidentifiedImageError:
             return None
-        with image:
-            primaries, transfer = _coded_colors(head, image.format or "")
-            shown = [
-                (start, seconds, Shown(pixels, Fraction(1), primaries, transfer))
-                for start, seconds, pixels in _pictures(image, notes, (primaries, transfer))
-            ]
+    return _shown_pictures(image, head, notes)
+
+
+def _shown_pictures(
+    image: Image.Image, head: bytes, notes: list[str]
+) -> Iterator[tuple[float, float, Shown]]:
+    with image:
+        primaries, transfer = _coded_colors(head, image.format or "")
+        for start, seconds, pixels in _pictures(image, notes, (primaries, transfer)):
+            yield start, seconds, Shown(pixels, Fraction(1), primaries, transfer)
     if transfer in HDR_NAMES:
         notes.append(f"HDR ({HDR_NAMES[transfer]}) tone-mapped to SDR by BT.2446 method A")
-    return shown
 
 
 def _pictures(

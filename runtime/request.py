@@ -170,8 +170,7 @@ def check_memory(
     if blocks is not None:
         policy = policy.fit_to_video(blocks, config.policy)
     config = msgspec.structs.replace(config, policy=policy)
-    rows = stored_blocks(config, blocks, archive_limit)
-    archive = min(archive_bytes(config, policy.sink + rows), IN_MEMORY)
+    archive = archive_memory(config, blocks, archive_limit)
     needed_bytes = sum(memory_by_purpose(config).values()) + archive
     machine_bytes = total_memory()
     if needed_bytes > machine_bytes:
@@ -179,6 +178,18 @@ def check_memory(
             f"this video needs {format_memory(needed_bytes)} of memory under its policy, this "
             f"process can have {format_memory(machine_bytes)}: shorten it or choose another policy"
         )
+
+
+def archive_memory(config: Config, blocks: int | None, archive_limit: int | None) -> int:
+    """Return the bytes of host memory that a video's archive takes at most.
+
+    Args:
+        config: Of the bundle, with the policy of the video.
+        blocks: Blocks of the video; None: no end.
+        archive_limit: Blocks that the archive holds at most; None: all.
+    """
+    rows = stored_blocks(config, blocks, archive_limit)
+    return min(archive_bytes(config, config.policy.sink + rows), IN_MEMORY)
 
 
 def check_start(config: Config, start: np.ndarray, timeline: Timeline) -> np.ndarray:

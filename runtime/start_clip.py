@@ -6,7 +6,7 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +23,7 @@ from packforcing.runtime.pictures import Shown, read_picture
 Fit = Literal["fill", "fit", "stretch"]
 FITS: tuple[Fit, ...] = get_args(Fit)
 START_SECONDS = 2.0  # of a clip to start from; more would leave the model little to do
+_LEAST_PIXELS = 1 << 14  # that a frame counts for, as decoding the smallest takes time too
 _REMEDY = "give a picture (png, jpg, webp, avif, gif, tiff) or a short clip"
 Item = TypeVar("Item")
 
@@ -69,7 +70,13 @@ def read_start(
 
 
 def load_start(
-    path: str | os.PathLike[str], width: int, height: int, fps: int, limit: int, fit: Fit = "fill"
+    path: str | os.PathLike[str],
+    width: int,
+    height: int,
+    fps: int,
+    limit: int,
+    fit: Fit = "fill",
+    max_pixels: int | None = None,
 ) -> StartClip:
     """Read the frames that a video begins with, as players show them.
 
@@ -86,9 +93,10 @@ def load_start(
         limit: Frames at most.
         fit: What becomes of another shape: "fill" crops around the center, "fit" adds black bars,
             "stretch" changes the aspect.
+        max_pixels: Of all frames that are decoded, as a small file may hold very many; None: any.
 
     Raises:
-        VideoError: The file cannot be read.
+        VideoError: The file cannot be read, or has more pixels.
         ConfigError: There is no such `fit`.
     """
     if fit not in FITS:
@@ -98,7 +106,7 @@ def load_start(
     frames: deque[np.ndarray] = deque(maxlen=limit)
     size, change = (0, 0), ""
     try:
-        for shown in _read(source, fps, limit, notes):
+        for shown in _read(source, fps, limit, notes, max_pixels):
             size, change = _describe(shown, width, height, fit)
             frames.append(_fit(shown, width, height, fit))
     except VideoError as error:
@@ -111,17 +119,22 @@ def load_start(
     return StartClip(np.stack(frames), size, fit, change, notes)
 
 
-def load_video_start(path: str | os.PathLike[str], config: Config, fit: Fit = "fill") -> StartClip:
+def load_video_start(
+    path: str | os.PathLike[str],
+    config: Config,
+    fit: Fit = "fill",
+    max_pixels: int | None = None,
+) -> StartClip:
     """Read a picture, or the last `START_SECONDS` of a clip, as frames of whole blocks.
 
     Args:
         path: The file.
         config: Of the model that the video is made with.
-        fit: As for `load_start`, as are the errors.
+        fit: As for `load_start`, as are `max_pixels` and the errors.
     """
     blocks = max(1, config.frames(START_SECONDS) // config.block_pixel_frames)
     limit = blocks * config.block_pixel_frames - config.trimmed_frames
-    return load_start(path, config.width, config.height, config.fps, limit, fit)
+    return load_start(path, config.width, config.height, config.fps, limit, fit, max_pixels)
 
 
 def _decoder_errors() -> tuple[type[Exception], ...]:
@@ -133,16 +146,34 @@ def _decoder_errors() -> tuple[type[Exception], ...]:
     return OSError, av.FFmpegError, bomb, SyntaxError, ValueError, EOFError, struct.error
 
 
-def _read(path: Path, fps: int, limit: int, notes: list[str]) -> Iterator[Shown]:
+def _read(
+    path: Path, fps: int, limit: int, notes: list[str], max_pixels: int | None
+) -> Iterator[Shown]:
     pictures = read_picture(path, notes)
     if pictures is not None:
-        yield from _resample(pictures, fps, limit)
+        bounded = _at_most(max_pixels, pictures, lambda shown: shown.pixels.size // 3)
+        yield from _resample(bounded, fps, limit)
         return
     last, shown = None, None
-    for item in _resample(read_clip(path, notes), fps, limit):
+    clip = _at_most(max_pixels, read_clip(path, notes), lambda item: item[0].width * item[0].height)
+    for item in _resample(clip, fps, limit):
         if shown is None or item is not last:
             last, shown = item, show_frame(item[0], item[1], notes)
         yield shown
+
+
+def _at_most(
+    max_pixels: int | None,
+    frames: Iterable[tuple[float | None, float, Item]],
+    count_pixels: Callable[[Item], int],
+) -> Iterator[tuple[float | None, float, Item]]:
+    """Pass frames on, until together they have too many pixels."""
+    pixels = 0
+    for frame in frames:
+        pixels += max(_LEAST_PIXELS, count_pixels(frame[2]))
+        if max_pixels is not None and pixels > max_pixels:
+            raise VideoError("it is too long: cut off what is before its end")
+        yield frame
 
 
 def _resample(

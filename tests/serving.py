@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -19,14 +19,19 @@ import numpy as np
 import uvicorn
 from websockets.sync.client import connect
 
+from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Store
 from packforcing.app.jobs.worker import Worker
 from packforcing.app.server.application import make_application
 from packforcing.app.server.broadcast import bound_unsent
 from packforcing.app.server.live import live_router, watch_router
+from packforcing.app.server.safety import Access, Limits
 from packforcing.app.server.stage import Stage
 from packforcing.app.server.videos import Service, videos_router
 from packforcing.runtime import Session
+
+OPEN = Access()
+UNHURRIED = replace(Limits(), requests_per_second=1e6, burst=1_000_000)
 
 
 @dataclass
@@ -65,23 +70,26 @@ def running(application, stop=lambda: None) -> Iterator[str]:
 
 
 @contextmanager
-def serving(bundle: Path, folder: Path) -> Iterator[Served]:
+def serving(
+    bundle: Path, folder: Path, access: Access = OPEN, limits: Limits = UNHURRIED
+) -> Iterator[Served]:
     """Serve a bundle, as the command does, but make live videos as fast as possible."""
     with (
         Session.open(bundle, threads=1) as session,
         Store(folder, session.manifest, session.config) as store,
     ):
-        worker, service = Worker(session, store), Service(session, store)
-        stage = Stage(session, store, lead=None)
+        room = Room(session)
+        worker, service = Worker(session, store, room), Service(session, store, room, limits)
+        stage = Stage(session, store, lead=None, beside=worker.beside)
+        routers = videos_router(service), watch_router(stage), live_router(stage, service)
 
         def stop() -> None:
-            store.close()
+            session.stop()
+            worker.close()
             stage.close()
-            worker.join()
 
         worker.start()
-        routers = videos_router(service), watch_router(stage), live_router(stage, service)
-        with running(make_application(*routers), stop) as url:
+        with running(make_application(*routers, access=access, limits=limits), stop) as url:
             yield Served(url, service, stage)
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from packforcing.app.jobs.records import Draft, JobRecord, Result, start_path, video_path
+from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Store
 from packforcing.errors import PackForcingError, RenderStopped, ResumeError
 from packforcing.runtime.render import render_video
 from packforcing.runtime.render_lock import delete, render_places
 from packforcing.runtime.session import Session
 from packforcing.runtime.start_clip import load_video_start
-from packforcing.runtime.video import Video
+from packforcing.runtime.video import BlockInfo, Video
 
 _log = logging.getLogger(__name__)
 
@@ -45,30 +48,59 @@ def begin_video(session: Session, draft: Draft, start: np.ndarray | None) -> Vid
     )
 
 
+class _NoRoom(Exception):
+    """A job has to wait for the memory of the live video."""
+
+
 class Worker:
     """Renders the jobs of a store in a thread of its own.
 
-    Blocks of a job and of other videos of the session are made in turns. A job that was
-    interrupted, by the end of the process or by the memory that a live video needs, resumes.
+    Blocks of a job and of a live video are made in turns. Where memory does not do for both, the
+    live video goes first: the job is interrupted, and resumes once the live video has ended.
     """
 
-    def __init__(self, session: Session, store: Store) -> None:
+    def __init__(self, session: Session, store: Store, room: Room) -> None:
         """Make a worker; `start` begins the work.
 
         Args:
             session: Makes the videos.
-            store: Has the jobs. Closing it ends the thread.
+            store: Has the jobs.
+            room: Has the memory for videos.
         """
-        self._session, self._store = session, store
-        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
+        self._session, self._store, self._room = session, store, room
+        self._thread = threading.Thread(target=self._work, name="packforcing-jobs", daemon=True)
+        self._changed = threading.Condition()  # of the next three
+        self._live: Video | None = None
+        self._job: Video | None = None
+        self._closed = False
 
     def start(self) -> None:
         """Begin to render."""
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait until the thread has ended; the store is closed."""
-        self._thread.join()
+    def close(self) -> None:
+        """Interrupt the job that is being rendered, before its next call of a graph, and end."""
+        self._store.close()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @contextmanager
+    def beside(self, live: Video) -> Iterator[None]:
+        """Make room for a live video, which is made inside the block."""
+        with self._changed:
+            self._live = live
+            while self._job is not None and not self._room.fits(live, self._job):
+                self._job.stop()
+                self._changed.wait()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._live = None
+                self._changed.notify_all()
 
     def _work(self) -> None:
         while (record := self._store.take()) is not None:
@@ -77,6 +109,11 @@ class Worker:
                 error = self._render(record)
             except RenderStopped:
                 self._store.release(None)
+                continue
+            except _NoRoom:
+                self._store.release(None)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._live is None or self._closed)
                 continue
             now = time.time()
             result = Result("failed" if error else "completed", now, began, error or "")
@@ -87,7 +124,8 @@ class Worker:
         """Render a job; return why it failed, or None.
 
         Raises:
-            RenderStopped: The job is to end or to wait.
+            RenderStopped: The job is to end, or was interrupted.
+            _NoRoom: The job has to wait.
         """
         path = video_path(self._store.folder, record.id)
         try:
@@ -100,13 +138,13 @@ class Worker:
                 _log.debug("%s", error)
                 delete(render_places(path)[0])
                 self._make(record, path)
-        except RenderStopped:
+        except (RenderStopped, _NoRoom):
             raise
         except PackForcingError as error:
             return str(error).replace(str(path), "the video")
         except Exception:
             _log.exception("job %s failed", record.id)
-            return "an internal error; the log of the server has the details"
+            return "an internal error; the log of the server has more"
         return None
 
     def _make(self, record: JobRecord, path: Path) -> None:
@@ -117,11 +155,17 @@ class Worker:
             source = start_path(store.folder, record.id)
             start = load_video_start(source, session.config, record.start_fit).frames
         video = begin_video(session, draft, start)
-        store.begin(video)
-        render_video(
-            session,
-            video,
-            path,
-            on_block=lambda info: store.report_frames(info.frames),
-            resume=True,
-        )
+        with self._changed:
+            if self._live is not None and not self._room.fits(self._live, video):
+                raise _NoRoom
+            self._job = video
+        try:
+            store.begin(video)
+            render_video(session, video, path, on_block=self._report, resume=True)
+        finally:
+            with self._changed:
+                self._job = None
+                self._changed.notify_all()
+
+    def _report(self, info: BlockInfo) -> None:
+        self._store.report_frames(info.frames)

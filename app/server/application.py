@@ -5,22 +5,26 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
+from starlette.types import ASGIApp
 
 from packforcing import __version__
 from packforcing.app.server.errors import add_error_handlers
+from packforcing.app.server.safety import Access, Guard, Limits
 
 PAGE = Path(str(resources.files("packforcing.app.server") / "page"))
 
 
-def make_application(*routers: APIRouter) -> FastAPI:
+def make_application(*routers: APIRouter, access: Access, limits: Limits) -> ASGIApp:
     """Make the application of a server.
 
     Args:
         routers: Its routes, beside `/health`, the page, `/docs` and `/openapi.json`.
+        access: Who may use it.
+        limits: What clients may ask for at most.
     """
     application = FastAPIOffline(title="PackForcing", version=__version__, redoc_url=None)
     add_error_handlers(application)
@@ -39,4 +43,4 @@ def make_application(*routers: APIRouter) -> FastAPI:
             return FileResponse(PAGE / "index.html")
 
         application.mount("/page", StaticFiles(directory=PAGE), name="page")
-    return application
+    return Guard(application, access, limits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import tempfile
+import threading
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,17 +16,18 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from starlette.datastructures import UploadFile
 
 from packforcing.app.server.errors import ApiError, first_mistake
+from packforcing.app.server.safety import Limits
 from packforcing.config import Config
 from packforcing.errors import VideoError
+from packforcing.prompts import MAX_FILE_BYTES
 from packforcing.runtime.start_clip import Fit, load_video_start
 
-MAX_FIELDS = 20
-MAX_TEXT_BYTES = 1 << 20  # of a field
 _DATA_URL = "data:"
 REFERENCE = "input_reference"
+_DECODING = threading.Lock()  # one upload at a time: a large picture takes hundreds of megabytes
 
 Form = TypeVar("Form", bound=BaseModel)
-Text = Annotated[str, StringConstraints(max_length=10_000)]
+Text = Annotated[str, StringConstraints(max_length=Limits.text_characters)]
 
 
 class Fields(BaseModel):
@@ -58,7 +60,7 @@ async def read_form(request: Request, form: type[Form]) -> tuple[Form, bytes | N
     upload: bytes | None = None
     if kind == "multipart/form-data":
         async with request.form(
-            max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT_BYTES
+            max_files=1, max_fields=Limits.form_parts, max_part_size=MAX_FILE_BYTES
         ) as sent:
             for name, value in sent.multi_items():
                 if name in values or (name == REFERENCE and upload is not None):
@@ -106,7 +108,7 @@ def _read_data_url(url: str) -> bytes:
 
 
 def decode_start(data: bytes, config: Config, fit: Fit) -> np.ndarray:
-    """Decode the picture or clip that a video begins with.
+    """Decode the picture or the end of a clip that a video begins with, in whole blocks.
 
     Args:
         data: As uploaded.
@@ -117,13 +119,14 @@ def decode_start(data: bytes, config: Config, fit: Fit) -> np.ndarray:
         uint8 RGB [T, H, W, 3].
 
     Raises:
-        ApiError: It cannot be decoded.
+        ApiError: It cannot be decoded, or is too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(data)
         try:
-            return load_video_start(path, config, fit).frames
+            with _DECODING:
+                return load_video_start(path, config, fit, Limits.start_pixels).frames
         except VideoError as error:
             text = str(error).replace(f"cannot start from {path}: ", "")
             raise ApiError(f"cannot start from it: {text}", 400, REFERENCE) from error
@@ -132,5 +135,22 @@ def decode_start(data: bytes, config: Config, fit: Fit) -> np.ndarray:
 def describe_body(form: type[Fields]) -> dict[str, Any]:
     """Describe a body that may be JSON or a form, for the documentation."""
     schema = form.model_json_schema()
-    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
+    parts = schema.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(parts[node["$ref"].rpartition("/")[2]])
+        return {name: inline(value) for name, value in node.items()}
+
+    fields = inline(schema)
+    with_file = {**fields["properties"], REFERENCE: {"type": "string", "format": "binary"}}
+    multipart = {**fields, "properties": with_file} if REFERENCE in fields["properties"] else fields
+    content = {
+        "application/json": {"schema": fields},
+        "multipart/form-data": {"schema": multipart},
+    }
     return {"requestBody": {"content": content}}

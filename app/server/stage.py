@@ -6,7 +6,9 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,7 @@ class Stage:
         *,
         unwatched_seconds: float = UNWATCHED_SECONDS,
         lead: float | None = LEAD,
+        beside: Callable[[Video], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Make a stage without a video.
 
@@ -63,8 +66,10 @@ class Stage:
             store: Gets recordings. None: the stage only shows what is made elsewhere.
             unwatched_seconds: Without a viewer and a recording, after which a video pauses.
             lead: Blocks that a video is made ahead of playback; None: as fast as possible.
+            beside: Makes room for a video, which is made inside its block.
         """
         self.session, self.steerable, self._store = session, store is not None, store
+        self._beside = beside
         self.broadcast = Broadcast(self.describe, self._follow_audience)
         self.show: Show | None = None
         self._maker: threading.Thread | None = None
@@ -226,7 +231,11 @@ class Stage:
         if earlier is not None:
             earlier.join()  # its buffers serve this video
         try:
-            with show.video, ThreadPoolExecutor(1, "packforcing-encoder") as encoder:
+            with (
+                self._beside(show.video),
+                show.video,
+                ThreadPoolExecutor(1, "packforcing-encoder") as encoder,
+            ):
                 encoded: Future[None] | None = None
                 for block in show.video:
                     if encoded is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import secrets
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
+from pydantic import Field, TypeAdapter, ValidationError
 
 from packforcing.app.jobs.records import ID, Draft
+from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Job, Store
 from packforcing.app.jobs.worker import begin_video
-from packforcing.app.server.errors import ApiError
+from packforcing.app.server.errors import ApiError, first_mistake
 from packforcing.app.server.forms import (
     Fields,
     ImageReference,
@@ -25,17 +28,16 @@ from packforcing.app.server.forms import (
     describe_body,
     read_form,
 )
+from packforcing.app.server.safety import Limits
 from packforcing.config import Config, Policy
 from packforcing.errors import PromptError
 from packforcing.presets import policies
-from packforcing.prompts import History, Switch, format_schedule, parse_schedule
+from packforcing.prompts import History, Prompt, Switch, format_schedule, parse_schedule
 from packforcing.runtime.session import Session
 from packforcing.runtime.start_clip import Fit
 from packforcing.runtime.video_files import check_output
 
 DEFAULT_SECONDS = "4"  # as OpenAI has it
-UNUSED = ("user", "metadata")  # OpenAI's fields that mean nothing here
-_NAMED = "ignored"
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,16 @@ class Service:
     Attributes:
         session: Makes videos.
         store: Has the jobs.
-        encode: Replaces the words of a schedule by embeddings, for models that read them; None for
-            models that read words.
+        room: Has the memory for videos.
+        limits: What clients may ask for.
+        encode: Encodes words for a model that reads embeddings; None for one that reads words.
     """
 
     session: Session
     store: Store
-    encode: Callable[[list[Switch]], list[Switch]] | None = None
+    room: Room
+    limits: Limits
+    encode: Callable[[str], Prompt] | None = None
 
     @property
     def config(self) -> Config:
@@ -83,8 +88,16 @@ class Service:
         return named[name] if name is not None else None
 
     def encode_words(self, switches: list[Switch]) -> list[Switch]:
-        """Encode the words of a schedule where the model reads embeddings."""
-        return self.encode(switches) if self.encode else switches
+        """Encode the words of a schedule, each once, where the model reads embeddings."""
+        if self.encode is None:
+            return switches
+        encode = functools.cache(self.encode)
+        return [
+            replace(switch, prompt=encode(switch.prompt))
+            if isinstance(switch.prompt, str)
+            else switch
+            for switch in switches
+        ]
 
 
 class ScheduleEntry(Fields):
@@ -97,6 +110,9 @@ class ScheduleEntry(Fields):
     block: int | None = None
 
 
+Schedule = Annotated[list[ScheduleEntry], Field(max_length=Limits.switches)]
+
+
 class CreateVideo(Fields):
     """What a video is to be."""
 
@@ -106,11 +122,11 @@ class CreateVideo(Fields):
     size: str | None = None
     input_reference: ImageReference | str | None = None
     seed: int | None = None
-    schedule: list[ScheduleEntry] | str | None = None
+    schedule: Schedule | str | None = None
     policy: str | None = None
     start_fit: Fit = "fill"
     archive_limit: int | None = None
-    user: Any = None
+    user: Any = None  # this and the next: known to OpenAI's clients, and not used
     metadata: Any = None
 
 
@@ -120,7 +136,7 @@ class RemixVideo(Fields):
     prompt: Text | None = None
 
 
-class VideoError(Fields):
+class Failure(Fields):
     code: str
     message: str
 
@@ -141,7 +157,7 @@ class VideoObject(Fields):
     seconds: str
     prompt: str
     remixed_from_video_id: str | None
-    error: VideoError | None
+    error: Failure | None
     seed: int
     policy: str
     schedule: list[ScheduleEntry]
@@ -171,9 +187,9 @@ def video_object(service: Service, job: Job) -> VideoObject:
     seconds = record.frames / service.config.fps if record.recorded else record.seconds
     error = None
     if result and result.status == "cancelled":
-        error = VideoError(code="cancelled", message="the job was cancelled")
+        error = Failure(code="cancelled", message="the job was cancelled")
     elif result and result.status == "failed":
-        error = VideoError(code="render_failed", message=result.error)
+        error = Failure(code="render_failed", message=result.error)
     return VideoObject(
         id=record.id,
         model=record.model,
@@ -246,11 +262,19 @@ def _read_prompts(fields: CreateVideo) -> list[Switch]:
     entries = fields.schedule
     if isinstance(entries, str):  # of a form: JSON, or TOML as in a file
         try:
-            entries = msgspec.json.decode(entries)
-        except ValueError:
-            return parse_schedule(str(entries).encode(), "schedule")
-        entries = CreateVideo.model_validate({"schedule": entries}).schedule
-    assert isinstance(entries, list)
+            decoded = msgspec.json.decode(entries)
+        except (ValueError, RecursionError):
+            switches = parse_schedule(entries.encode(), "schedule")
+            if len(switches) > Limits.switches:
+                raise ApiError(
+                    f"a schedule has at most {Limits.switches} switches", 400, "schedule"
+                ) from None
+            return switches
+        try:
+            entries = TypeAdapter(Schedule).validate_python(decoded)
+        except ValidationError as error:
+            raise first_mistake(error.errors()) from error
+    assert entries is not None
     return [
         Switch(entry.time, entry.prompt, entry.history, entry.over, entry.block)
         for entry in entries
@@ -265,12 +289,14 @@ def queue_draft(service: Service, draft: Draft) -> VideoObject:
         PackForcingError: What `begin_video` and `Store.add` raise.
     """
     config, store = service.config, service.store
+    if store.queued >= service.limits.queued_jobs:
+        raise ApiError(f"{store.queued} jobs wait already: try again later", 429, code="queue_full")
     start = None
     if draft.start is not None:
         start = decode_start(draft.start, config, draft.start_fit)
     draft = replace(draft, prompts=service.encode_words(draft.prompts))
     try:
-        begin_video(service.session, draft, start)
+        service.room.check(begin_video(service.session, draft, start))
     except PromptError as error:
         raise ApiError(str(error), 400, "prompt") from error
     frames = config.frames(draft.seconds)

@@ -15,6 +15,7 @@ import uvicorn
 from packforcing.app.server.application import make_application
 from packforcing.app.server.broadcast import bound_unsent
 from packforcing.app.server.live import watch_router
+from packforcing.app.server.safety import Access, Limits
 from packforcing.app.server.show import Show
 from packforcing.app.server.stage import Stage
 from packforcing.errors import OutputError, RenderStopped
@@ -50,7 +51,7 @@ def watching(
         show = stage.present(video)
         server = uvicorn.Server(
             uvicorn.Config(
-                make_application(watch_router(stage)),
+                make_application(watch_router(stage), access=Access(), limits=Limits()),
                 log_config=None,
                 access_log=False,
                 server_header=False,
