@@ -94,13 +94,15 @@ def picture(page) -> np.ndarray:
         canvas.getContext("2d").drawImage(video, 0, 0);
         return canvas.toDataURL();
     }""")
-    return pixels(base64.b64decode(url.partition(",")[2]))
+    return pixels(url)
 
 
-def pixels(data: bytes) -> np.ndarray:
-    """Decode a picture to RGB; what is transparent is black."""
+def pixels(url: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decode a data URL to RGB; what is transparent is black."""
+    data = base64.b64decode(url.partition(",")[2])
     image = Image.open(io.BytesIO(data)).convert("RGBA")
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, "black"), image))[..., :3]
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return np.asarray(image.convert("RGB").resize(size or image.size))
 
 
 def block_in(page, readout: str) -> int:
@@ -157,6 +159,8 @@ def test_the_picture_is_shown_and_follows_a_switch(browser, server):
             page,
             lambda: (scene().color, scene().shape, scene().ground) == ("green", "circle", "navy"),
         )
+        sink = "document.querySelector('#made-from .sink canvas').toDataURL()"
+        assert read_scene(pixels(page.evaluate(sink), (128, 128))).color == "red"  # as it was made
         rows = page.locator("#switches li").all_inner_texts()
         assert len(rows) == 2 and "recompute, over 2 blocks" in rows[1]
         assert page.inner_text("#speed-figure").endswith("real time")

@@ -3,7 +3,7 @@
 import { bytes, duration, element, setText } from "./dom.js";
 
 const FEWEST_BLOCKS = 24; // that a chart has room for
-const PARTITIONS = ["sink", "mid", "recent"];
+export const PARTITIONS = ["sink", "mid", "recent"];
 
 /**
  * Make a chart on a canvas that follows its size, the color scheme and the block looked at.
@@ -199,13 +199,15 @@ export function readsChart(canvas, readout) {
       drawSwitches(context, blocks, left, step, height);
       return (block) => left(block.index) + step / 2;
     },
-    (block) => {
-      const parts = PARTITIONS.filter((partition) => block[partition].length).map(
-        (partition) => `${partition} ${block[partition].join(", ")}`,
-      );
-      return `Block ${block.index} reads ${parts.join("; ") || "nothing: a scene begins"}`;
-    },
+    describeReads,
   );
+}
+
+export function describeReads(block) {
+  const parts = PARTITIONS.filter((partition) => block[partition].length).map(
+    (partition) => `${partition} ${block[partition].join(", ")}`,
+  );
+  return `Block ${block.index} reads ${parts.join("; ") || "nothing: a scene begins"}`;
 }
 
 const PARTS = 7; // of a memory bar that have a color of their own

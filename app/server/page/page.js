@@ -4,6 +4,7 @@ import { call, requestBody } from "./api.js";
 import { readsChart, showMemory, speedChart } from "./charts.js";
 import { act, byId, clock, duration, element, plural, say, setFacts, setText } from "./dom.js";
 import { showJobs } from "./jobs.js";
+import { readPictures } from "./pictures.js";
 import { startImage } from "./start.js";
 import { followStream } from "./stream.js";
 
@@ -20,12 +21,14 @@ const HISTORY_HINTS = {
 let state = null; // the latest that the server sent
 let blocks = []; // the latest of the video whose id is `blocksOf`
 let blocksOf = null;
+let shown = null; // index of the block that is on screen
 let follows = null; // the block that a switch takes effect with, until it is made
 let connection = { status: "connecting" };
 let unsupported = null; // the type of video that this browser cannot play
 const video = byId("picture");
 const prompt = byId("prompt");
 const drawSpeed = speedChart(byId("speed-chart"), byId("speed-readout"), playingSeconds);
+const pictures = readPictures(byId("made-from"));
 const drawReads = readsChart(byId("reads-chart"), byId("reads-readout"));
 const startFile = startImage();
 let addJob = () => {};
@@ -84,6 +87,8 @@ function expectBlocksOf(id) {
   if (id === blocksOf) return;
   blocksOf = id;
   blocks = [];
+  shown = null;
+  pictures.clear();
   follows = null;
 }
 
@@ -432,17 +437,25 @@ addEventListener("keydown", (event) => {
   action();
 });
 
-// ---- the glow behind the picture
+// ---- with each frame that is shown: the glow behind the picture, and what its block was made from
 
 const GLOW_FRAMES = 4; // of the video for one of the glow: without a GPU it costs CPU time
+const glow = byId("glow");
+const glowContext = glow.getContext("2d");
+const isStill = matchMedia("(prefers-reduced-motion: reduce)").matches;
+let frames = 0;
 
-if (video.requestVideoFrameCallback && !matchMedia("(prefers-reduced-motion: reduce)").matches) {
-  const glow = byId("glow");
-  const context = glow.getContext("2d");
-  let frames = 0;
-  const onFrame = () => {
-    if (frames++ % GLOW_FRAMES === 0) context.drawImage(video, 0, 0, glow.width, glow.height);
-    video.requestVideoFrameCallback(onFrame);
-  };
+function onFrame(time, { mediaTime }) {
+  if (!isStill && frames++ % GLOW_FRAMES === 0) {
+    glowContext.drawImage(video, 0, 0, glow.width, glow.height);
+  }
+  const frame = Math.round(mediaTime * (state?.bundle.fps ?? 1));
+  const block = blocks.findLast((each) => each.first_frame <= frame);
+  if (block && block.index !== shown) {
+    shown = block.index;
+    pictures.show(withPartitions(block), video);
+  }
   video.requestVideoFrameCallback(onFrame);
 }
+
+video.requestVideoFrameCallback?.(onFrame); // older browsers do without
