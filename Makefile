@@ -15,8 +15,8 @@ live: $(INSTALLED)  ## open a page on which the demo model's video is steered wh
 	test -f $(DEMO)/bundle/manifest.json || $(BIN)/packforcing export --model demo --out $(DEMO)/bundle
 	$(BIN)/packforcing serve $(DEMO)/bundle --open
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(INSTALLED)  ## a process for each core; the tests of a file stay together
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 full: $(INSTALLED)  ## the long proofs as well, and how long each took
 	$(BIN)/python -m pytest -m "" -p tests.durations --durations=30
