@@ -87,10 +87,11 @@ class Show:
         if info.switch is not None and info.switch.effect == "cut":
             self._scene = info.index
         entry = self._describe_block(info, count, encode_seconds)
-        self._add_to_recording(fragment, count)
+        with self._recording_lock:  # a recording begins before a block or after it
+            self._add_to_recording(fragment, count)
+            self.blocks, self.frames = info.index + 1, info.frames
         with self._lock:
             self._latest.append(entry)
-            self.blocks, self.frames = info.index + 1, info.frames
             waited = round(info.behind_seconds, 1) != round(self._behind_seconds, 1)
             self._behind_seconds = info.behind_seconds
         self._broadcast.publish(self.header, entry, fragment)
@@ -99,13 +100,12 @@ class Show:
 
     def _add_to_recording(self, fragment: bytes, frames: int) -> None:
         """Record a block; a disk that refuses it ends the recording, and not the video."""
-        with self._recording_lock:
-            if self._recording is not None:
-                try:
-                    self._recording.add(fragment, frames)
-                except OutputError as error:
-                    self._recording = None
-                    self.report(f"the recording has ended: {error}")
+        if self._recording is not None:
+            try:
+                self._recording.add(fragment, frames)
+            except OutputError as error:
+                self._recording = None
+                self.report(f"the recording has ended: {error}")
 
     def report(self, problem: str | None) -> None:
         """Tell viewers in one line what is wrong; the video continues. None: nothing any more."""

@@ -287,12 +287,13 @@ def _draft(show: Show, seconds: float | None) -> Draft:
 
 def _policy_name(session: Session, policy: Policy) -> str:
     named = policies(session.manifest.config)
-    return next((name for name in named if named[name] == policy), str(policy))
+    return next((name for name in named if named[name] == policy), "bundle")
 
 
 def _describe_bundle(session: Session) -> dict[str, Any]:
     config = session.config
-    name, named = _policy_name(session, config.policy), policies(session.manifest.config)
+    name = _policy_name(session, config.policy)
+    named = dict.fromkeys((name, *policies(session.manifest.config)))
     return {
         "name": config.name,
         "width": config.width,
