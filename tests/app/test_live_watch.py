@@ -5,6 +5,9 @@ import subprocess
 import sys
 import threading
 
+import pytest
+from websockets.exceptions import InvalidStatus
+
 from packforcing.app.server.watch import watching
 from packforcing.runtime import Session
 from packforcing.runtime.render import render_video
@@ -31,6 +34,8 @@ def test_a_watched_render_is_paused_watched_to_its_end_and_the_same(tiny_bundle,
             assert (state["steerable"], state["video"]["state"]) == (False, "paused")
             assert state["video"]["blocks_total"] == 9
             assert call_route(url, "/v1/live", prompt=PROMPT)[0] == 405
+            with pytest.raises(InvalidStatus), viewing(url, origin="http://elsewhere.example"):
+                pass
             assert call_route(url, "/v1/live/proceed")["video"]["state"] == "running"
             viewer.receive_state("ended")
         work.join()
