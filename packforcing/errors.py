@@ -12,6 +12,7 @@ PackForcingError
     CalibrationError    activation statistics are missing or unusable
     BackendError        an inference library, a GPU or an engine cannot be used
     OutputError         a result cannot be written
+        RenderLocked    another process renders it
     VideoError          a video or start picture cannot be read
     ResumeError         an interrupted render cannot be resumed
     RenderStopped       a render was stopped before its last block
@@ -80,6 +81,10 @@ class BackendError(PackForcingError):
 
 class OutputError(PackForcingError):
     """A result cannot be written."""
+
+
+class RenderLocked(OutputError):
+    """Another process renders this output."""
 
 
 class VideoError(PackForcingError):

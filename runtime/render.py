@@ -35,6 +35,7 @@ from packforcing.runtime.video import Video, stream_video
 from packforcing.sampler import describe_steps
 
 if TYPE_CHECKING:
+    from packforcing.runtime.render_lock import LockedFolder
     from packforcing.runtime.rollout import Rollout
     from packforcing.runtime.session import Session
 
@@ -154,6 +155,7 @@ def render_video(
     on_frames: Callable[[Block], None] | None = None,
     resume: bool = False,
     checkpoint_seconds: float = SNAPSHOT_SECONDS,
+    locked: LockedFolder | None = None,
 ) -> RenderSummary:
     """Render a video into a file; `Session.render` describes arguments and errors.
 
@@ -165,6 +167,7 @@ def render_video(
         on_frames: Called after each block as well, with its frames.
         resume: Continue an interrupted render, if there is one.
         checkpoint_seconds: Seconds of video between two snapshots.
+        locked: The folder of the render, where the caller has locked it; the output is not there.
     """
     from packforcing.runtime.video_files import check_output
     from packforcing.runtime.video_forms import STREAM, output_target
@@ -186,10 +189,10 @@ def render_video(
     if streamed:
         frames_resumed = 0
         _write_stream(path, config, stream_video(video, on_block, on_frames), stopwatch)
-    elif not (resume and remove_leftovers(path, fields)):
+    elif locked or not (resume and remove_leftovers(path, fields)):
         check_output(path, request.frames, config.width, config.height)
         length = request.frames, timeline.blocks
-        with render_folder(path, config, fields, *length, resume) as render:
+        with render_folder(path, config, fields, *length, resume, locked) as render:
             frames_resumed = frames_before(render.record.block, timeline, config)
             video.record(_FolderRecorder(render))
             try:

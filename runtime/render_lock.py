@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packforcing.errors import OutputError
+from packforcing.errors import OutputError, RenderLocked
 from packforcing.files import check_name
 from packforcing.runtime.render_record import LOCK, OWN_FILES, RECORD
 from packforcing.runtime.video_files import output_errors
@@ -68,7 +68,8 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[LockedFolder]:
     """Make and lock the folder of a render of `path`.
 
     Raises:
-        OutputError: It cannot be written, something else has its name, or another process has it.
+        RenderLocked: Another process has it.
+        OutputError: It cannot be written, or something else has its name.
     """
     from filelock import FileLock, Timeout
 
@@ -83,8 +84,8 @@ def locked_folder(path: str | os.PathLike[str]) -> Iterator[LockedFolder]:
         lock = FileLock(folder / LOCK)
         try:
             lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(
+        except (Timeout, FileNotFoundError) as error:  # the other removes it right now
+            raise RenderLocked(
                 f"cannot write {target}: it is being rendered by another process (or one that "
                 f"hangs); {folder / LOCK} is locked"
             ) from error

@@ -30,7 +30,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ def render_folder(
     frames: int,
     blocks: int,
     resume: bool,
+    locked: LockedFolder | None = None,
 ) -> Iterator[RenderFolder]:
     """Open the folder beside `path` for a render, locked and with room on its disk.
 
@@ -113,6 +114,7 @@ def render_folder(
         blocks: Blocks of the video.
         resume: Continue a render of the same request; without it, an unfinished render is in the
             way.
+        locked: The folder, where the caller has locked it.
 
     Raises:
         OutputError: The folder cannot be written, is locked or has an unfinished render.
@@ -124,7 +126,7 @@ def render_folder(
             f"cannot write PNG files to {target}: it is a link, a mount point or the current "
             "folder, and finished frames take a folder's place; name a new folder in it"
         )
-    with locked_folder(path) as folder:
+    with nullcontext(locked) if locked else locked_folder(path) as folder:
         render = _open(folder, config, dict(request), resume)
         try:
             render.check(frames, blocks)

@@ -1,2 +1,2 @@
-"""Render requests that outlive processes: `records` are the files, `store` the folder, `worker`
-makes the videos."""
+"""Render requests that outlive processes: `records` are the files, `execute` renders one.
+`store` and `worker` are the server's."""

@@ -1,5 +1,7 @@
 """A job as a file: what is asked for, and the result once it has ended.
 
+The server's jobs and those of `batch` are such files; their IDs differ in form.
+
     ID.json                     the record: request, then the result as well; sealed, versioned
     ID.mp4                      the video
     ID.mp4.render/              the unfinished render, which `packforcing.runtime.resume` describes
@@ -13,16 +15,18 @@ rendered: it has no result yet, and the process that renders it knows.
 
 from __future__ import annotations
 
+import hashlib
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from packforcing.config import Policy
+from packforcing.config import Config, Policy
 from packforcing.embeddings import SUFFIX, Embedding, load_embedding, save_embedding
-from packforcing.errors import ResumeError
+from packforcing.errors import OutputError, ResumeError
 from packforcing.files import (
     Upgrade,
     VersionError,
@@ -32,6 +36,7 @@ from packforcing.files import (
     write_file,
 )
 from packforcing.prompts import History, Switch, prompt_words
+from packforcing.runtime.bundle import Manifest
 from packforcing.runtime.start_clip import Fit
 
 VERSION = 1
@@ -106,6 +111,10 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     remixed_from: str | None
     recorded: bool  # whether the video is a recording of a live one
     result: Result | None = None
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    return hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
 
 
 def record_path(folder: Path, job_id: str) -> Path:
@@ -193,3 +202,75 @@ def read_switches(folder: Path, record: JobRecord) -> list[Switch]:
         )
         for number, entry in enumerate(record.switches, 1)
     ]
+
+
+def write_job(
+    folder: Path,
+    draft: Draft,
+    job_id: str,
+    *,
+    config: Config,
+    bundle: str,
+    frames: int | None = None,
+    result: Result | None = None,
+) -> JobRecord:
+    """Write a new job: what it needs first, then its record.
+
+    Args:
+        folder: Of the jobs.
+        draft: Checked.
+        job_id: A file name.
+        config: Of the bundle, with the policy of jobs that name none.
+        bundle: SHA-256 of its manifest.
+        frames: Of the video, where it is a recording; None: those of the draft's seconds.
+        result: Of a recording.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    if draft.start is not None:
+        write_file(start_path(folder, job_id), draft.start)
+    record = JobRecord(
+        id=job_id,
+        created=time.time(),
+        model=config.name,
+        bundle=bundle,
+        switches=write_switches(folder, job_id, draft.prompts),
+        seconds=draft.seconds,
+        frames=config.frames(draft.seconds) if frames is None else frames,
+        seed=draft.seed,
+        policy=draft.policy or config.policy,
+        start=draft.start is not None,
+        start_fit=draft.start_fit,
+        archive_limit=draft.archive_limit,
+        remixed_from=draft.remixed_from,
+        recorded=result is not None,
+        result=result,
+    )
+    write_record(folder, record)
+    return record
+
+
+def read_draft(folder: Path, record: JobRecord) -> Draft:
+    """Return what a job was made of.
+
+    Raises:
+        PromptError: The embedding of a prompt is missing or damaged.
+        OutputError: The start is missing.
+    """
+    start = None
+    if record.start:
+        try:
+            start = start_path(folder, record.id).read_bytes()
+        except OSError as error:
+            raise OutputError(f"the start of the video is missing: {error.strerror}") from error
+    return Draft(
+        prompts=read_switches(folder, record),
+        seconds=record.seconds,
+        seed=record.seed,
+        policy=record.policy,
+        start=start,
+        start_fit=record.start_fit,
+        archive_limit=record.archive_limit,
+        remixed_from=record.remixed_from,
+    )

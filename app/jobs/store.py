@@ -6,7 +6,6 @@ be called from every thread. `packforcing.app.jobs.records` has the layout.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -26,17 +25,16 @@ from packforcing.app.jobs.records import (
     JobRecord,
     Result,
     Status,
+    manifest_sha256,
     read_record,
-    read_switches,
     record_path,
-    start_path,
     video_path,
+    write_job,
     write_record,
-    write_switches,
 )
 from packforcing.config import Config
 from packforcing.errors import ConfigError, OutputError
-from packforcing.files import flush_folder, write_file
+from packforcing.files import flush_folder
 from packforcing.runtime.bundle import Manifest
 from packforcing.runtime.render_lock import delete as delete_path
 from packforcing.runtime.render_lock import render_places
@@ -110,7 +108,7 @@ class Store:
 
         self.folder = folder
         self._config = config
-        self._bundle = hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
+        self._bundle = manifest_sha256(manifest)
         self._changed = threading.Condition()
         self._records: dict[str, JobRecord] = {}  # by ID, which is in order of creation
         self._queue: dict[str, None] = {}  # IDs of jobs without a result, in order
@@ -169,7 +167,7 @@ class Store:
         Raises:
             OutputError: The disk refuses it.
         """
-        return self._add(draft, self._new_id(), self._config.frames(draft.seconds), None)
+        return self._add(draft, self._new_id(), None, None)
 
     def add_recording(self, draft: Draft, video: Path, frames: int) -> Job:
         """Add a completed job, whose video was recorded live.
@@ -246,30 +244,6 @@ class Store:
                 self._remove_files(job_id)
         return True
 
-    def read_draft(self, record: JobRecord) -> Draft:
-        """Return what a job was made of.
-
-        Raises:
-            PromptError: The embedding of a prompt is missing or damaged.
-            OutputError: The uploaded start is missing.
-        """
-        start = None
-        if record.start:
-            try:
-                start = start_path(self.folder, record.id).read_bytes()
-            except OSError as error:
-                raise OutputError(f"the start of the video is missing: {error.strerror}") from error
-        return Draft(
-            prompts=read_switches(self.folder, record),
-            seconds=record.seconds,
-            seed=record.seed,
-            policy=record.policy,
-            start=start,
-            start_fit=record.start_fit,
-            archive_limit=record.archive_limit,
-            remixed_from=record.remixed_from,
-        )
-
     # For the worker
 
     def take(self) -> JobRecord | None:
@@ -327,29 +301,17 @@ class Store:
 
     # All that follows is called with the lock held, or before another thread knows the store
 
-    def _add(self, draft: Draft, job_id: str, frames: int, result: Result | None) -> Job:
-        folder = self.folder
+    def _add(self, draft: Draft, job_id: str, frames: int | None, result: Result | None) -> Job:
         try:
-            if draft.start is not None:
-                write_file(start_path(folder, job_id), draft.start)
-            record = JobRecord(
-                id=job_id,
-                created=time.time(),
-                model=self._config.name,
+            record = write_job(
+                self.folder,
+                draft,
+                job_id,
+                config=self._config,
                 bundle=self._bundle,
-                switches=write_switches(folder, job_id, draft.prompts),
-                seconds=draft.seconds,
                 frames=frames,
-                seed=draft.seed,
-                policy=draft.policy or self._config.policy,
-                start=draft.start is not None,
-                start_fit=draft.start_fit,
-                archive_limit=draft.archive_limit,
-                remixed_from=draft.remixed_from,
-                recorded=result is not None,
                 result=result,
             )
-            write_record(folder, record)
         except BaseException:
             self._remove_files(job_id)
             raise

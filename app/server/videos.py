@@ -15,10 +15,10 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
 from pydantic import Field, TypeAdapter, ValidationError
 
-from packforcing.app.jobs.records import ID, Draft
+from packforcing.app.jobs.execute import begin_video
+from packforcing.app.jobs.records import ID, Draft, read_draft
 from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Job, Store
-from packforcing.app.jobs.worker import begin_video
 from packforcing.app.server.errors import ApiError, first_mistake
 from packforcing.app.server.forms import (
     Fields,
@@ -363,7 +363,7 @@ def videos_router(service: Service) -> APIRouter:
         return await run_in_threadpool(remix, find(video_id), fields.prompt)
 
     def remix(job: Job, prompt: str | None) -> VideoObject:
-        draft = replace(store.read_draft(job.record), remixed_from=job.record.id)
+        draft = replace(read_draft(store.folder, job.record), remixed_from=job.record.id)
         if prompt is not None:
             draft = replace(draft, prompts=[Switch(0, prompt)])
         return queue_draft(service, draft)
