@@ -49,6 +49,10 @@ class Worker:
         """Begin to render."""
         self._thread.start()
 
+    def join(self) -> None:
+        """Wait for the end of the thread, once the store is closed."""
+        self._thread.join()
+
     def close(self) -> None:
         """Interrupt the job that is being rendered, before its next call of a graph, and end."""
         self._store.close()
@@ -56,7 +60,7 @@ class Worker:
             self._closed = True
             self._changed.notify_all()
         if self._thread.ident is not None:
-            self._thread.join()
+            self.join()
 
     @contextmanager
     def beside(self, live: Video) -> Iterator[None]:
