@@ -67,8 +67,8 @@ def work(session, store, available_bytes=None):
     worker.join()
 
 
-def undisturbed(session, asked, path):
-    session.render(asked.prompts, asked.seconds, path, asked.seed, policy=asked.policy)
+def undisturbed(session, draft, path):
+    session.render(draft.prompts, draft.seconds, path, draft.seed, policy=draft.policy)
     return path.read_bytes()
 
 
