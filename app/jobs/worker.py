@@ -12,7 +12,7 @@ from packforcing.app.jobs.execute import render_job
 from packforcing.app.jobs.records import Result
 from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Store
-from packforcing.errors import RenderStopped
+from packforcing.errors import RenderLocked, RenderStopped
 from packforcing.runtime.session import Session
 from packforcing.runtime.video import BlockInfo, Video
 
@@ -91,6 +91,8 @@ class Worker:
             except RenderStopped:
                 self._store.release(None)
                 continue
+            except RenderLocked as locked:
+                error = str(locked)
             now = time.time()
             result = Result("failed" if error else "completed", now, began, error or "")
             if self._store.release(result):

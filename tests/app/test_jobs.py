@@ -7,10 +7,11 @@ import threading
 import msgspec
 import pytest
 
-from packforcing.app.jobs.records import Draft
+from packforcing.app.jobs.execute import begin_video
+from packforcing.app.jobs.records import Draft, read_draft
 from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Store
-from packforcing.app.jobs.worker import Worker, begin_video
+from packforcing.app.jobs.worker import Worker
 from packforcing.errors import ConfigError, OutputError, ResumeError
 from packforcing.files import seal_json
 from packforcing.prompts import Switch
@@ -145,7 +146,7 @@ def test_only_leftovers_of_this_store_are_swept(session, tmp_path):
     with open_store(tmp_path, session) as store:
         assert not spare.exists()
         assert all((tmp_path / name).read_text() == "mine" for name in others)
-        assert store.read_draft(job.record).start == b"picture"
+        assert read_draft(tmp_path, job.record).start == b"picture"
         assert store.delete(job.record.id) and not store.delete(job.record.id)
         assert {path.name for path in tmp_path.iterdir()} == {*others, "server.lock"}
 
