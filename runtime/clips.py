@@ -15,7 +15,7 @@ from packforcing.runtime.colors import HDR_NAMES
 from packforcing.runtime.pictures import Shown
 
 # No playlists and no patterns of names: they lead to other files, or into a network
-_OPEN_OPTIONS = {
+OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "mov,matroska,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,mxf,nut,ivf,rm,"
     "yuv4mpegpipe,h264,hevc,obu,av1,dv,wtv,swf",
@@ -42,7 +42,7 @@ def read_clip(path: Path, notes: list[str]) -> Iterator[tuple[float | None, floa
 
     try:
         # absolute, as FFmpeg takes what is before a colon for a protocol
-        container = av.open(path.absolute(), options=_OPEN_OPTIONS)
+        container = av.open(path.absolute(), options=OPEN_OPTIONS)
     except (av.InvalidDataError, av.ArgumentError) as error:
         raise VideoError("it is damaged, or of no format that is read") from error
     with container:

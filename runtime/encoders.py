@@ -12,6 +12,8 @@ import numpy as np
 
 from packforcing.runtime.video_forms import PNG, Form, encoder_options
 
+COMMENT = "comment"  # FFmpeg's name of what a file says about itself
+PNG_COMMENT = "Comment"  # the PNG specification's
 _THREADS = 4  # of the encoder, whatever the machine has: x264 gives other bytes for another number
 
 
@@ -28,7 +30,9 @@ class Encoder(Protocol):
         """Close the file, whose contents do not matter any more."""
 
 
-def open_encoder(output: Path | BinaryIO, form: Form, width: int, height: int, fps: int) -> Encoder:
+def open_encoder(
+    output: Path | BinaryIO, form: Form, width: int, height: int, fps: int, comment: str = ""
+) -> Encoder:
     """Begin a video.
 
     Args:
@@ -37,18 +41,25 @@ def open_encoder(output: Path | BinaryIO, form: Form, width: int, height: int, f
         width: In pixels.
         height: In pixels.
         fps: Frames per second.
+        comment: What the file says about itself (`packforcing.runtime.metadata`).
     """
     if form is PNG:
         assert isinstance(output, Path)
-        return PngFolder(output, width, height)
-    return _FileEncoder(output, form, width, height, fps)
+        return PngFolder(output, width, height, comment)
+    return _FileEncoder(output, form, width, height, fps, comment)
 
 
 class _FileEncoder:
     """One video in one file, through PyAV."""
 
     def __init__(
-        self, output: Path | BinaryIO, form: Form, width: int, height: int, fps: int
+        self,
+        output: Path | BinaryIO,
+        form: Form,
+        width: int,
+        height: int,
+        fps: int,
+        comment: str,
     ) -> None:
         import av
 
@@ -59,6 +70,7 @@ class _FileEncoder:
         self._container = av.open(
             file, "w", format=form.container, options=dict(form.container_options)
         )
+        add_comment(self._container, comment)
         stream = self._container.add_stream(form.codec, rate=fps, options=encoder_options(form))
         assert isinstance(stream, av.VideoStream)
         self._stream = stream
@@ -99,6 +111,12 @@ class _FileEncoder:
             self._container.close()
 
 
+def add_comment(container: Any, comment: str) -> None:
+    """Let a file that is not begun yet say something about itself."""
+    if comment:
+        container.metadata[COMMENT] = comment
+
+
 def _palette_graph(width: int, height: int, fps: int) -> Any:
     """Return a filter that gives each frame the 256 colors that suit it."""
     import av
@@ -120,22 +138,32 @@ def _palette_graph(width: int, height: int, fps: int) -> Any:
     return graph
 
 
+def frame_file(number: int) -> str:
+    """Return the name of a frame in a folder of PNG files."""
+    return f"frame_{number:06}.png"
+
+
 class PngFolder:
     """Numbered PNG files in a folder, through Pillow."""
 
-    def __init__(self, path: Path, width: int, height: int) -> None:
+    def __init__(self, path: Path, width: int, height: int, comment: str) -> None:
         self._path, self._shape = path, (height, width, 3)
+        self._comment = comment
         self._count = 0
         path.mkdir()
 
     def write(self, frames: np.ndarray) -> None:
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
         check_frames(frames, self._shape)
         for pixels in frames:
-            path = self._path / f"frame_{self._count:06}.png"
+            entries = PngInfo()
+            if self._comment and not self._count:
+                entries.add_text(PNG_COMMENT, self._comment)
+            path = self._path / frame_file(self._count)
             # zlib's fastest strategy: run lengths alone
-            Image.fromarray(pixels).save(path, compress_level=1, compress_type=3)
+            Image.fromarray(pixels).save(path, pnginfo=entries, compress_level=1, compress_type=3)
             self._count += 1
 
     def finish(self) -> None:

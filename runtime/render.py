@@ -15,12 +15,18 @@ import numpy as np
 
 from packforcing.config import Config
 from packforcing.errors import ConfigError, RenderStopped
-from packforcing.prompts import History, Timeline, prompt_words
+from packforcing.prompts import Timeline
 from packforcing.runtime.allocations import archive_bytes
 from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
 from packforcing.runtime.blocks import Block, BlockInfo
+from packforcing.runtime.metadata import (
+    SwitchInfo,
+    describe_video,
+    encode_metadata,
+    switch_infos,
+)
 from packforcing.runtime.plan import LONGEST
 from packforcing.runtime.request import frames_before
 from packforcing.runtime.resume import (
@@ -38,25 +44,6 @@ if TYPE_CHECKING:
     from packforcing.runtime.render_lock import LockedFolder
     from packforcing.runtime.rollout import Rollout
     from packforcing.runtime.session import Session
-
-
-@dataclass(frozen=True)
-class SwitchInfo:
-    """A prompt, and when the video begins to follow it.
-
-    Attributes:
-        block: The first block that follows it.
-        seconds: Time in the video at that block's first frame.
-        prompt: Its words; empty for an embedding that does not record them.
-        history: What the switch does to the history.
-        over: Blocks that it is spread over.
-    """
-
-    block: int
-    seconds: float
-    prompt: str
-    history: History
-    over: int = 1
 
 
 @dataclass(frozen=True)
@@ -156,6 +143,7 @@ def render_video(
     resume: bool = False,
     checkpoint_seconds: float = SNAPSHOT_SECONDS,
     locked: LockedFolder | None = None,
+    metadata: bool = True,
 ) -> RenderSummary:
     """Render a video into a file; `Session.render` describes arguments and errors.
 
@@ -168,6 +156,7 @@ def render_video(
         resume: Continue an interrupted render, if there is one.
         checkpoint_seconds: Seconds of video between two snapshots.
         locked: The folder of the render, where the caller has locked it; the output is not there.
+        metadata: Whether the file says how it was made.
     """
     from packforcing.runtime.video_files import check_output
     from packforcing.runtime.video_forms import STREAM, output_target
@@ -185,10 +174,13 @@ def render_video(
     )
     interval = snapshot_interval(config, checkpoint_seconds)
     fields = _request_fields(session, video, path, interval)
+    made = describe_video(session.manifest, config, request)
+    comment = encode_metadata(made) if metadata else ""
     frames_resumed = request.frames
     if streamed:
         frames_resumed = 0
-        _write_stream(path, config, stream_video(video, on_block, on_frames), stopwatch)
+        stream = stream_video(video, on_block, on_frames)
+        _write_stream(path, config, stream, stopwatch, comment)
     elif locked or not (resume and remove_leftovers(path, fields)):
         check_output(path, request.frames, config.width, config.height)
         length = request.frames, timeline.blocks
@@ -199,7 +191,9 @@ def render_video(
                 _write_segments(video, render, on_block, on_frames, stopwatch)
             except RenderStopped as error:
                 raise RenderStopped(f"{error}; {render.remedy}") from None
-            stopwatch.seconds_video += _join_segments(render, path, config, timeline.blocks)
+            stopwatch.seconds_video += _join_segments(
+                render, path, config, timeline.blocks, comment
+            )
             render.remove()
     return RenderSummary(
         frames=request.frames,
@@ -214,7 +208,7 @@ def render_video(
             config,
             config.policy.sink + stored_blocks(config, timeline.blocks, request.archive_limit),
         ),
-        prompts=_switch_infos(timeline, config),
+        prompts=switch_infos(timeline, config),
     )
 
 
@@ -223,12 +217,13 @@ def _write_stream(
     config: Config,
     stream: Iterator[np.ndarray],
     stopwatch: _Stopwatch,
+    comment: str,
 ) -> None:
     """Write a video to standard output as it is made."""
     from packforcing.runtime.video_files import open_video
 
     then = "a video on standard output cannot be resumed"
-    with open_video(path, config.width, config.height, config.fps, then) as file:
+    with open_video(path, config.width, config.height, config.fps, then, comment) as file:
         for frames in stream:
             began = time.perf_counter()
             file.write(frames)
@@ -270,14 +265,18 @@ def _write_segments(
 
 
 def _join_segments(
-    render: RenderFolder, path: str | os.PathLike[str], config: Config, blocks: int
+    render: RenderFolder,
+    path: str | os.PathLike[str],
+    config: Config,
+    blocks: int,
+    comment: str,
 ) -> float:
     """Join the segments and give the video its name; return the seconds it took."""
     from packforcing.runtime.video_files import join_segments
 
     began = time.perf_counter()
-    size = config.width, config.height, config.fps
-    render.place(join_segments(render.segments(blocks), path, render.path, *size, render.remedy))
+    size, segments = (config.width, config.height, config.fps), render.segments(blocks)
+    render.place(join_segments(segments, path, render.path, *size, render.remedy, comment))
     return time.perf_counter() - began
 
 
@@ -315,15 +314,6 @@ def _recorded_threads(path: str | os.PathLike[str]) -> int | None:
     """Return the CPU threads that an unfinished render of `path` began with."""
     record = unfinished_record(path)
     return threads_of(record.request.get("runs on", "")) if record else None
-
-
-def _switch_infos(timeline: Timeline, config: Config) -> list[SwitchInfo]:
-    infos = []
-    for block, switch in timeline.switches.items():
-        seconds = frames_before(block, timeline, config) / config.fps
-        text = prompt_words(switch.prompt)
-        infos.append(SwitchInfo(block, seconds, text, switch.effect, switch.over))
-    return infos
 
 
 def _digest_prompts(timeline: Timeline) -> str:

@@ -293,6 +293,7 @@ class Session:
         on_frames: Callable[[Block], None] | None = None,
         resume: bool = False,
         checkpoint_seconds: float = SNAPSHOT_SECONDS,
+        metadata: bool = True,
     ) -> RenderSummary:
         """Render a video into a file; nothing stands under `path` before all of it is done.
 
@@ -316,6 +317,8 @@ class Session:
             resume: Continue an interrupted render, if there is one.
             checkpoint_seconds: Seconds of video between two snapshots. Another number makes
                 another encoding of the same frames.
+            metadata: Whether the file says how it was made (`packforcing.runtime.metadata`): its
+                prompts, seed, policy and bundle, nothing of the machine or the time.
 
         Raises:
             OutputError: The output cannot be written, or is being rendered.
@@ -343,6 +346,7 @@ class Session:
             on_frames=on_frames,
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
+            metadata=metadata,
         )
 
     def require_open(self) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from packforcing.errors import OutputError
 from packforcing.files import flush, flush_folder, partial_path, require_disk_space
-from packforcing.runtime.encoders import Encoder, open_encoder
+from packforcing.runtime.encoders import Encoder, add_comment, open_encoder
 from packforcing.runtime.video_forms import PNG, STREAM, Form, output_target
 
 _SPARE_BYTES = 1 << 20  # left free on the disk
@@ -115,7 +115,12 @@ def _check_folder(target: Path) -> None:
 
 @contextmanager
 def open_video(
-    path: str | os.PathLike[str], width: int, height: int, fps: int, then: str = _GONE
+    path: str | os.PathLike[str],
+    width: int,
+    height: int,
+    fps: int,
+    then: str = _GONE,
+    comment: str = "",
 ) -> Iterator[Video]:
     """Yield a video to write frames to; it gets its name when the block ends without error.
 
@@ -129,6 +134,7 @@ def open_video(
         height: In pixels.
         fps: Frames per second.
         then: The end of an error's message: what remains and what to do.
+        comment: What the file says about itself.
 
     Raises:
         OutputError: The path cannot be written, at the start or on the way.
@@ -142,7 +148,7 @@ def open_video(
     try:
         with output_errors(target, then):
             output = _standard_output() if form is STREAM else partial
-            video = open_encoder(output, form, width, height, fps)
+            video = open_encoder(output, form, width, height, fps, comment)
         yield _Writer(video, target, then)
         with output_errors(target, then):
             video.finish()
@@ -191,6 +197,7 @@ def join_segments(
     height: int,
     fps: int,
     then: str,
+    comment: str = "",
 ) -> Path:
     """Join segments in order, frame for frame; lossless ones are encoded, others copied.
 
@@ -202,6 +209,7 @@ def join_segments(
         height: In pixels.
         fps: Frames per second.
         then: The end of an error's message: what remains and what to do.
+        comment: What the file says about itself.
 
     Returns:
         The joined video, flushed to the disk; `place_video` is next.
@@ -216,12 +224,14 @@ def join_segments(
     with output_errors(target, then):
         try:
             if form.segment != form.suffix:
-                _write_frames(segments, open_encoder(partial, form, width, height, fps))
+                encoder = open_encoder(partial, form, width, height, fps, comment)
+                _write_frames(segments, encoder)
             else:
                 options = dict(form.container_options)
                 with av.open(
                     partial.absolute(), "w", format=form.container, options=options
                 ) as joined:
+                    add_comment(joined, comment)
                     _copy_packets(segments, joined, fps, form.reordered)
             flush(partial)
         except BaseException:

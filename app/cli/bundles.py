@@ -12,6 +12,7 @@ from packforcing.app.cli.options import (
     COMPUTE_DTYPES,
     FILE,
     PATH,
+    argument_for,
     bundle_option,
     json_option,
     option,
@@ -26,6 +27,7 @@ from packforcing.app.cli.output import (
     print_json,
     print_tables,
     print_training_free,
+    printable,
 )
 from packforcing.app.cli.progress import count_meter, graph_meter, print_status
 from packforcing.app.cli.settings import with_shape
@@ -252,16 +254,25 @@ def quantize(
 
 
 @click.command()
-@bundle_option()
+@argument_for("bundle", "[PATH]")
+@option(
+    "--bundle",
+    type=PATH,
+    metavar="DIR",
+    help="Exported model; PATH may be a video instead.  [default: the demo model]",
+)
 @json_option
 def inspect(bundle: Path | None, as_json: bool) -> None:
-    """Show the model, files and memory of a bundle.
+    """Show what a bundle holds, or how a video was made.
 
-    Every file is compared with its checksum. Exit code 2 if one is missing or damaged.
+    A bundle's model, files and memory are listed, and every file is compared with its checksum.
+    Exit code 2 if one is missing or damaged. A video, or a folder of PNG files, says which prompts,
+    seed, policy and bundle it was made with.
 
     \b
-    Example:
-      packforcing inspect --bundle my-bundle
+    Examples:
+      packforcing inspect my-bundle
+      packforcing inspect star.mp4
     """
     import msgspec
 
@@ -270,10 +281,15 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     from packforcing.presets import switch_history
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.allocations import allocations, memory_by_purpose
-    from packforcing.runtime.bundle import check_files, read_manifest
+    from packforcing.runtime.bundle import MANIFEST, check_files, read_manifest
+    from packforcing.runtime.encoders import frame_file
     from packforcing.sampler import describe_steps
 
     directory = bundle or demo_bundle()
+    has_frames = (directory / frame_file(0)).is_file() and not (directory / MANIFEST).exists()
+    if directory.is_file() or has_frames:
+        _show_video(directory, as_json)
+        return
     manifest = read_manifest(directory)
     check_files(directory, manifest)
     config = manifest.config
@@ -359,6 +375,34 @@ def verify(bundle: Path | None, out: Path, as_json: bool) -> int:
             click.echo(line)
         click.echo(f"report: {page}")
     return 1 if verification.missed else 0
+
+
+def _show_video(path: Path, as_json: bool) -> None:
+    """Print how a video was made, as its file says."""
+    import msgspec
+
+    from packforcing.app.reports.tables import make_table
+    from packforcing.runtime.metadata import read_metadata
+
+    metadata = read_metadata(path)
+    if as_json:
+        print_json({"path": str(path), **msgspec.to_builtins(metadata)})
+        return
+    rows = [
+        ("video", str(path)),
+        ("model", f"{metadata.model}, bundle {metadata.bundle}"),
+        ("history", metadata.policy),
+        ("denoising", metadata.denoising),
+        ("seed", str(metadata.seed)),
+        ("made with", f"packforcing {metadata.packforcing}"),
+        *([("start", "a picture or clip that was not generated")] if metadata.started else []),
+    ]
+    for switch in metadata.prompts:
+        over = f", over {switch.over} blocks" if switch.over > 1 else ""
+        when = f"from {switch.seconds:.1f} s ({switch.history}{over})" if switch.block else "prompt"
+        rows.append((when, switch.prompt or "an embedding"))
+    # a file from elsewhere may hold anything, like commands for the terminal
+    print_tables(make_table((name, printable(text)) for name, text in rows))
 
 
 def _tokens(config: Config) -> dict[str, int]:

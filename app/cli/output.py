@@ -39,6 +39,11 @@ def print_tables(*renderables: RenderableType) -> None:
         click.echo(line.rstrip())
 
 
+def printable(text: str) -> str:
+    """Return a text in one line, without characters that a terminal takes for commands."""
+    return "".join(one if one.isprintable() else "?" for one in text)
+
+
 def make_folder(folder: Path) -> Path:
     """Make a folder for results where there is none.
 

@@ -157,6 +157,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     is_flag=True,
     help="Resume an interrupted render; start a new one where there is none.",
 )
+@option("--no-metadata", is_flag=True, help="Leave out of the file how it was made.")
 @option("--watch", is_flag=True, help="Show the render in a browser, on a page of this machine.")
 @run_options
 @json_option
@@ -178,6 +179,7 @@ def render(
     shift: float | None,
     archive_limit: int | str | None,
     resume: bool,
+    no_metadata: bool,
     watch: bool,
     threads: int | None,
     backend: str,
@@ -206,6 +208,9 @@ def render(
     Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk, the same
     command with --resume finishes it, with the same frames. With --out -, frames are written to
     standard output as they are made, messages go to stderr, and nothing can be resumed.
+
+    The file says how it was made, in its metadata: prompts, seed, policy and bundle. `packforcing
+    inspect PATH` shows it.
 
     \b
     Examples:
@@ -272,8 +277,9 @@ def render(
         watching(session, video) if watching else nullcontext() as show_frames,
     ):  # fmt: skip
         summary = render_video(
-            session, video, out, on_block=show_block, on_frames=show_frames, resume=resume
-        )
+            session, video, out, on_block=show_block, on_frames=show_frames, resume=resume,
+            metadata=not no_metadata,
+        )  # fmt: skip
     policy_used = chosen or config.policy
     if as_json:
         training_free = is_training_free(config, policy_used)
