@@ -23,8 +23,9 @@ def export_bundle(
     weights: Weights,
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
+    license: str = "",
 ) -> Manifest:
     """Write the bundle of a model; see `packforcing.export.exporter.export_bundle`."""
     from packforcing.export.exporter import export_bundle
 
-    return export_bundle(config, weights, directory, on_graph)
+    return export_bundle(config, weights, directory, on_graph, license)

@@ -37,6 +37,7 @@ def export_bundle(
     weights: Weights,
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
+    license: str = "",
 ) -> Manifest:
     """Export a model into `directory`, replacing a bundle that is there, engines included.
 
@@ -49,6 +50,7 @@ def export_bundle(
             again, so memory stays small whatever the size of the model.
         directory: The bundle's folder.
         on_graph: Called before each export with the graph's name, its index and their number.
+        license: Of the weights; empty where nothing says it.
 
     Returns:
         The manifest that was written.
@@ -66,7 +68,7 @@ def export_bundle(
                 on_graph(name, index, len(WRAPPERS))
             save_graph(export_graph(config, weights, name), folder / graph_file(name))
         tools = {tool: importlib.metadata.version(tool) for tool in TOOLS}
-        return write_bundle_manifest(folder, config, tools)
+        return write_bundle_manifest(folder, config, tools, license)
 
 
 @contextmanager
@@ -86,13 +88,16 @@ def new_bundle(directory: str | Path, needed_bytes: int) -> Iterator[Path]:
         yield folder
 
 
-def write_bundle_manifest(folder: Path, config: Config, tools: dict[str, str]) -> Manifest:
+def write_bundle_manifest(
+    folder: Path, config: Config, tools: dict[str, str], license: str
+) -> Manifest:
     """Write the manifest of a bundle whose other files are complete.
 
     Args:
         folder: The bundle.
         config: Its model.
         tools: Version of each package that made the graphs.
+        license: Of the weights; empty where nothing says it.
 
     Returns:
         The manifest.
@@ -103,6 +108,7 @@ def write_bundle_manifest(folder: Path, config: Config, tools: dict[str, str]) -
         graphs=contract(config),
         files={path.name: file_record(path) for path in sorted(folder.iterdir())},
         tools=tools,
+        license=license,
     )
     write_manifest(folder, manifest)
     return manifest

@@ -50,8 +50,9 @@ from packforcing.files import FileRecord, Upgrade, VersionError, decode_versione
 from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
 from packforcing.runtime.arguments import check_path
 
-SCHEMA_VERSION = 3
-UPGRADES: dict[int, Upgrade] = {}  # of older manifests; none of the first two versions is read
+SCHEMA_VERSION = 4
+# of older manifests; none of the first two versions is read
+UPGRADES: dict[int, Upgrade] = {3: lambda fields: {**fields, "license": ""}}
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
 ENGINE_FOLDER = (
@@ -97,6 +98,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     graphs: dict[str, GraphSpec]
     files: dict[str, FileRecord]
     tools: dict[str, str]
+    license: str  # of the weights; empty where nothing says it
     sha256: str = ""  # of the file without this value; `write_manifest` sets it
 
 
@@ -191,6 +193,16 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     head, _, tail = text.rpartition(b'""')  # of `sha256`, the last field
     digest = hashlib.sha256(head + b'""' + tail).hexdigest()
     (directory / MANIFEST).write_bytes(head + f'"{digest}"'.encode() + tail)
+
+
+def bundle_digest(manifest: Manifest) -> str:
+    """Return a SHA-256 of all in a manifest that decides about frames: the license does not.
+
+    It is as it was for schema version 3, so that renders and jobs begun then go on.
+    """
+    fields = msgspec.structs.asdict(manifest)
+    del fields["license"]
+    return hashlib.sha256(msgspec.json.encode({**fields, "schema_version": 3})).hexdigest()
 
 
 def read_manifest(directory: str | Path) -> Manifest:

@@ -54,6 +54,7 @@ class VideoMetadata(msgspec.Struct, frozen=True, kw_only=True):
         packforcing: The release that made it.
         model: The bundle's name of its model.
         bundle: SHA-256 that the bundle's manifest states of itself.
+        license: Of its weights; empty where nothing says it.
         policy: Which history blocks read, in words.
         denoising: Sampler, timesteps and shift, in words.
         prompts: Each prompt and when the video begins to follow it.
@@ -64,6 +65,7 @@ class VideoMetadata(msgspec.Struct, frozen=True, kw_only=True):
     packforcing: str
     model: str
     bundle: str
+    license: str = ""
     policy: str
     denoising: str
     prompts: tuple[SwitchInfo, ...]
@@ -85,6 +87,7 @@ def describe_video(manifest: Manifest, config: Config, request: VideoRequest) ->
         packforcing=__version__,
         model=config.name,
         bundle=manifest.sha256,
+        license=manifest.license,
         policy=str(config.policy),
         denoising=describe_steps(config),
         prompts=tuple(switch_infos(request.timeline, config)),

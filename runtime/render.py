@@ -21,6 +21,7 @@ from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
 from packforcing.runtime.blocks import Block, BlockInfo
+from packforcing.runtime.bundle import bundle_digest
 from packforcing.runtime.metadata import (
     SwitchInfo,
     describe_video,
@@ -301,7 +302,7 @@ def _request_fields(
         "prompts": _digest_prompts(request.timeline),
         "start": "none" if request.start is None else _digest(request.start),
         "interval": str(interval),
-        "bundle": hashlib.sha256(msgspec.json.encode(session.manifest)).hexdigest(),
+        "bundle": bundle_digest(session.manifest),
         "policy": msgspec.json.encode(config.policy).decode(),
         **({"denoising": describe_steps(config)} if other_steps else {}),
         "runs on": session.backend.identity,

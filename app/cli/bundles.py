@@ -89,13 +89,16 @@ def export(
     )
     from packforcing.presets import model_config
     from packforcing.runtime import demo_bundle
+    from packforcing.runtime.bundle import read_manifest
 
     if weights and random_weights:
         raise ConfigError("choose one of --weights and --random-weights")
+    license_name = ""
     if weights and weights.is_dir():
         if model:
             raise ConfigError(f"{weights} names its model: leave out --model")
-        config = read_model_folder(weights).config
+        folder = read_model_folder(weights)
+        config, license_name = folder.config, folder.license
         if shape["vae"] not in (None, config.vae):
             raise ConfigError(f"{weights} holds the autoencoder {config.vae}: leave out --vae")
         config = with_shape(config, **shape)
@@ -109,6 +112,7 @@ def export(
                 "pass a file to --weights, or use --random-weights"
             )
         weights = demo_bundle().parent / WEIGHTS
+        license_name = read_manifest(demo_bundle()).license
     print_status("loading PyTorch ...", as_json)
     with optional_imports("exporting", "export"):
         from packforcing.export.exporter import export_bundle
@@ -116,7 +120,7 @@ def export(
         from packforcing.model import random_weights as draw_weights
     source = open_weights(config, weights) if weights else draw_weights(config)
     with graph_meter("exporting", quiet=as_json) as on_graph:
-        manifest = export_bundle(config, source, out, on_graph)
+        manifest = export_bundle(config, source, out, on_graph, license_name)
     size_bytes = sum(record.bytes for record in manifest.files.values())
     if as_json:
         import msgspec
@@ -128,6 +132,7 @@ def export(
                 "bytes": size_bytes,
                 "files": files,
                 "tools": manifest.tools,
+                "license": manifest.license,
                 "differences": describe_differences(config),
             }
         )
@@ -308,6 +313,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
                 "memory": sizes,
                 "allocations": [entry._asdict() for entry in allocations(config)],
                 "tools": manifest.tools,
+                "license": manifest.license,
             }
         )
         return
@@ -321,6 +327,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
         "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
         "history": f"{config.policy}; a prompt switch: {switch_history(config)}",
         "tokens": ", ".join(f"{count:,} {name}" for name, count in _tokens(config).items()),
+        "license": _license(manifest.license),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
     files = ((name, format_file_size(record.bytes)) for name, record in manifest.files.items())
@@ -377,6 +384,11 @@ def verify(bundle: Path | None, out: Path, as_json: bool) -> int:
     return 1 if verification.missed else 0
 
 
+def _license(name: str) -> str:
+    """Say which license weights have, where it is known."""
+    return f"{name} (of the weights)" if name else "unknown: the bundle does not say it"
+
+
 def _show_video(path: Path, as_json: bool) -> None:
     """Print how a video was made, as its file says."""
     import msgspec
@@ -394,6 +406,7 @@ def _show_video(path: Path, as_json: bool) -> None:
         ("history", metadata.policy),
         ("denoising", metadata.denoising),
         ("seed", str(metadata.seed)),
+        ("license", _license(metadata.license)),
         ("made with", f"packforcing {metadata.packforcing}"),
         *([("start", "a picture or clip that was not generated")] if metadata.started else []),
     ]

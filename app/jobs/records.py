@@ -15,7 +15,6 @@ rendered: it has no result yet, and the process that renders it knows.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from dataclasses import dataclass
@@ -36,7 +35,6 @@ from packforcing.files import (
     write_file,
 )
 from packforcing.prompts import History, Switch, prompt_words
-from packforcing.runtime.bundle import Manifest
 from packforcing.runtime.start_clip import Fit
 
 VERSION = 1
@@ -111,10 +109,6 @@ class JobRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     remixed_from: str | None
     recorded: bool  # whether the video is a recording of a live one
     result: Result | None = None
-
-
-def manifest_sha256(manifest: Manifest) -> str:
-    return hashlib.sha256(msgspec.json.encode(manifest)).hexdigest()
 
 
 def record_path(folder: Path, job_id: str) -> Path:

@@ -25,7 +25,6 @@ from packforcing.app.jobs.records import (
     JobRecord,
     Result,
     Status,
-    manifest_sha256,
     read_record,
     record_path,
     video_path,
@@ -35,7 +34,7 @@ from packforcing.app.jobs.records import (
 from packforcing.config import Config
 from packforcing.errors import ConfigError, OutputError
 from packforcing.files import flush_folder
-from packforcing.runtime.bundle import Manifest
+from packforcing.runtime.bundle import Manifest, bundle_digest
 from packforcing.runtime.render_lock import delete as delete_path
 from packforcing.runtime.render_lock import render_places
 from packforcing.runtime.video import Video
@@ -108,7 +107,7 @@ class Store:
 
         self.folder = folder
         self._config = config
-        self._bundle = manifest_sha256(manifest)
+        self._bundle = bundle_digest(manifest)
         self._changed = threading.Condition()
         self._records: dict[str, JobRecord] = {}  # by ID, which is in order of creation
         self._queue: dict[str, None] = {}  # IDs of jobs without a result, in order

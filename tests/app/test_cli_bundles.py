@@ -31,6 +31,13 @@ def test_export_writes_a_bundle_that_inspect_shows(tiny_config, out, monkeypatch
     assert "renoise at 1000 400 (the first block generated at 1000 700 400), shift 3" in text
 
 
+def test_the_license_of_the_weights_reaches_the_bundle_and_what_is_made_of_it(out):
+    model = Path(__file__).parents[1] / "formats" / "model-1"
+    assert run("export", "--weights", model, "--out", out / "b").exit_code == 0
+    assert json.loads(run("inspect", out / "b", "--json").stdout)["license"] == "CC-BY-NC-SA-4.0"
+    assert "CC-BY-NC-SA-4.0" in run("inspect", out / "b").stdout
+
+
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder nobody can write to")
 def test_an_unwritable_export_is_refused(tiny_config, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", tiny_config)

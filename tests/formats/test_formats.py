@@ -75,6 +75,11 @@ def test_a_bundle_renders_its_frames(path):
     np.testing.assert_allclose(means, frames, atol=2)  # rounding differs between CPUs
 
 
+def test_a_bundle_states_the_license_of_its_weights_since_version_4():
+    licenses = [bundle.read_manifest(path).license for path in files_of("bundle")]
+    assert licenses == ["", "CC-BY-NC-SA-4.0"]
+
+
 @each("bundle")
 def test_engine_records_are_read_and_describe_the_engines(path):
     records = engine_records.read_records(path, "tensorrt-rtx")
@@ -128,8 +133,10 @@ def test_statistics_are_accepted(path, tmp_path):
     pytest.importorskip("onnx_ir")
     from packforcing.calibration.quantizer import quantize_bundle
 
-    quantize_bundle(HERE / "bundle-3", tmp_path, cache="int8", calibration=path)
-    precision = bundle.read_manifest(tmp_path).config.precision
+    quantize_bundle(HERE / "bundle-4", tmp_path, cache="int8", calibration=path)
+    manifest = bundle.read_manifest(tmp_path)
+    precision = manifest.config.precision
+    assert manifest.license == "CC-BY-NC-SA-4.0"  # passed on
     assert (precision.weights, precision.cache) == ("fp32", "int8")
     with Session.open(tmp_path) as session:
         assert sum(map(len, session.stream(PROMPT, 1.0))) == 8

@@ -41,6 +41,7 @@ def test_a_file_says_how_it_was_made(plain, tiny_bundle, tmp_path, name):
         "packforcing": __version__,
         "model": config.name,
         "bundle": json.loads((tiny_bundle / "manifest.json").read_bytes())["sha256"],
+        "license": "",
         "policy": str(config.policy),
         "denoising": "renoise at 1000 750 500 250, shift 5",
         "seed": 2**63,
@@ -53,14 +54,15 @@ def test_a_file_says_how_it_was_made(plain, tiny_bundle, tmp_path, name):
 
 
 def test_inspect_shows_it_unless_it_was_left_out(tiny_bundle, tmp_path):
-    command = ("render", "a red star", "--bundle", tiny_bundle, "--seconds", 1, "--out")
+    command = ("render", "a red star", "--seconds", 0.5, "--out")
     assert run(*command, tmp_path / "a.mp4").exit_code == 0
     shown = json.loads(run("inspect", tmp_path / "a.mp4", "--json").stdout)
     assert [one["prompt"] for one in shown["prompts"]] == ["a red star"]
     text = run("inspect", tmp_path / "a.mp4").stdout
     assert "a red star" in text and shown["bundle"] in text and shown["policy"] in text
+    assert shown["license"] == "Apache-2.0" and "Apache-2.0" in text  # the demo model's
     for name, options in (("b.mp4", ["--no-metadata"]), ("c.gif", [])):
-        assert run(*command, tmp_path / name, *options).exit_code == 0
+        assert run(*command, tmp_path / name, "--bundle", tiny_bundle, *options).exit_code == 0
         result = run("inspect", tmp_path / name)
         assert_one_line(result.exit_code, result.stdout, result.stderr, "does not say how")
         assert b"a red star" not in (tmp_path / name).read_bytes()
