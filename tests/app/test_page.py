@@ -82,7 +82,7 @@ def wait(page, condition: Callable[[], object]) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, "it did not come"
+        assert time.monotonic() < deadline, page.inner_text("main")
         page.wait_for_timeout(50)
 
 
@@ -192,7 +192,8 @@ def test_a_recording_is_downloaded_and_its_schedule_renders_the_same_frames(
         again = rendered[since : since + len(recorded)]
         assert np.abs(again.astype(int) - recorded).mean() < 4  # two encoders' rounding
         page.click("#cards .thumbnail >> nth=0")
-        page.wait_for_function("document.getElementById('player-video').currentTime > 0")
+        player = "document.getElementById('player-video').currentTime"
+        wait(page, lambda: page.evaluate(player) > 0)
         page.keyboard.press("Escape")
         before = made_videos(page)
         page.click("#cards .card >> nth=0 >> text=Delete")

@@ -114,7 +114,8 @@ function setUp() {
   if (!steerable) return;
   showWords(bundle.words);
   addJob = showJobs();
-  if (!prompt.value) prompt.value = state.video?.prompt ?? examplePrompt(bundle.words);
+  const isEmpty = !prompt.value && document.activeElement !== prompt; // nobody writes there yet
+  if (isEmpty) prompt.value = state.video?.prompt ?? examplePrompt(bundle.words);
   fitPrompt();
 }
 
