@@ -103,6 +103,10 @@ RUNS = {
         (benchmark("bench_runtime --only checkpoints --json {out}/bench.json"),), 2,
         values.checkpoint_values,
     ),
+    "stream": Run(
+        (benchmark("bench_stream --json {out}/stream.json"),), 3, values.stream_values
+    ),
+    "viewers": Run((full_test("tests/app/test_live_load.py"),), 11, values.viewers_values),
     "hour": Run(
         (full_test("tests/end_to_end/test_demo.py -k 'hour and 60'"),), 150, values.hour_values
     ),

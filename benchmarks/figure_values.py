@@ -456,3 +456,31 @@ def hour_values(results: Results) -> dict[str, str]:
         "both": f"{hour['last_minute'][KEYS['color and shape']]:.0%}",
         "speed": f"{hour['last_minute']['speed']:.1f}%",
     }
+
+
+def stream_values(results: Results) -> dict[str, str]:
+    times = results.json("stream.json")
+    block = times["block_ms"]
+    return {
+        "first-frame": f"{times['first_frame_ms'] / 1e3:.2f} s",
+        "first-frame-longest": f"{times['first_frame_ms_longest'] / 1e3:.2f} s",
+        "switch": f"{times['switch_ms'] / 1e3:.2f} s",
+        "switch-longest": f"{times['switch_ms_longest'] / 1e3:.2f} s",
+        "block": f"{block:.0f} ms",
+        "encode": f"{times['encode_ms']:.1f} ms",
+        "encode-share": f"{times['encode_ms'] / block:.1%}",
+        "send": f"{times['send_ms_1']:.1f} ms",
+        "send-share": f"{times['send_ms_1'] / block:.1%}",
+        "send-more": f"{times['send_ms_10']:.1f} ms",
+    }
+
+
+def viewers_values(results: Results) -> dict[str, str]:
+    load = json.loads(re.findall(r"^\{.*?^\}", results.text(), re.MULTILINE | re.DOTALL)[0])
+    return {
+        "ratio": f"{load['ratio']:.2f}",
+        "watched": f"{load['ms_per_block_watched']:.0f} ms",
+        "idle": f"{load['ms_per_block_idle']:.0f} ms",
+        "memory": f"{load['resident_mb']:.0f} MB",
+        "growth": f"{load['resident_mb_growth_in_second_half']:+.1f} MB",
+    }
