@@ -44,6 +44,8 @@ DIALECT = {
 
 def code_files(*folders: str) -> list[Path]:
     """Python files that git tracks or would track, below folders of the repository."""
+    if not (ROOT / ".git").exists():  # a source distribution
+        return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [ROOT / name for name in listing.splitlines() if name.endswith(".py")]

@@ -1,0 +1,15 @@
+# The page and the API of `packforcing serve` on the CPU.
+#   docker build --tag packforcing .
+#   docker run --publish 127.0.0.1:8000:8000 --volume packforcing:/videos packforcing
+# The URL with its token is printed; open it with localhost as its host.
+FROM python:3.11-slim
+COPY . /source
+RUN pip install --no-cache-dir --constraint /source/constraints.txt "/source[cpu,serve]" \
+    && rm -r /source \
+    && useradd packforcing \
+    && install --directory --owner packforcing /videos
+USER packforcing
+WORKDIR /videos
+VOLUME /videos
+EXPOSE 8000
+ENTRYPOINT ["packforcing", "serve", "--host", "0.0.0.0", "--out", "/videos"]
