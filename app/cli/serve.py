@@ -127,11 +127,10 @@ def serve(
             f"H.264 needs an even width and height, and the bundle has {config.width}x"
             f"{config.height}: export it at another --size"
         )
-    token = _check_token(token, host)
+    token = token_for(host, token)
     encode = _prompt_encoder(config, encoder)
     listener = _listen(host, port)
     bound_unsent(listener)
-    _log_to_stderr()
     with (
         listener,
         open_session(directory, chosen, None, threads, backend) as session,
@@ -154,11 +153,12 @@ def serve(
             worker.close()
             stage.close()
 
-        url = _url(listener, host, token)
+        url = page_url(listener, host, token)
         click.echo(url)
         sys.stdout.flush()
         if open_page:
             click.launch(url)
+        _log_to_stderr()
         worker.start()
         number = _run(application, listener, stop)
         click.echo(_summary(store), err=True)
@@ -232,7 +232,7 @@ def _is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def _check_token(token: str | None, host: str) -> str | None:
+def token_for(host: str, token: str | None) -> str | None:
     """Return the token that requests need, a random one where one is needed and none is set.
 
     Raises:
@@ -249,7 +249,7 @@ def _check_token(token: str | None, host: str) -> str | None:
     return token
 
 
-def _url(listener: socket.socket, host: str, token: str | None) -> str:
+def page_url(listener: socket.socket, host: str, token: str | None) -> str:
     """Return the URL of the page, as a person opens it."""
     from urllib.parse import quote
 

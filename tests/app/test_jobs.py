@@ -33,11 +33,16 @@ class Interrupted(Store):
 
     def __init__(self, folder, session, then=Store.close):
         super().__init__(folder, session.manifest, session.config)
-        self.then = then
+        self.then, self.releases = then, threading.Semaphore(0)
 
     def report_frames(self, frames):
         super().report_frames(frames)
         self.then(self)
+
+    def release(self, result):
+        ended = super().release(result)
+        self.releases.release()
+        return ended
 
 
 def open_store(folder, session):
@@ -206,6 +211,8 @@ def test_a_job_waits_while_a_live_video_has_the_memory(session, tmp_path):
         worker.start()
         assert began.wait(60)
         with worker.beside(live), live:
+            for _ in range(2):  # it is interrupted, and does not begin again
+                assert store.releases.acquire(timeout=60)
             assert store.get(job).status == "queued"
             for _ in range(3):
                 next(live)
