@@ -22,10 +22,11 @@ from packforcing.runtime.arguments import (
     check_type,
     show_value,
 )
-from packforcing.runtime.backends import MAX_THREADS, Backend, open_backend
+from packforcing.runtime.backends import MAX_THREADS, Backend, check_backend, open_backend
 from packforcing.runtime.blocks import Block, BlockInfo, FrameForm, StepInfo
 from packforcing.runtime.bundle import Manifest, read_manifest
 from packforcing.runtime.encoder import encode_start
+from packforcing.runtime.hub import fetch_bundle
 from packforcing.runtime.render import RenderSummary, render_video
 from packforcing.runtime.request import VideoRequest, check_seconds, make_request
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
@@ -96,6 +97,36 @@ class Session:
         session = cls(manifest, opened, policy=policy, steps=steps, make_rollout=make_rollout)
         session._load = None if threads else load
         return session
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository: str,
+        revision: str | None = None,
+        *,
+        policy: Policy | None = None,
+        threads: int | None = None,
+        backend: str = "onnxruntime",
+        device: int = 0,
+    ) -> Session:
+        """Open a bundle of the Hugging Face hub, downloaded unless the hub's cache has it.
+
+        Args:
+            repository: Its name on the hub, as in "user/repo".
+            revision: A branch, tag or commit; None: the newest.
+            policy: As for `open`, as are `threads` and `device`.
+            threads: CPU threads of each graph.
+            backend: As for `open`; of the engines, only this backend's are downloaded.
+            device: The GPU.
+
+        Raises:
+            FetchError: It cannot be downloaded.
+            MissingDependency: huggingface_hub is not installed.
+            PackForcingError: What `open` raises.
+        """
+        check_backend(backend)
+        folder = fetch_bundle(repository, revision, backend)
+        return cls.open(folder, policy=policy, threads=threads, backend=backend, device=device)
 
     def __init__(
         self,

@@ -69,6 +69,12 @@ class Backend:
     any_policy: bool = True
 
 
+def check_backend(name: str) -> None:
+    """Raise `BackendError` unless there is a backend of this name."""
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend '{name}'; known backends: {', '.join(BACKENDS)}")
+
+
 def open_backend(
     name: str,
     directory: Path,
@@ -93,8 +99,7 @@ def open_backend(
         BundleError: A file of the bundle is damaged.
         MissingDependency: A package is not installed.
     """
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend '{name}'; known backends: {', '.join(BACKENDS)}")
+    check_backend(name)
     specs = contract(config)
     import_onnxruntime()  # every backend runs some graphs in it
 
