@@ -332,6 +332,20 @@ def view(array: Array) -> np.ndarray:
     return np.ndarray(array.shape, array.dtype, memoryview(memory))
 
 
+def count_gpus(extra: str) -> int:
+    """Count the visible GPUs, at least 1.
+
+    Args:
+        extra: The extra that installs CUDA's bindings for the backend in use.
+
+    Raises:
+        BackendError: There is no usable GPU.
+        MissingDependency: CUDA's bindings are not installed.
+    """
+    count: int = _cuda_runtime(extra).cudaGetDeviceCount()[1]
+    return count
+
+
 def _cuda_runtime(extra: str) -> Any:
     """Import CUDA's runtime library and check that there is a driver and a GPU."""
     with optional_imports("using a GPU", extra):

@@ -1,8 +1,8 @@
 """The group of commands: loads a command when it is named, turns errors into exit codes.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 an output missed its
-tolerance in `verify`, 2 a mistake that one line explains, 129, 130 and 143 ended by SIGHUP, Ctrl-C
-and SIGTERM, 141 the reader of the result left.
+tolerance in `verify` or a job of `batch` failed, 2 a mistake that one line explains, 129, 130 and
+143 ended by SIGHUP, Ctrl-C and SIGTERM, 141 the reader of the result left.
 
 The result of the commands in `WRITING` is on the disk: what they print is about it, and may be
 lost. With --json, and in all other commands, the words are the result: where standard output does
@@ -31,6 +31,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
     "Make videos": {
         "demo": "videos",
         "render": "videos",
+        "batch": "batch",
         "serve": "serve",
         "encode-prompt": "prompts",
     },
@@ -56,8 +57,8 @@ GROUPS = {  # heading: names of commands, and the module that has each
 }
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 WRITING = {
-    "demo", "render", "serve", "encode-prompt", "fetch", "import-checkpoint", "export", "calibrate",
-    "quantize", "verify", "build", "compare",
+    "demo", "render", "batch", "serve", "encode-prompt", "fetch", "import-checkpoint", "export",
+    "calibrate", "quantize", "verify", "build", "compare",
 }  # fmt: skip
 
 

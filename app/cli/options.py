@@ -242,6 +242,20 @@ class StepsType(click.ParamType):
             self.fail(f"'{value}' is not STEP,STEP,..., like 1000,750,500,250", param, ctx)
 
 
+class ShardType(click.ParamType):
+    """One of several equal parts, as in 2/8."""
+
+    name = "shard"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        number, count = _integers(value, "/", 2) or (0, 0)
+        if not 1 <= number <= count:
+            self.fail(f"'{value}' is not I/N, from 1/N to N/N, like 2/8", param, ctx)
+        return number, count
+
+
 def _integers(text: str, separator: str, count: int) -> list[int] | None:
     parts = text.split(separator)
     if len(parts) != count or not all(part.isascii() and part.isdigit() for part in parts):
@@ -253,7 +267,7 @@ COMPUTE_DTYPES = ("fp32", "fp16")
 WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4", "fp8")
 CACHE_DTYPES = ("fp32", "fp16", "int8", "fp8")
 SIZE, HISTORY, BUDGETS, NAMES = SizeType(), HistoryType(), BudgetsType(), NamesType()
-LIMIT, PRECISION, STEPS = LimitType(), PrecisionType(), StepsType()
+LIMIT, PRECISION, STEPS, SHARD = LimitType(), PrecisionType(), StepsType(), ShardType()
 FILE = click.Path(dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 PATH = click.Path(path_type=Path)
@@ -348,6 +362,14 @@ shape_options = options(
     ),
     step_options,
 )
+backend_option = option(
+    "--backend",
+    metavar="NAME",
+    default="onnxruntime",
+    show_default=True,
+    help="Library that runs the model: onnxruntime on the CPU; tensorrt-rtx, tensorrt or "
+    "onnxruntime-cuda on a GPU.",
+)
 run_options = options(
     option(
         "--threads",
@@ -356,14 +378,7 @@ run_options = options(
         help="CPU threads.  [default: the cores that this process may use; where a render is "
         "resumed, as many as it began with]",
     ),
-    option(
-        "--backend",
-        metavar="NAME",
-        default="onnxruntime",
-        show_default=True,
-        help="Library that runs the model: onnxruntime on the CPU; tensorrt-rtx, tensorrt or "
-        "onnxruntime-cuda on a GPU.",
-    ),
+    backend_option,
 )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+
+from packforcing.app.jobs.events import Ended, Event, Made
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -102,25 +104,74 @@ def meter(label: str, unit: str, quiet: bool = False) -> Iterator[Meter]:
     elif not sys.stderr.isatty():
         yield LineMeter(label, unit)
     else:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            ProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
-
-        counts: list[ProgressColumn] = (
-            [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-        )
-        with Bars(
-            TextColumn("{task.description}", markup=False), BarColumn(), *counts,
-            TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-        ) as bars:  # fmt: skip
+        with _bars(unit) as bars:
             yield _BarMeter(bars, label)
+
+
+def _bars(unit: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    counts: list[ProgressColumn] = (
+        [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
+    )
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), *counts,
+        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+
+
+@contextmanager
+def batch_meter(
+    jobs: Mapping[str, int], workers: int, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int, Event], None]]:
+    """Show the progress of a batch: a bar for all of it and one per worker, or lines.
+
+    Args:
+        jobs: Frames by the ID of each job that is to be rendered.
+        workers: How many render at once.
+        clock: Seconds since any moment.
+
+    Yields:
+        Takes the number of a worker and what happened there.
+    """
+    with ExitStack() as stack:
+        whole: Meter = LineMeter("rendering", "frames", clock)
+        each: list[Meter] = [_Silent()] * workers
+        if sys.stderr.isatty():
+            bars = stack.enter_context(_bars("frames"))
+            whole = _BarMeter(bars, "rendering")
+            if workers > 1:
+                each = [_BarMeter(bars, f"worker {number + 1}") for number in range(workers)]
+        frames = dict.fromkeys(jobs, 0)
+        ended: set[str] = set()
+        done, total = 0, sum(jobs.values())
+
+        def show(worker: int, event: Event) -> None:
+            nonlocal done
+            job_frames = jobs[event.id]
+            now = event.frames if isinstance(event, Made) else frames[event.id]
+            if isinstance(event, Ended):
+                now = job_frames
+                if event.id not in ended:
+                    ended.add(event.id)
+                    text = f"failed: {event.error}" if event.error else event.status
+                    whole.write(f"{event.id}: {text}")
+            done += now - frames[event.id]
+            frames[event.id] = now
+            if event.id not in ended:
+                each[worker].update(now, job_frames, f"worker {worker + 1}: {event.id}")
+            whole.update(done, total, f"{len(ended)} of {len(jobs)} jobs")
+
+        yield show
 
 
 @contextmanager

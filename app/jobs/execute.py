@@ -52,6 +52,7 @@ def render_job(
     record: JobRecord,
     making: Callable[[Video], AbstractContextManager[None]],
     on_block: Callable[[BlockInfo], None],
+    fatal: tuple[type[PackForcingError], ...] = (),
 ) -> str | None:
     """Render a job, or what an earlier process left of it; the lock of the render is the claim.
 
@@ -61,6 +62,7 @@ def render_job(
         record: Of the job.
         making: Makes the context in which the video is made; may stop it.
         on_block: Called after each block.
+        fatal: Errors that are not the job's own, like a full disk; raised.
 
     Returns:
         Why the job failed; None: its video is there.
@@ -77,9 +79,9 @@ def render_job(
             _log.warning("job %s cannot be resumed and begins again", record.id)
             _log.debug("%s", error)
             _render(session, folder, record, making, on_block)
-    except (RenderLocked, RenderStopped):
-        raise
     except PackForcingError as error:
+        if isinstance(error, (RenderLocked, RenderStopped, *fatal)):
+            raise
         return str(error).replace(str(path), "the video")
     except Exception:
         _log.exception("job %s failed", record.id)

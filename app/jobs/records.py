@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ from packforcing.files import (
     write_file,
 )
 from packforcing.prompts import History, Switch, prompt_words
+from packforcing.runtime.render_lock import delete, render_places
 from packforcing.runtime.start_clip import Fit
 
 VERSION = 1
@@ -123,7 +125,7 @@ def start_path(folder: Path, job_id: str) -> Path:
     return folder / f"{job_id}.start"
 
 
-def _prompt_path(folder: Path, job_id: str, number: int) -> Path:
+def prompt_path(folder: Path, job_id: str, number: int) -> Path:
     return folder / f"{job_id}.prompt-{number}{SUFFIX}"
 
 
@@ -164,7 +166,7 @@ def write_switches(folder: Path, job_id: str, switches: list[Switch]) -> tuple[S
         prompt = switch.prompt
         if not isinstance(prompt, str):
             rows = prompt if isinstance(prompt, Embedding) else Embedding(prompt, "", "", "")
-            save_embedding(_prompt_path(folder, job_id, number), rows)
+            save_embedding(prompt_path(folder, job_id, number), rows)
         records.append(
             SwitchRecord(
                 switch.time,
@@ -187,7 +189,7 @@ def read_switches(folder: Path, record: JobRecord) -> list[Switch]:
     return [
         Switch(
             entry.time,
-            load_embedding(_prompt_path(folder, record.id, number))
+            load_embedding(prompt_path(folder, record.id, number))
             if entry.embedded
             else entry.prompt,
             entry.history,
@@ -268,3 +270,19 @@ def read_draft(folder: Path, record: JobRecord) -> Draft:
         archive_limit=record.archive_limit,
         remixed_from=record.remixed_from,
     )
+
+
+def remove_files(folder: Path, job_id: str, *, keep_request: bool = False) -> None:
+    """Remove a job's video and render, and unless it stays its request."""
+    video = video_path(folder, job_id)
+    remove_path(video)
+    remove_path(render_places(video)[0])
+    if not keep_request:
+        for path in folder.glob(f"{job_id}.*"):
+            remove_path(path)
+
+
+def remove_path(path: Path) -> None:
+    """Remove a file or folder, if there is one and the system lets it go."""
+    with suppress(OSError):  # gone, or on Windows open in another program
+        delete(path)

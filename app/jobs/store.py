@@ -12,7 +12,6 @@ import re
 import secrets
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +26,8 @@ from packforcing.app.jobs.records import (
     Status,
     read_record,
     record_path,
+    remove_files,
+    remove_path,
     video_path,
     write_job,
     write_record,
@@ -35,8 +36,6 @@ from packforcing.config import Config
 from packforcing.errors import ConfigError, OutputError
 from packforcing.files import flush_folder
 from packforcing.runtime.bundle import Manifest, bundle_digest
-from packforcing.runtime.render_lock import delete as delete_path
-from packforcing.runtime.render_lock import render_places
 from packforcing.runtime.video import Video
 
 _log = logging.getLogger(__name__)
@@ -226,7 +225,7 @@ class Store:
                 if running:
                     self._stop_running()  # the worker removes its files
                 else:
-                    self._remove_files(job_id, keep_request=True)
+                    remove_files(self.folder, job_id, keep_request=True)
             return self.get(job_id)
 
     def delete(self, job_id: str) -> bool:
@@ -240,7 +239,7 @@ class Store:
             if self._is_running(job_id):
                 self._stop_running()  # the worker removes its files
             else:
-                self._remove_files(job_id)
+                remove_files(self.folder, job_id)
         return True
 
     # For the worker
@@ -284,12 +283,12 @@ class Store:
             assert running is not None
             record = self._records.get(running.id)
             if record is None or record.result is not None:
-                self._remove_files(running.id, keep_request=record is not None)
+                remove_files(self.folder, running.id, keep_request=record is not None)
                 return False
             if result is None:
                 return False
             if result.status != "completed":
-                self._remove_files(running.id, keep_request=True)
+                remove_files(self.folder, running.id, keep_request=True)
             try:
                 self._end(record, result)
             except OutputError as error:  # after a restart the video is seen to be there
@@ -312,7 +311,7 @@ class Store:
                 result=result,
             )
         except BaseException:
-            self._remove_files(job_id)
+            remove_files(self.folder, job_id)
             raise
         with self._changed:
             self._records[job_id] = record
@@ -373,21 +372,7 @@ class Store:
         for path in [*self.folder.iterdir()]:
             name = _OWN_FILES.fullmatch(path.name)
             if name and name[1] not in self._records:
-                _remove(path)
+                remove_path(path)
         for record in self._records.values():
             if record.result is not None and record.result.status != "completed":
-                self._remove_files(record.id, keep_request=True)
-
-    def _remove_files(self, job_id: str, *, keep_request: bool = False) -> None:
-        """Remove a job's video and render, and unless it stays its request."""
-        video = video_path(self.folder, job_id)
-        _remove(video)
-        _remove(render_places(video)[0])
-        if not keep_request:
-            for path in self.folder.glob(f"{job_id}.*"):
-                _remove(path)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):  # gone, or on Windows open in another program
-        delete_path(path)
+                remove_files(self.folder, record.id, keep_request=True)

@@ -24,7 +24,7 @@ from packforcing.runtime.backends.onnxruntime import OnnxGraph, import_onnxrunti
 from packforcing.runtime.backends.tensorrt import Engines
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GPU_GRAPHS, Manifest, check_files, contract, graph_file
-from packforcing.runtime.device import HostDevice
+from packforcing.runtime.device import HostDevice, count_gpus
 from packforcing.runtime.turns import CPU_TURNS, Turns
 
 MAX_THREADS = 1024
@@ -129,6 +129,19 @@ def open_backend(
         opened.close()
         raise
     return opened
+
+
+def visible_gpus(name: str) -> int:
+    """Count the GPUs that a backend can use; 0 for one that runs on the CPU.
+
+    Raises:
+        BackendError: No such backend, or it needs a GPU and there is none.
+        MissingDependency: A package is not installed.
+    """
+    check_backend(name)
+    if name == "onnxruntime":
+        return 0
+    return count_gpus("gpu" if name == "onnxruntime-cuda" else name)
 
 
 def threads_of(identity: str) -> int | None:
