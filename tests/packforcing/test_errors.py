@@ -16,7 +16,13 @@ from packforcing.errors import MissingDependency, PackForcingError, PlanError, P
 from packforcing.files import VersionError
 
 ARGUMENTS = {"str": "what, where,\nwhat to do", "int": 5 << 30}  # by the parameter's type
-for module in ("checkpoints.fetch", "checkpoints.lora", "runtime.session", "export.engines"):
+for module in (
+    "checkpoints.fetch",
+    "checkpoints.lora",
+    "runtime.session",
+    "export.engines",
+    "app.jobs.worker",
+):
     importlib.import_module(f"packforcing.{module}")  # they may have errors of their own
 
 
