@@ -460,5 +460,9 @@ def format_schedule(switches: Sequence[Switch], names: Mapping[int, str] | None 
 
 
 def prompt_words(prompt: Prompt) -> str:
-    """Return the words of a prompt; of an embedding those that it records, or none."""
-    return prompt if isinstance(prompt, str) else getattr(prompt, "prompt", "")
+    """Return the words of a prompt as any file can hold them: a lone surrogate is "?".
+
+    Of an embedding they are those that it records, or none.
+    """
+    words = prompt if isinstance(prompt, str) else getattr(prompt, "prompt", "")
+    return words.encode("utf-8", "replace").decode()
