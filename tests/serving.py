@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 from packforcing.app.jobs.room import Room
 from packforcing.app.jobs.store import Store
 from packforcing.app.jobs.worker import Worker
-from packforcing.app.server.application import make_application
+from packforcing.app.server.application import make_application, server_config
 from packforcing.app.server.broadcast import bound_unsent
 from packforcing.app.server.live import live_router, watch_router
 from packforcing.app.server.safety import Access, Limits
@@ -54,10 +54,7 @@ def running(application, stop=lambda: None) -> Iterator[str]:
     """Serve an application in a thread; yield its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     bound_unsent(listener)
-    config = uvicorn.Config(
-        application, log_config=None, access_log=False, lifespan="off", ws_per_message_deflate=False
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(application))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     try:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from packforcing.config import Config
     from packforcing.prompts import Prompt
 
-GRACE_SECONDS = 2  # for answers that are being sent when the server ends
-
 
 @click.command()
 @option("--bundle", type=FOLDER, metavar="DIR", help="Exported model.  [default: the demo model]")
@@ -273,6 +271,7 @@ def _run(application: Any, listener: socket.socket, stop: Callable[[], None]) ->
     import uvicorn
 
     from packforcing.app.cli.process import handle_signals
+    from packforcing.app.server.application import server_config
 
     class Server(uvicorn.Server):
         @contextmanager
@@ -290,17 +289,7 @@ def _run(application: Any, listener: socket.socket, stop: Callable[[], None]) ->
         server.should_exit = True
         received.append(number)
 
-    server = Server(
-        uvicorn.Config(
-            application,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            ws_per_message_deflate=False,  # video is compressed already
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
-    )
+    server = Server(server_config(application))
     with handle_signals(end):
         asyncio.run(server.serve([listener]))
     return received[0] if received else 0

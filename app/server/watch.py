@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from packforcing.app.server.application import make_application
+from packforcing.app.server.application import GRACE_SECONDS, make_application, server_config
 from packforcing.app.server.broadcast import bound_unsent
 from packforcing.app.server.live import watch_router
 from packforcing.app.server.safety import Access, Limits
@@ -22,7 +22,6 @@ from packforcing.errors import OutputError, RenderStopped
 from packforcing.runtime import Block, Session, Video
 
 FIRST_PORT, PORTS = 8000, 100  # the first one that is free is taken
-_GRACE_SECONDS = 2  # for what viewers get last
 
 _log = logging.getLogger(__name__)
 
@@ -49,17 +48,8 @@ def watching(
     with _listen() as listener:
         bound_unsent(listener)
         show = stage.present(video)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_application(watch_router(stage), access=Access(), limits=Limits()),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
-                ws_per_message_deflate=False,  # video is compressed already
-                timeout_graceful_shutdown=_GRACE_SECONDS,
-            )
-        )
+        application = make_application(watch_router(stage), access=Access(), limits=Limits())
+        server = uvicorn.Server(server_config(application))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         on_url(f"http://127.0.0.1:{listener.getsockname()[1]}/")
@@ -76,7 +66,7 @@ def watching(
             show.end(error)
             stage.broadcast.end()
             server.should_exit = True
-            thread.join(2 * _GRACE_SECONDS)
+            thread.join(2 * GRACE_SECONDS)
 
 
 class _Screen:
