@@ -40,6 +40,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         mid_span: Latent frames that a compressed block spans in packed positions, fractions
             allowed. None: as many as it stands for.
         branches: Of the compressor: the sum of both (section 3.3), or one alone.
+        commit: Where the keys and values that a block leaves to the history come from: a call at
+            t = 0 on the clean block, as published, or the last denoising step, which saves that
+            call.
         restart: Blocks per rollout; 0 means one unbounded rollout. A longer video is a chain of
             rollouts. Each begins with the last block of the one before, as CausVid publishes it:
             the last pixel frame decoded from the block's first latent frame is encoded as the first
@@ -55,6 +58,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     mid_span: float | None = None
     branches: Literal["both", "high", "low"] = "both"
     restart: int = 0
+    commit: Literal["clean", "last-step"] = "clean"
 
     def __post_init__(self) -> None:
         for name in ("sink", "mid", "recent"):
@@ -77,9 +81,10 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Describe the policy in a line."""
         selected = f"by {self.selection}, " if self.mid else ""
         restarts = f", restarted every {self.restart} blocks" if self.restart else ""
+        commits = ", committed by the last step" if self.commit == "last-step" else ""
         return (
             f"{self.sink} sink, {self.mid} mid and {self.recent} recent blocks, "
-            f"{selected}{self.positions} positions{restarts}"
+            f"{selected}{self.positions} positions{restarts}{commits}"
         )
 
     def fit_to_video(self, blocks: int, own: Policy) -> Policy:
@@ -114,13 +119,22 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The dtypes of a bundle: of activations, of the denoiser's weights, of the KV cache.
 
-    int8 and int4 weights are dequantized when they are read. Small tensors that the host reads or
-    writes (tokens, flow, latents, pooled queries and keys) are fp32 throughout.
+    Small tensors that the host reads or writes (tokens, flow, latents, pooled queries and keys) are
+    fp32 throughout.
+
+    Attributes:
+        compute: Of activations, and of every weight that is not quantized.
+        weights: Of the matrices of the denoiser's inner layers. int8 and int4 are dequantized when
+            they are read. "w8a8" is int8 whose products are int8 as well; fp8 and nvfp4 (E2M1 in
+            blocks of 16 with fp8 scales) multiply in their own dtype too.
+        cache: Of keys and values.
+        attention: Of the products of self-attention; None: as `compute`.
     """
 
     compute: Literal["fp32", "fp16"] = "fp32"
-    weights: Literal["fp32", "fp16", "int8", "int4", "fp8"] = "fp32"
+    weights: Literal["fp32", "fp16", "int8", "w8a8", "int4", "fp8", "nvfp4"] = "fp32"
     cache: Literal["fp32", "fp16", "int8", "fp8"] = "fp32"
+    attention: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         other = {"fp32", "fp16"} - {self.compute}
@@ -130,6 +144,17 @@ class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"precision.{name} is {getattr(self, name)}, but precision.compute is "
                 f"{self.compute}: use the same dtype, or a quantized one",
             )
+
+    @property
+    def products(self) -> str:
+        """The dtype in which the quantized matrices are multiplied."""
+        own = {"w8a8": "int8", "fp8": "fp8", "nvfp4": "nvfp4"}
+        return own.get(self.weights, self.compute)
+
+    @property
+    def attention_products(self) -> str:
+        """The dtype in which self-attention multiplies."""
+        return self.attention or self.compute
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,19 +40,26 @@ import mmap
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes  # noqa: F401  makes float8_e4m3fn known to NumPy
 import msgspec
 
-from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.config import TEMPORAL_FACTOR, Config, Policy, Precision
 from packforcing.errors import BundleError
 from packforcing.files import FileRecord, Upgrade, VersionError, decode_versioned, file_record
 from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
 from packforcing.runtime.arguments import check_path
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 # of older manifests; none of the first two versions is read
-UPGRADES: dict[int, Upgrade] = {3: lambda fields: {**fields, "license": ""}}
+UPGRADES: dict[int, Upgrade] = {
+    3: lambda fields: {**fields, "license": ""},
+    4: lambda fields: fields,  # version 5 adds `policy.commit` and `precision.attention`
+}
+# Fields of a policy and a precision that digests leave out at these values: they came later than
+# renders and jobs which are still to be resumed
+LATER_FIELDS = {"commit": "clean", "attention": None}
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 1 << 24  # bytes
 ENGINE_FOLDER = (
@@ -202,7 +209,17 @@ def bundle_digest(manifest: Manifest) -> str:
     """
     fields = msgspec.structs.asdict(manifest)
     del fields["license"]
-    return hashlib.sha256(msgspec.json.encode({**fields, "schema_version": 3})).hexdigest()
+    config = msgspec.structs.asdict(manifest.config)
+    config |= {name: digest_fields(config[name]) for name in ("policy", "precision")}
+    fields |= {"schema_version": 3, "config": config}
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()
+
+
+def digest_fields(part: Policy | Precision) -> dict[str, Any]:
+    """Return what a digest covers of a policy or a precision: see `LATER_FIELDS`."""
+    fields = msgspec.structs.asdict(part)
+    later = LATER_FIELDS.items()
+    return {name: value for name, value in fields.items() if (name, value) not in later}
 
 
 def read_manifest(directory: str | Path) -> Manifest:

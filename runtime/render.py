@@ -21,7 +21,7 @@ from packforcing.runtime.archive import stored_blocks
 from packforcing.runtime.arguments import check_number
 from packforcing.runtime.backends import threads_of
 from packforcing.runtime.blocks import Block, BlockInfo
-from packforcing.runtime.bundle import bundle_digest
+from packforcing.runtime.bundle import bundle_digest, digest_fields
 from packforcing.runtime.metadata import (
     SwitchInfo,
     describe_video,
@@ -303,7 +303,7 @@ def _request_fields(
         "start": "none" if request.start is None else _digest(request.start),
         "interval": str(interval),
         "bundle": bundle_digest(session.manifest),
-        "policy": msgspec.json.encode(config.policy).decode(),
+        "policy": msgspec.json.encode(digest_fields(config.policy)).decode(),
         **({"denoising": describe_steps(config)} if other_steps else {}),
         "runs on": session.backend.identity,
         "made with": f"packforcing {__version__}, onnxruntime {import_onnxruntime().__version__}, "

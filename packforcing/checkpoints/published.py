@@ -199,8 +199,9 @@ def describe_differences(config: Config) -> list[str]:
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
-VERSION = 1  # of the description, which has no version field; the next version adds one
-UPGRADES: dict[int, Upgrade] = {}
+VERSION = 2  # of the description
+# Version 1 had no field for it; version 2 adds `policy.commit` and `precision.attention`
+UPGRADES: dict[int, Upgrade] = {1: lambda fields: {**fields, "version": 2}}
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -212,6 +213,7 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     made_from: list[str]
     source: str
     license: str = msgspec.field(name="licence")
+    version: int = VERSION
 
 
 def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:

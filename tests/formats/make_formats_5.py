@@ -1,0 +1,33 @@
+"""How bundle-5 and model-2 were made: a record, like make_formats.py.
+
+bundle-5/    schema version 5, which added how blocks are committed, and the dtype of attention:
+             graphs and engine records of bundle-4; frames-5.npy therefore those of bundle-4
+model-2/     version 2, which added the version and the same two fields: weights of model-1
+"""
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from packforcing.checkpoints.published import DESCRIPTION, WEIGHTS, read_model_folder
+from packforcing.runtime.bundle import SCHEMA_VERSION, read_manifest, write_manifest
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    old, new = HERE / "bundle-4", HERE / "bundle-5"
+    manifest = read_manifest(old)
+    shutil.copytree(old, new)
+    write_manifest(new, msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION))
+    shutil.copyfile(HERE / "frames-4.npy", HERE / "frames-5.npy")
+    old, new = HERE / "model-1", HERE / "model-2"
+    new.mkdir()
+    shutil.copyfile(old / WEIGHTS, new / WEIGHTS)
+    description = msgspec.json.format(msgspec.json.encode(read_model_folder(old)), indent=1)
+    (new / DESCRIPTION).write_bytes(description + b"\n")
+
+
+if __name__ == "__main__":
+    main()
