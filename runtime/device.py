@@ -1,8 +1,9 @@
 """Memory that graphs are bound to: the host's, or a GPU's with a view of it on the host.
 
 Every array is allocated once and never moves. Host code reads and writes `Array.host` and nothing
-else; `upload` and `download` copy between that view and the device. On the host both are the same
-memory, so they do nothing. Graphs, copies and fills of a device run in the order of the calls.
+else; `upload` and `download` copy between that view and the device. On the host, and on a GPU that
+shares its memory, both are the same, so nothing is copied. Graphs, copies and fills of a device run
+in the order of the calls.
 """
 
 from __future__ import annotations
@@ -188,6 +189,9 @@ class HostDevice:
 class CudaDevice(HostDevice):
     """A visible NVIDIA GPU, with one stream; host views are pinned memory.
 
+    An integrated GPU, as of Jetson and DGX Spark, has the host's memory. It reads and writes host
+    views in place, uncached: they are small, and each is read once or a few times per call.
+
     Args:
         extra: The extra that installs CUDA's bindings for the backend in use.
         number: The GPU's, among the visible ones.
@@ -195,6 +199,7 @@ class CudaDevice(HostDevice):
     Attributes:
         number: The GPU's.
         name: The GPU's name.
+        integrated: Whether it has the host's memory.
         target: Its compute capability, as engines name it: sm89 is 8.9.
         stream: The stream's handle.
 
@@ -210,11 +215,15 @@ class CudaDevice(HostDevice):
         if not 0 <= number < count:
             raise BackendError(f"there is no GPU {number}: the visible ones are 0 to {count - 1}")
         self._host, self.number = HostDevice(), number
-        major, minor = (
+        major, minor, integrated = (
             self._call("cudaDeviceGetAttribute", getattr(cuda.cudaDeviceAttr, name), number)
-            for name in ("cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor")
+            for name in (
+                "cudaDevAttrComputeCapabilityMajor",
+                "cudaDevAttrComputeCapabilityMinor",
+                "cudaDevAttrIntegrated",
+            )
         )
-        self.target = f"sm{major}{minor}"
+        self.target, self.integrated = f"sm{major}{minor}", bool(integrated)
         self.name = self._call("cudaGetDeviceProperties", number).name.decode()
         self.use()
         self.stream = int(self._call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking))
@@ -230,15 +239,19 @@ class CudaDevice(HostDevice):
 
     def free_memory(self) -> tuple[int, int]:
         free_bytes, total_bytes = self._call("cudaMemGetInfo")
+        if self.integrated:  # CUDA counts cached files as used, which the system drops
+            return free_memory(), min(total_bytes, total_memory())
         return free_bytes, total_bytes
 
     def require(self, needed_bytes: int, what: str) -> None:
         free_bytes, total_bytes = self.free_memory()
         if needed_bytes > free_bytes:
+            shared = ", which it shares with the system" if self.integrated else ""
             raise BackendError(
                 f"{what} needs {format_gib(needed_bytes)} GiB of GPU memory; {self.name} has "
-                f"{format_gib(free_bytes)} of {format_gib(total_bytes)} GiB free: close other "
-                "programs that use it, or find a bundle that fits with 'packforcing plan --budget'"
+                f"{format_gib(free_bytes)} of {format_gib(total_bytes)} GiB free{shared}: close "
+                "other programs that use it, or find a bundle that fits with 'packforcing plan "
+                "--budget'"
             )
 
     def allocate(
@@ -247,34 +260,45 @@ class CudaDevice(HostDevice):
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         self.require(size, f"allocating '{purpose}'")
+        place = (dlpack.CUDA, self.number)
+        if host and self.integrated:
+            host_view = self._pinned(purpose, shape, dtype, self)
+            return Array(host_view.ctypes.data, shape, dtype, host_view, host_view, place)
         address = int(self._call("cudaMalloc", size))
         owner = _Allocation()
         weakref.finalize(owner, self._cuda.cudaFree, address).atexit = False
         self._count(purpose, size, owner)
-        host_view = self._pinned(purpose, shape, dtype) if host else None
-        return Array(address, shape, dtype, host_view, owner, (dlpack.CUDA, self.number))
+        host_view = self._pinned(purpose, shape, dtype, self._host) if host else None
+        return Array(address, shape, dtype, host_view, owner, place)
 
-    def _pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Allocate pinned host memory: copies to and from it run at full speed."""
+    def _pinned(
+        self, purpose: str, shape: tuple[int, ...], dtype: np.dtype, device: HostDevice
+    ) -> np.ndarray:
+        """Allocate pinned host memory, which CUDA gives one address on the host and on the GPU.
+
+        Copies to and from it run at full speed. It counts as memory of `device`.
+        """
         size = math.prod(shape) * dtype.itemsize
         address = int(self._call("cudaHostAlloc", size, self._cuda.cudaHostAllocDefault))
         memory = (ctypes.c_byte * size).from_address(address)
         weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False
-        self._host._count(purpose, size, memory)
+        device._count(purpose, size, memory)
         return np.ndarray(shape, dtype, memoryview(memory))
 
     def upload(self, *arrays: Array) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         for array in arrays:
             there, here = array.address, array.on_host().address
-            self._call("cudaMemcpyAsync", there, here, array.nbytes, kind, self.stream)
+            if there != here:
+                self._call("cudaMemcpyAsync", there, here, array.nbytes, kind, self.stream)
         self.synchronize()
 
     def download(self, *arrays: Array) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         for array in arrays:
             there, here = array.address, array.on_host().address
-            self._call("cudaMemcpyAsync", here, there, array.nbytes, kind, self.stream)
+            if there != here:
+                self._call("cudaMemcpyAsync", here, there, array.nbytes, kind, self.stream)
         self.synchronize()
 
     def read(self, array: Array) -> np.ndarray:
@@ -289,10 +313,12 @@ class CudaDevice(HostDevice):
 
     def _with_host_view(self, array: Array) -> Array:
         """Return the array with a host view that lives as long as this copy of it."""
-        return replace(array, host_view=self._pinned("copies", array.shape, array.dtype))
+        view = self._pinned("copies", array.shape, array.dtype, self._host)
+        return replace(array, host_view=view)
 
     def zero(self, array: Array) -> None:
         self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
+        self._finish_in_place()
 
     def copy_tokens(self, source: Array, target: Array, first: int) -> None:
         token = source.shape[-1] * source.dtype.itemsize
@@ -302,6 +328,12 @@ class CudaDevice(HostDevice):
             "cudaMemcpy2DAsync", target.address + first * token, pitch, source.address, row,
             row, math.prod(source.shape[:-2]), kind, self.stream,
         )  # fmt: skip
+        self._finish_in_place()
+
+    def _finish_in_place(self) -> None:
+        """Wait where host code might overwrite in place what the GPU has not read yet."""
+        if self.integrated:
+            self.synchronize()
 
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self.stream)

@@ -16,6 +16,9 @@ from packforcing.errors import BackendError
 from packforcing.extras import optional_imports
 from packforcing.machine import free_memory, total_memory
 
+# Of GPUs that share the host's memory: Jetson Orin and Thor, GB10 of DGX Spark and its relatives
+UNIFIED_TARGETS = ("sm87", "sm110", "sm121")
+
 
 class Driver(msgspec.Struct, frozen=True):
     """The installed driver."""
@@ -63,12 +66,11 @@ def gpus() -> list[Gpu]:
 
 def _gpu(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    try:
+    target = "sm{}{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    total_bytes, free_bytes = total_memory(), free_memory()
+    if target not in UNIFIED_TARGETS:  # of those NVML does not know, or states a part of it
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         total_bytes, free_bytes = memory.total, memory.free
-    except nvml.NVMLError_NotSupported:  # an integrated GPU shares the host's memory
-        total_bytes, free_bytes = total_memory(), free_memory()
-    target = "sm{}{}".format(*nvml.nvmlDeviceGetCudaComputeCapability(handle))
     return Gpu(index, nvml.nvmlDeviceGetName(handle), target, total_bytes, free_bytes)
 
 

@@ -8,6 +8,7 @@ The emulation is stricter than a GPU:
 - Memory begins as NaN, so a missing upload, download or fill shows in the results.
 - Copies wait until the stream is synchronized or a graph runs, so a host view that is overwritten
   too early shows as well.
+- An integrated one may use pinned host memory in place, and calls cached files used.
 - An access outside of an allocation fails, and so does a graph that is bound to host memory.
 - `Cuda.log` has every allocation, load, copy, fill, binding and call, in order.
 """
@@ -53,16 +54,21 @@ class Kind(Enum):
 
 
 class Cuda:
-    """CUDA's runtime library, on a GPU with `total` bytes of memory."""
+    """CUDA's runtime library, on a GPU with `total` bytes of memory.
+
+    An integrated one shares them with the host, whose cached files take `cached` bytes.
+    """
 
     cudaError_t, cudaMemcpyKind = Status, Kind
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
-    cudaDeviceAttr = SimpleNamespace(
-        cudaDevAttrComputeCapabilityMajor=8, cudaDevAttrComputeCapabilityMinor=9
-    )
 
-    def __init__(self, total: int = 1 << 30):
-        self.total = total
+    def __init__(self, total: int = 1 << 30, *, target=(8, 9), integrated=False, cached=0):
+        self.total, self.integrated, self.cached = total, integrated, cached
+        self.cudaDeviceAttr = SimpleNamespace(
+            cudaDevAttrComputeCapabilityMajor=target[0],
+            cudaDevAttrComputeCapabilityMinor=target[1],
+            cudaDevAttrIntegrated=int(integrated),
+        )
         self.memory: dict[str, dict[int, np.ndarray]] = {"device": {}, "host": {}}
         self.log: list[tuple] = []
         self._waiting: list = []
@@ -72,7 +78,8 @@ class Cuda:
 
     def place(self, where, address, size):
         """Return the memory at an address; fail where it is in no allocation."""
-        for start, memory in self.memory[where].items():
+        shared = self.memory["host"] if self.integrated else {}
+        for start, memory in (self.memory[where] | shared).items():
             if start <= address and address + size <= start + memory.nbytes:
                 return memory[address - start : address - start + size]
         raise AssertionError(f"no {size} bytes of {where} memory at {address:#x}")
@@ -145,7 +152,8 @@ class Cuda:
         return (Status.cudaSuccess,)
 
     def cudaMemGetInfo(self):
-        return Status.cudaSuccess, self.total - self.used("device"), self.total
+        used = self.used("device") + (self.used("host") if self.integrated else 0)
+        return Status.cudaSuccess, self.total - used - self.cached, self.total
 
     def cudaDeviceGetAttribute(self, attribute, number):
         return Status.cudaSuccess, attribute

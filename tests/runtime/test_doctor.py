@@ -32,13 +32,14 @@ from enum import Enum
 from types import SimpleNamespace
 cudaError_t = Enum("cudaError_t", {"cudaSuccess": 0})
 cudaDeviceAttr = Enum(
-    "Attr", ["cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor"]
+    "Attr", ["cudaDevAttrComputeCapabilityMajor", "cudaDevAttrComputeCapabilityMinor",
+             "cudaDevAttrIntegrated"]
 )
 cudaStreamNonBlocking = 1
 CAPABILITY, NAME = (8, 9), b"GPU B"
 def done(*result): return (cudaError_t.cudaSuccess, *result)
 def cudaGetDeviceCount(): return done(1)
-def cudaDeviceGetAttribute(which, device): return done(CAPABILITY[which.value - 1])
+def cudaDeviceGetAttribute(which, device): return done((*CAPABILITY, 0)[which.value - 1])
 def cudaGetDeviceProperties(device): return done(SimpleNamespace(name=NAME))
 def cudaSetDevice(device): return done()
 def cudaStreamCreateWithFlags(flags): return done(7)
@@ -149,6 +150,19 @@ def test_a_gpu_that_engines_can_be_built_for_is_able(doctor):
     assert able["build with tensorrt-rtx"]["detail"].endswith("for sm75, sm89, sm120")
     assert able["run with tensorrt-rtx"]["able"]
     assert able["run with tensorrt-rtx"]["detail"].endswith("on GPU B")
+
+
+@pytest.mark.parametrize("answer", [
+    "raise NVMLError_NotSupported('Not Supported')", "return Memory",
+])  # fmt: skip
+def test_a_gpu_that_shares_the_hosts_memory_has_that_memory(doctor, answer):
+    """Whatever NVML says of it: nothing, or 8 GiB where there are 128."""
+    gb10 = "DEVICES[0] = ('NVIDIA GB10', (12, 1))\n"
+    gb10 += f"def nvmlDeviceGetMemoryInfo(device): {answer}\nDEVICES.pop()"
+    diagnosis, _ = doctor(pynvml=DRIVER + gb10)
+    (gpu,) = diagnosis["gpus"]
+    assert gpu["memory_total"] == diagnosis["memory_total"]
+    assert abs(gpu["memory_free"] - diagnosis["memory_free"]) < 1 << 30  # asked at two moments
 
 
 def test_a_gpu_that_no_engine_can_be_built_for_is_reported(doctor):
