@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +58,6 @@ def export_bundle(
         ExportError: A graph breaks the contract.
         OutputError: The folder cannot be written, or holds something that is not a bundle.
     """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports absent torchvision ops
     item_bytes = np.dtype(DTYPES[config.precision.compute]).itemsize
     needed_bytes = item_bytes * sum(map(math.prod, weight_shapes(config).values()))
     with new_bundle(directory, needed_bytes) as folder:

@@ -122,27 +122,44 @@ def export_graph(config: Config, weights: Weights, name: str) -> ir.Model:
     spec = contract(config)[name]
     dtype = torch.float32 if name in HOST_GRAPHS else _compute_dtype(config)
     # Fake tensors: tracing a full-size model would need several times its memory
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _default(dtype):
-        warnings.simplefilter("ignore")  # the exporter warns of its own insides
-        program = torch.onnx.export(
-            WRAPPERS[name](build_model(config)).eval(),
-            example_inputs(spec),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[tensor.name for tensor in spec.inputs],
-            output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=_dynamic_shapes(name, spec),
-            optimize=False,  # see `simplify_graph`
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model
-    simplify_graph(model)
+    with _quiet_exporter():
+        with FakeTensorMode(allow_non_fake_inputs=True), _default(dtype):
+            program = torch.onnx.export(
+                WRAPPERS[name](build_model(config)).eval(),
+                example_inputs(spec),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+                dynamic_shapes=_dynamic_shapes(name, spec),
+                optimize=False,  # see `simplify_graph`
+                verbose=False,
+            )
+        assert program is not None
+        model = program.model
+        simplify_graph(model)
     attach_weights(model.graph, config, weights, dtype)
     if dtype == torch.float32:
         store_weights_in_fp16(model)
     lint(name, model, spec)
     return model
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence the exporter inside the block: it warns of its own insides, of absent torchvision ops
+    and of each weight that is not read yet."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def simplify_graph(model: ir.Model) -> None:
@@ -151,7 +168,6 @@ def simplify_graph(model: ir.Model) -> None:
     This is the part of the exporter's own optimizer that these graphs need; all of it takes three
     times as long as tracing, and reads every weight.
     """
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of each weight left unread
     for value in model.graph.initializers.values():
         if isinstance(getattr(value.const_value, "raw", None), FakeTensor):
             value.const_value = None

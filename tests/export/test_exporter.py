@@ -1,9 +1,11 @@
 """Graphs that would go wrong silently are refused, and bundles that are not what they say."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -260,6 +262,24 @@ def test_export_does_not_replace_a_folder_with_other_files(tiny_model, tmp_path,
     with pytest.raises(OutputError, match="not an empty folder"):
         export_bundle(tiny_model.config, tiny_model.weights(), folder)
     assert (folder / "thesis.tex").exists()
+
+
+def verbosity():
+    """How much every library says: levels of its loggers, and filters of warnings."""
+    loggers = logging.root.manager.loggerDict.items()
+    levels = {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger)}
+    return levels, logging.root.level, logging.root.manager.disable, list(warnings.filters)
+
+
+def test_an_export_changes_no_library_s_verbosity(tiny_model, tmp_path, caplog):
+    for name in ("torch.onnx", "onnx_ir"):
+        caplog.set_level(logging.INFO, name)
+    export_graph(tiny_model.config, tiny_model.weights(), "prompt")  # imports what is left
+    caplog.clear()
+    before = verbosity()
+    export_bundle(tiny_model.config, tiny_model.weights(), tmp_path / "bundle")
+    assert verbosity() == before
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_path_that_cannot_exist_is_refused(tiny_model, tmp_path):
