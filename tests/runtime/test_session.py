@@ -308,6 +308,37 @@ def test_nothing_is_allocated_or_moved_in_a_hundred_blocks(tiny_bundle):
     assert brought_back > 5
 
 
+def test_switches_and_blends_allocate_nothing(tiny_bundle):
+    """A live video, its archive full, steered alike three times: nothing on the GPU or pinned
+    after the first time. On the host no array is left but the prompt's and the blend's, and a block
+    takes what it took the time before: its frames."""
+    switches = {2: ("keep", 1), 5: ("recompute", 1), 8: ("keep", 4), 13: ("recompute", 3),
+                17: ("cut", 1), 19: ("keep", 2)}  # fmt: skip
+    words, blocks, cuda = ["a blue circle", "a white square"], 24, Cuda()
+    arrays = tracemalloc.DomainFilter(inclusive=True, domain=np.lib.tracemalloc_domain)
+    peaks, left = np.zeros((3, blocks)), []
+    with Session.open(tiny_bundle, threads=1) as host:
+        video = gpu_session(host, cuda).begin(PROMPT, SEED, lead=None, archive_limit=6)
+        for time, block in np.ndindex(peaks.shape):
+            if (time, block) == (1, 0):
+                cuda.log.clear()
+                tracemalloc.start()
+            if switch := switches.get(block):
+                video.switch(words[block % 2], switch[0], over=switch[1])
+            tracemalloc.reset_peak()
+            before, _ = tracemalloc.get_traced_memory()
+            next(video)
+            peaks[time, block] = tracemalloc.get_traced_memory()[1] - before
+            cuda.log[:] = [entry for entry in cuda.log if entry[0] not in ("copy", "call", "fill")]
+            if time and block == blocks - 1:
+                traces = tracemalloc.take_snapshot().filter_traces([arrays]).traces
+                left.append(sum(trace.size for trace in traces))
+        tracemalloc.stop()
+    assert cuda.log == []
+    assert left[0] == left[1] <= 2 * 4 * TINY.text_len * TINY.text_dim
+    assert np.abs(peaks[2] - peaks[1]).max() < 0.01 * peaks[1].max()
+
+
 def test_a_video_grows_by_its_archive_alone(session):
     run = begin(session, 10)
     archive = run.archive.key_values.nbytes + run.archive.pooled_keys.nbytes
