@@ -56,6 +56,7 @@ class Archive:
         pooled_shape = (config.layers, config.heads, config.head_dim)
         dtype = np.dtype(DTYPES[config.precision.cache])
         self.limit, self.rows = limit, dict[int, int]()
+        self._first = config.policy.sink  # the first block that is archived
         count = stored_blocks(config, blocks, limit)
         self.key_values = _zeros((count, *shape), dtype, folder)
         self.pooled_keys = np.zeros((count, *pooled_shape), np.float32)
@@ -88,11 +89,8 @@ class Archive:
 
     @property
     def _is_whole(self) -> bool:
-        """Whether no block was evicted: each stored one is right behind the one before."""
-        if not self.rows:
-            return True
-        first, last = next(iter(self.rows)), next(reversed(self.rows))
-        return last - first + 1 == len(self.rows)
+        """Whether no block was evicted, not even the first."""
+        return not self.rows or next(reversed(self.rows)) == self._first + len(self.rows) - 1
 
     def get(self, block: int) -> np.ndarray:
         """Return the keys and values of a block, [L, 2, 1, H, N_c, d]."""

@@ -185,7 +185,8 @@ def render_video(
     elif locked or not (resume and remove_leftovers(path, fields)):
         check_output(path, request.frames, config.width, config.height)
         length = request.frames, timeline.blocks
-        with render_folder(path, config, fields, *length, resume, locked) as render:
+        limit = request.archive_limit
+        with render_folder(path, config, fields, *length, resume, locked, limit) as render:
             frames_resumed = frames_before(render.record.block, timeline, config)
             video.record(_FolderRecorder(render))
             try:

@@ -25,14 +25,16 @@ from packforcing.runtime.snapshot import Counters
 from packforcing.runtime.video_files import JOINED
 from packforcing.runtime.video_forms import FILE_SUFFIXES, SEGMENT_SUFFIXES
 
-VERSION = 2
-UPGRADES: dict[int, Upgrade] = {}  # of older records; those of version 1 are not read
+VERSION = 3
+# Of older records; those of version 1 are not read. Version 3 has each block of a limited archive
+# in a file of its own; what version 2 has in their place is read as it is.
+UPGRADES: dict[int, Upgrade] = {2: lambda record: record}
 _MAX_RECORD_BYTES = 1 << 26  # that of a day of video is smaller
 RECORD, LOCK = "checkpoint.json", "lock"
 _SEGMENTS = "|".join(map(re.escape, SEGMENT_SUFFIXES))
 OWN_FILES = re.compile(
     rf"segment-\d{{6}}({_SEGMENTS})"
-    r"|(archive|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
+    r"|(archive|block|sink|state)-\d{6}\.safetensors|latents-\d{6}\.bin"
     r"|checkpoint\.json(\.partial)?|\.checkpoint\.partial-[0-9a-f]{8}\.json"
     r"|\.checkpoint\.json\.[0-9a-f]{8}\.partial-[0-9a-f]{8}"
     rf"|\.segment-\d{{6}}\.partial-[0-9a-f]{{8}}({_SEGMENTS})"

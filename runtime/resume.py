@@ -5,6 +5,7 @@
       checkpoint.json                 the record: request, progress, SHA-256 of every file below
       segment-000000.mp4              the frames of the blocks from 0 to the next segment's
       archive-000040.safetensors      what was archived between the snapshot before and block 40
+      block-000031.safetensors        instead of those, a block that a limited archive holds
       sink-000040.safetensors         keys and values of the sink, once
       state-000040.safetensors        those of the recent blocks, and the decoder's state
       latents-000040.bin              clean latents of the blocks after 40, as they are made
@@ -41,7 +42,7 @@ from packforcing.config import Config
 from packforcing.errors import BackendError, OutputError, ResumeError
 from packforcing.files import file_record, flush_folder, require_disk_space
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose, token_bytes
-from packforcing.runtime.archive import IN_MEMORY
+from packforcing.runtime.archive import IN_MEMORY, stored_blocks
 from packforcing.runtime.render_lock import (
     LockedFolder,
     delete,
@@ -60,7 +61,6 @@ from packforcing.runtime.render_record import (
 from packforcing.runtime.snapshot import (
     Arrays,
     Form,
-    Snapshot,
     read_part,
     restore_snapshot,
     take_snapshot,
@@ -101,6 +101,7 @@ def render_folder(
     blocks: int,
     resume: bool,
     locked: LockedFolder | None = None,
+    archive_limit: int | None = None,
 ) -> Iterator[RenderFolder]:
     """Open the folder beside `path` for a render, locked and with room on its disk.
 
@@ -115,6 +116,7 @@ def render_folder(
         resume: Continue a render of the same request; without it, an unfinished render is in the
             way.
         locked: The folder, where the caller has locked it.
+        archive_limit: Blocks that the archive holds at most; None: all.
 
     Raises:
         OutputError: The folder cannot be written, is locked or has an unfinished render.
@@ -129,7 +131,7 @@ def render_folder(
     with nullcontext(locked) if locked else locked_folder(path) as folder:
         render = _open(folder, config, dict(request), resume)
         try:
-            render.check(frames, blocks)
+            render.check(frames, blocks, archive_limit)
             yield render
         finally:
             if not (render.record.block or is_plain_file(render.latents)):
@@ -298,31 +300,35 @@ class RenderFolder:
         """
         before = self.record
         snapshot = take_snapshot(rollout, before.counters)
-        self._require_finite(snapshot)
-        size = sum(a.nbytes for arrays in snapshot.parts.values() for a in arrays.values())
+        block = snapshot.counters.block
+        parts = {_part_file(part, block): arrays for part, arrays in snapshot.parts.items()}
+        blocks = {_part_file("block", n): arrays for n, arrays in snapshot.blocks.items()}
+        parts |= {name: arrays for name, arrays in blocks.items() if name not in before.files}
+        self._require_finite(parts, block)
+        size = sum(array.nbytes for arrays in parts.values() for array in arrays.values())
         with output_errors(self._target, self.remedy):
             self._require_space(size, "a snapshot of the render")
-            new = [self.segment(before.block)]
-            for part, part_arrays in snapshot.parts.items():
-                new.append(self.path / f"{part}-{snapshot.counters.block:06}.safetensors")
-                write_part(new[-1], part_arrays)
-            valid = ("segment", *snapshot.valid)
-            files = {name: before.files[name] for kind in valid for name in before.files_of(kind)}
+            for name, arrays in parts.items():
+                write_part(self.path / name, arrays)
+            kinds = "segment", *snapshot.valid
+            valid = {name for kind in kinds for name in before.files_of(kind)} | blocks.keys()
+            files = {name: before.files[name] for name in sorted(valid - parts.keys())}
+            new = self.segment(before.block), *(self.path / name for name in parts)
             files |= {path.name: file_record(path) for path in new}
             counters = snapshot.counters._asdict()
             self.record = msgspec.structs.replace(before, **counters, files=files)
             self.write()
-        _log.info("checkpoint before block %d: %s", self.record.block, format_file_size(size))
+        _log.info("checkpoint before block %d: %s", block, format_file_size(size))
 
-    def _require_finite(self, snapshot: Snapshot) -> None:
-        for part, arrays in snapshot.parts.items():
+    def _require_finite(self, parts: Mapping[str, Arrays], block: int) -> None:
+        for name, arrays in parts.items():
             for array in arrays.values():
                 # as in a rollout, by a sum: it takes no memory
                 if array.dtype.kind != "i" and not math.isfinite(array.sum(dtype=np.float64)):
                     raise BackendError(
-                        f"block {snapshot.counters.block - 1}: its keys, values or decoder state "
-                        f"({part}) hold NaN or infinity; start again with another backend or "
-                        "precision, or find the graph with 'packforcing verify'; blocks before "
+                        f"block {block - 1}: its keys, values or decoder state ({name}) hold NaN "
+                        "or infinity; start again with another backend or precision, or find the "
+                        "graph with 'packforcing verify'; blocks before "
                         f"{self.record.block} are in {self.path}"
                     )
 
@@ -357,8 +363,13 @@ class RenderFolder:
                     if path.is_symlink():
                         raise
 
-    def check(self, frames: int, blocks: int) -> None:
+    def check(self, frames: int, blocks: int, archive_limit: int | None) -> None:
         """Check every file of the record, and the disk's room for the rest of the render.
+
+        Args:
+            frames: Frames of the video.
+            blocks: Blocks of the video.
+            archive_limit: Blocks that the archive holds at most; None: all.
 
         Raises:
             ResumeError: A file is missing or damaged.
@@ -375,7 +386,8 @@ class RenderFolder:
         present_bytes = sum(file.bytes for file in record.files.values())
         # segments and what they are joined to; PNG files and lossless segments take about the same
         size = video_bytes(FORMS[self._suffix], frames, config.width, config.height)
-        needed_bytes = 2 * size + _snapshot_bytes(config, blocks) - present_bytes
+        snapshots = checkpoint_bytes(config, blocks, archive_limit, self.interval)
+        needed_bytes = 2 * size + snapshots - present_bytes
         self._require_space(
             needed_bytes, f"a render of {frames} frames", "free some space or choose another folder"
         )
@@ -418,6 +430,10 @@ class RenderFolder:
         except ValueError as error:
             raise self._damaged(name) from error
 
+    def read_block(self, block: int, forms: Mapping[str, Form]) -> Arrays:
+        """Read a limited archive's block of the video, as `read_part` does."""
+        return self.read_part(_part_file("block", block), forms)
+
     def remove(self) -> None:
         """Remove the folder, except files of others."""
         self._locked.remove()
@@ -444,13 +460,28 @@ class RenderFolder:
         return hashlib.sha256(self._key + block.to_bytes(8, "little") + data).digest()
 
 
-def _snapshot_bytes(config: Config, blocks: int) -> int:
+def _part_file(part: str, block: int) -> str:
+    return f"{part}-{block:06}.safetensors"
+
+
+def checkpoint_bytes(config: Config, blocks: int, limit: int | None, interval: int) -> int:
     """Return the bytes that a render has on disk at most, without frames.
 
-    The archive, once more if memory is not to hold it, and two states, of which the older one is
-    removed when the newer one is there.
+    The archive, with what a limited one has evicted since the snapshot before, once more if memory
+    is not to hold it, and two states, of which the older one is removed when the newer one is
+    there.
+
+    Args:
+        config: Of the bundle, with the policy.
+        blocks: Blocks of the video.
+        limit: Blocks that the archive holds at most; None: all.
+        interval: Blocks from one snapshot to the next.
     """
-    full = min(blocks, config.policy.sink + config.policy.recent) * config.block_tokens
+    policy = config.policy
+    full = min(blocks, policy.sink + policy.recent) * config.block_tokens
     state = full * token_bytes(config) + memory_by_purpose(config)["autoencoder_state"]
-    archive = archive_bytes(config, blocks)
-    return archive + (archive if archive > IN_MEMORY else 0) + 2 * state
+    memory, disk = (
+        archive_bytes(config, policy.sink + stored_blocks(config, blocks, most))
+        for most in (limit, None if limit is None else limit + interval)
+    )
+    return disk + (memory if memory > IN_MEMORY else 0) + 2 * state

@@ -4,8 +4,10 @@ A snapshot has parts, each a set of named arrays:
 
     state     keys and values of the recent blocks, their clean tokens, the decoder's state
     sink      keys and values of the sink blocks; they never change once all are there
-    archive   keys, values and pooled keys of the blocks archived since the snapshot before; zeros
-              for those that a limited archive has evicted since, whose state names what it holds
+    archive   keys, values and pooled keys of the blocks archived since the snapshot before
+
+A limited archive has its blocks one by one instead, so that those it evicts can go, and the state
+names those it holds.
 
 Who stores the parts (`packforcing.runtime.resume`) gives them back through a `SnapshotReader`.
 """
@@ -45,6 +47,7 @@ class Snapshot(NamedTuple):
 
     counters: Counters
     parts: dict[str, Arrays]
+    blocks: dict[int, Arrays]  # that a limited archive holds, by number in the video
     valid: frozenset[str]  # the parts of the snapshots before that are still needed
 
 
@@ -56,6 +59,9 @@ class SnapshotReader(Protocol):
 
     def read_part(self, part: str, forms: Mapping[str, Form]) -> Arrays:
         """Read arrays of exactly these forms."""
+
+    def read_block(self, block: int, forms: Mapping[str, Form]) -> Arrays:
+        """Read arrays of exactly these forms, of a limited archive's block of the video."""
 
 
 def take_snapshot(rollout: Rollout, before: Counters) -> Snapshot:
@@ -78,37 +84,34 @@ def take_snapshot(rollout: Rollout, before: Counters) -> Snapshot:
             **{name: rollout.device.read(array) for name, array in rollout.decoder_state.items()},
         }
     }
-    archive = rollout.archive
-    if archive.limit is not None:
-        parts["state"]["archived"] = np.array([*archive.rows], np.int64)
     valid = set()
     snapshot_blocks = before.block - before.scene if before.scene == rollout.scene else 0
-    if snapshot_blocks:
-        valid.add("archive")
     if sink and len(sink) == min(snapshot_blocks, policy.sink):
         valid.add("sink")
     else:
         parts["sink"] = {"key_values": _read_tokens(rollout, sink)}
+    archive, blocks = _archive_arrays(rollout.archive), {}
     rows = slice(archive_rows(config, snapshot_blocks), archive_rows(config, cache.committed))
-    if rows.start < rows.stop:
-        arrays = {"key_values": archive.key_values, "pooled_keys": archive.pooled_keys}
-        parts["archive"] = {
-            name: _rows(array, archive, rows, policy.sink) for name, array in arrays.items()
-        }
+    if rollout.archive.limit is not None:
+        stored = rollout.archive.rows
+        parts["state"]["archived"] = np.array([*stored], np.int64)
+        blocks = {rollout.scene + block: _at(row, archive) for block, row in stored.items()}
+    else:
+        if snapshot_blocks:
+            valid.add("archive")
+        if rows.start < rows.stop:
+            parts["archive"] = _at(rows, archive)
     block = rollout.scene + cache.committed
     counters = Counters(block, rollout.scene, cache.oldest, tuple(cache.mids))
-    return Snapshot(counters, parts, frozenset(valid))
+    return Snapshot(counters, parts, blocks, frozenset(valid))
 
 
-def _rows(array: np.ndarray, archive: Archive, rows: slice, sink: int) -> np.ndarray:
-    """Return what an archive holds of consecutive blocks; those evicted are zeros."""
-    if archive.limit is None:
-        return array[rows]
-    gathered = np.zeros((rows.stop - rows.start, *array.shape[1:]), array.dtype)
-    for i in range(len(gathered)):
-        if (row := archive.rows.get(sink + rows.start + i)) is not None:
-            gathered[i] = array[row]
-    return gathered
+def _archive_arrays(archive: Archive) -> Arrays:
+    return {"key_values": archive.key_values, "pooled_keys": archive.pooled_keys}
+
+
+def _at(rows: int | slice, arrays: Arrays) -> Arrays:
+    return {name: array[rows] for name, array in arrays.items()}
 
 
 def restore_snapshot(rollout: Rollout, counters: Counters, reader: SnapshotReader) -> None:
@@ -168,21 +171,24 @@ def restore_snapshot(rollout: Rollout, counters: Counters, reader: SnapshotReade
 def _restore_archive(
     archive: Archive, rollout: Rollout, counters: Counters, reader: SnapshotReader
 ) -> None:
-    sink, first = rollout.config.policy.sink, 0
-    for name, end in reader.archive_parts():
+    sink, first, arrays = rollout.config.policy.sink, 0, _archive_arrays(archive)
+    parts = reader.archive_parts()
+    if archive.limit is not None and not parts:
+        forms = {name: (array.shape[1:], array.dtype) for name, array in arrays.items()}
+        for block, row in archive.rows.items():
+            for name, values in reader.read_block(counters.scene + block, forms).items():
+                arrays[name][row] = values
+        return
+    for part, end in parts:
         last = archive_rows(rollout.config, end - counters.scene)
         forms = {
-            key: ((last - first, *array.shape[1:]), array.dtype)
-            for key, array in (
-                ("key_values", archive.key_values),
-                ("pooled_keys", archive.pooled_keys),
-            )
+            name: ((last - first, *array.shape[1:]), array.dtype) for name, array in arrays.items()
         }
-        arrays = reader.read_part(name, forms)
-        for i in range(last - first):
-            if (row := archive.rows.get(sink + first + i)) is not None:
-                archive.key_values[row] = arrays["key_values"][i]
-                archive.pooled_keys[row] = arrays["pooled_keys"][i]
+        for name, values in reader.read_part(part, forms).items():
+            for i in range(last - first):
+                # renders of version 2 have a limited archive's evicted blocks too, as zeros
+                if sink + first + i in archive.rows:
+                    arrays[name][archive.rows[sink + first + i]] = values[i]
         first = last
     if first != archive_rows(rollout.config, counters.block - counters.scene):
         raise ValueError(f"{first} archived blocks are there")

@@ -39,7 +39,7 @@ FORMATS = {
 
 
 def files_of(kind: str) -> list[Path]:
-    """The fixtures of a kind, one per version."""
+    """The fixtures of a kind, those of the newest version last."""
     return sorted(HERE.glob("bundle-*/engines" if kind == "engines" else f"{kind}-*"))
 
 
@@ -124,6 +124,14 @@ def test_a_model_folder_exports(path, tmp_path):
         assert sum(map(len, session.stream(embedding, 0.5))) == 8
 
 
+# prompts and the archive's limit of each render, and the blocks that it has; each scene's first one
+# is without the three frames that stand for time before it
+LIMITED = PROMPT, 4, 8 * 12 - 3
+RENDERS = {
+    "render-2": (SCENES, None, 6 * 12 - 2 * 3), "render-2-limited": LIMITED, "render-3": LIMITED,
+}  # fmt: skip
+
+
 @each("render")
 def test_an_interrupted_render_is_resumed(path, tmp_path, monkeypatch):
     """The libraries that decide about its frames are said to be those it was begun with."""
@@ -133,11 +141,11 @@ def test_an_interrupted_render_is_resumed(path, tmp_path, monkeypatch):
     for module in (packforcing, onnxruntime, av):
         monkeypatch.setattr(module, "__version__", versions[module.__name__])
     with Session.open(HERE / "bundle-3", threads=1) as session:
-        settings = {"seconds": 15, "seed": 5, "checkpoint_seconds": 3.0}
-        alone = session.render(SCENES, path=tmp_path / "alone.mp4", **settings)
-        resumed = session.render(SCENES, path=tmp_path / "film.mp4", resume=True, **settings)
-    # six blocks of 12 frames, the first and the one after the cut without the three before time
-    assert resumed.frames_resumed == 6 * 12 - 2 * 3
+        prompts, limit, frames_resumed = RENDERS[path.name]
+        settings = {"seconds": 15, "seed": 5, "checkpoint_seconds": 3.0, "archive_limit": limit}
+        alone = session.render(prompts, path=tmp_path / "alone.mp4", **settings)
+        resumed = session.render(prompts, path=tmp_path / "film.mp4", resume=True, **settings)
+    assert resumed.frames_resumed == frames_resumed
     assert (resumed.frames, resumed.blocks) == (alone.frames, alone.blocks) == (120, 11)
     frames, truth = frames_of(tmp_path / "film.mp4"), frames_of(tmp_path / "alone.mp4")
     assert sorted(left.name for left in tmp_path.iterdir()) == ["alone.mp4", "film.mp4"]

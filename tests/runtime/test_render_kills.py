@@ -28,33 +28,46 @@ import sys
 from packforcing.runtime import Session
 with Session.open(sys.argv[1]) as session:
     print("begins", flush=True)
-    session.render({!r}, {}, sys.argv[2], {}, resume=True, checkpoint_seconds={})
+    session.render(
+        {!r}, {}, sys.argv[2], {}, resume=True, checkpoint_seconds={}, archive_limit={}
+    )
 """
+LIMIT = 6  # archived blocks, where a full archive is tested
+
+
+def child(seconds, limit=None):
+    """Return a program that renders the example video of so many seconds, resuming it."""
+    return CHILD.format(PROMPT, seconds, SEED, EVERY, limit)
 
 
 @pytest.mark.parametrize(
-    ("model", "name", "kills"),
-    [("tiny", "a.mkv", 5), *(
+    ("model", "name", "kills", "limit"),
+    [("tiny", "a.mkv", 5, LIMIT), *(
         pytest.param(*case, marks=pytest.mark.full)
-        for case in (("tiny", "a.mkv", 50), ("demo", "a.mp4", 50))
+        for case in (
+            ("tiny", "a.mkv", 50, None), ("tiny", "a.mkv", 50, LIMIT), ("demo", "a.mp4", 50, None),
+            *(("tiny", f"a{suffix}", 20, None) for suffix in (".mov", ".webm", ".gif")),
+        )
     )],
 )  # fmt: skip
-def test_a_render_killed_at_random_moments_resumes(tiny_bundle, tmp_path, model, name, kills):
+def test_a_render_killed_at_random_moments_resumes(
+    tiny_bundle, tmp_path, model, name, kills, limit
+):
     """SIGKILL, again and again; what has its final name can be played at any time."""
     bundle = {"tiny": tiny_bundle, "demo": demo_bundle()}[model]
     path, alone, killed = tmp_path / name, tmp_path / f"alone-{name}", 0
     with Session.open(bundle) as session:
         began = time.perf_counter()
-        render(session, alone)
+        render(session, alone, archive_limit=limit)
         duration, moments = time.perf_counter() - began, random.Random(0)
-    truth, code = frames_of(alone), CHILD.format(PROMPT, SECONDS, SEED, EVERY)
+    truth, code = frames_of(alone), child(SECONDS, limit)
     while not path.exists():
         command = [sys.executable, "-c", code, bundle, path]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline() == "begins\n"
             try:
-                limit = None if killed == kills else moments.uniform(0, duration / 3)
-                assert process.wait(limit) == 0
+                timeout = None if killed == kills else moments.uniform(0, duration / 3)
+                assert process.wait(timeout) == 0
             except subprocess.TimeoutExpired:
                 process.kill()
                 killed += 1
@@ -83,7 +96,7 @@ def test_killed_while_it_joins_it_leaves_nothing_but_the_video(
 ):
     """When all is written, and right before it takes its place."""
     (tmp_path / "empty").mkdir()
-    path, code = f"{tmp_path}/{target}", CHILD.format(PROMPT, 3, SEED, EVERY)
+    path, code = f"{tmp_path}/{target}", child(3)
     command = [sys.executable, "-c", DIES.format(moment) + code, tiny_bundle, path]
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 9
     render(plain, path, seconds=3, resume=True)
@@ -100,7 +113,7 @@ def test_killed_after_its_video_has_its_name_it_is_finished(
     """The folder that it had no time to remove goes with the next render: one that resumes has
     nothing to do, another one begins anew, where no finished frames are in its way."""
     (tmp_path / "empty").mkdir()
-    path, code = f"{tmp_path}/{target}", CHILD.format(PROMPT, 3, SEED, EVERY)
+    path, code = f"{tmp_path}/{target}", child(3)
     dies = (
         "import os\nfrom packforcing.runtime import resume\n"
         "resume.RenderFolder.remove = lambda folder: os._exit(9)\n"
@@ -130,7 +143,7 @@ def test_a_video_that_was_announced_but_not_renamed_is_joined_anew(
     plain, tiny_bundle, truth, tmp_path
 ):
     """Whatever became of it meanwhile, and even if a file of its name is there already."""
-    path, code = tmp_path / "a.mkv", CHILD.format(PROMPT, SECONDS, SEED, EVERY)
+    path, code = tmp_path / "a.mkv", child(SECONDS)
     command = [sys.executable, "-c", DIES.format("Path.replace") + code, tiny_bundle, path]
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 9
     path.touch()
@@ -226,12 +239,22 @@ class Disk:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks names up in /proc")
-@pytest.mark.parametrize("target", ["a.mkv", "frames/"])
-def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target):
+@pytest.mark.parametrize(
+    ("target", "blocks", "limit"),
+    [
+        ("a.mkv", 4, None),
+        ("frames/", 4, None),
+        pytest.param("a.mkv", 10, LIMIT, marks=pytest.mark.full),
+    ],
+)
+def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target, blocks, limit):
     """Nothing broken has a final name, and the render goes on from its last checkpoint, whichever
     names are kept: what counts is on the disk before it is relied on."""
-    options = {"seconds": 4.5, "checkpoint_seconds": 1.5}  # four blocks, each with a checkpoint
-    expected = np.concatenate(list(plain.stream(PROMPT, 4.5, SEED)))
+    counts = [0, *(block * 12 - 3 for block in range(1, blocks)), blocks * 12 - 12]  # of frames
+    options = {"seconds": counts[-1] / 8, "checkpoint_seconds": 1.5}  # a checkpoint at each block
+    options["archive_limit"] = limit
+    video = plain.begin(PROMPT, SEED, seconds=options["seconds"], lead=None, archive_limit=limit)
+    expected = np.concatenate([block.frames for block in video])
     (tmp_path / "disk").mkdir()
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path / "disk", patch)
@@ -261,7 +284,7 @@ def test_power_may_fail_at_any_moment(plain, tmp_path, monkeypatch, target):
         np.testing.assert_array_equal(frames_of(path), expected)
         shutil.rmtree(place)
     for frames in resumed.values():  # what was kept once is kept
-        assert frames == sorted(frames) and set(frames) == {0, 9, 21, 33, 36}
+        assert frames == sorted(frames) and set(frames) == {*counts}
 
 
 @pytest.fixture

@@ -33,9 +33,11 @@ from packforcing.files import partial_path
 from packforcing.prompts import Switch
 from packforcing.runtime import Session, render_record
 from packforcing.runtime import resume as resume_module
+from packforcing.runtime.allocations import archive_bytes
 from packforcing.runtime.bundle import write_manifest
 from packforcing.runtime.device import view
 from packforcing.runtime.plan import make_plan
+from packforcing.runtime.resume import checkpoint_bytes
 from tests.helpers import DAMAGES, PROMPT, frames_of, link, render, stop_after
 from tests.helpers import RENDER_SECONDS as SECONDS
 from tests.helpers import RENDER_SEED as SEED
@@ -190,8 +192,8 @@ def test_an_impossible_snapshot_interval_is_refused(plain, tmp_path, seconds):
 
 def test_a_render_of_another_release_is_not_resumed(plain, stopped, tmp_path, monkeypatch):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(render_record, "VERSION", 3)
-    with pytest.raises(ResumeError, match="has version 2, this release reads 3"):
+    monkeypatch.setattr(render_record, "VERSION", 4)
+    with pytest.raises(ResumeError, match="has version 3, this release reads 4"):
         render(plain, tmp_path / "a.mkv", resume=True)
 
 
@@ -381,6 +383,30 @@ def test_files_of_others_stay(plain, stopped, tmp_path):
     (tmp_path / "a.mkv.render" / "notes.txt").touch()
     render(plain, tmp_path / "a.mkv", resume=True)
     assert [path.name for path in (tmp_path / "a.mkv.render").iterdir()] == ["notes.txt"]
+
+
+def test_a_full_archive_takes_no_more_of_the_disk(plain, tmp_path):
+    """After each of 15 snapshots, the blocks that the archive then had are there and no others."""
+    limit, folder, snapshots = 6, tmp_path / "a.mkv.render", []
+    row = archive_bytes(plain.config, plain.config.policy.sink + 1)
+
+    def look(info):
+        if info.index and info.index % 2 == 0:  # a snapshot was taken right before this block
+            files = {path.name: path.stat().st_size for path in folder.iterdir()}
+            files = {name: size for name, size in files.items() if name[:2] in ("ar", "bl")}
+            expected = {f"block-{block:06}.safetensors" for block in plain.rollout.archive.rows}
+            assert len(files.keys() - expected) <= 1  # this block may have evicted one
+            assert sum(files.values()) < len(files) * (row + 1000)  # with the names of arrays
+            snapshots.append(len(files))
+
+    request = {"seconds": 45, "archive_limit": limit}
+    video = plain.begin(PROMPT, SEED, lead=None, **request)
+    render(plain, tmp_path / "a.mkv", **request, on_block=look)
+    np.testing.assert_array_equal(
+        frames_of(tmp_path / "a.mkv"), np.concatenate([block.frames for block in video])
+    )
+    assert snapshots == [1, 3, 5] + 12 * [limit]
+    assert len({checkpoint_bytes(plain.config, blocks, limit, 2) for blocks in (31, 999)}) == 1
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
