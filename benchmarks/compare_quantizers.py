@@ -37,11 +37,11 @@ from packforcing.calibration.matmuls import (
     not_none,
     stored_weight,
 )
-from packforcing.calibration.recipes import quantized_layers
 from packforcing.calibration.weights import quantize_matmul
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import Prompt, draw_prompts
 from packforcing.files import write_file
+from packforcing.geometry import quantized_layers
 from packforcing.prompts import encode_prompt
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.backends import open_backend

@@ -124,7 +124,7 @@ def run_key(run: Run) -> str:
     digest = hashlib.sha256()
     for folder in map(ROOT.joinpath, ROOMS):
         for path in sorted(folder.rglob("*")):
-            if path.suffix in (".py", ".safetensors", ".onnx", ".data", ".json"):
+            if path.suffix in (".py", ".safetensors", ".onnx", ".data", ".json", ".toml"):
                 digest.update(f"{path.relative_to(ROOT)} {file_sha256(path)}\n".encode())
     for name in (*run.needs, None):
         digest.update(msgspec.json.encode((RUNS[name] if name else run).commands))

@@ -13,12 +13,13 @@ from onnx_ir.passes import common
 
 from packforcing.calibration.activations import load_statistics
 from packforcing.calibration.kv_cache import quantize_cache
-from packforcing.calibration.recipes import CACHE_RECIPES, SNR_FILE, quantized_layers
+from packforcing.calibration.recipes import CACHE_RECIPES, SNR_FILE
 from packforcing.calibration.scales import fit_cache_scales
 from packforcing.calibration.weights import quantize_matrices
 from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export.exporter import new_bundle, save_graph, write_bundle_manifest
 from packforcing.export.lint import lint
+from packforcing.geometry import quantized_layers
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
 
 DENOISER = graph_file("denoiser")

@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from packforcing.config import Config
-
 SNR_FILE = (
     "snr.json"  # in a bundle with quantized weights: SQNR of every matrix in dB, lowest first
 )
@@ -60,11 +58,3 @@ class OutputLoss(msgspec.Struct, frozen=True):
 
     snr: float | None
     error: float
-
-
-def quantized_layers(config: Config) -> range:
-    """Return the layers whose matrices are quantized: all but the first and the last.
-
-    The embeddings of patches and time and the head are not quantized either.
-    """
-    return range(1, config.layers - 1)

@@ -29,11 +29,11 @@ from packforcing.calibration.recipes import (
     INPUT_RECIPES,
     WEIGHT_RECIPES,
     Recipe,
-    quantized_layers,
 )
 from packforcing.calibration.scales import fit_weight_scales, round_to_scales
 from packforcing.config import Config
 from packforcing.errors import CalibrationError
+from packforcing.geometry import quantized_layers
 from packforcing.runtime.estimate import INT4_BLOCK, weight_block
 
 

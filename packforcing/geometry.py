@@ -223,6 +223,14 @@ def layer_matrices(config: Config) -> list[tuple[int, int]]:
     return [*[square] * 6, (config.dim, config.ffn_dim), (config.ffn_dim, config.dim)]
 
 
+def quantized_layers(config: Config) -> range:
+    """Return the layers whose matrices may be quantized: all but the first and the last.
+
+    The embeddings of patches and time and the head are not quantized either.
+    """
+    return range(1, config.layers - 1)
+
+
 # Of the graphs of a bundle
 
 
@@ -251,20 +259,36 @@ def parameters(config: Config) -> dict[str, int]:
     }
 
 
+def denoiser_operations(config: Config, new_tokens: int) -> dict[str, int]:
+    """Count the multiplications and additions of a call of the denoiser, with a full context.
+
+    Args:
+        config: The model.
+        new_tokens: Tokens that the call computes.
+
+    Returns:
+        By kind: "quantizable", the products with matrices of the inner layers, whose dtype
+        `Precision.weights` says; "self_attention"; and "other" matrix products.
+    """
+    d, layers = config.dim, config.layers
+    layer = 2 * new_tokens * sum(map(math.prod, layer_matrices(config)))
+    ends = 2 * new_tokens * 2 * config.token_dim * d
+    time = 2 * (config.freq_dim * d + d * d + 6 * d * d)
+    cross_attention = 4 * new_tokens * config.text_len * d * layers
+    inner = len(quantized_layers(config))
+    return {
+        "quantizable": inner * layer,
+        "self_attention": 4 * new_tokens * (new_tokens + config.context_tokens) * d * layers,
+        "other": (layers - inner) * layer + ends + time + cross_attention,
+    }
+
+
 def operations(config: Config) -> dict[str, int]:
     """Count the multiplications and additions of one call of each graph, with a full context.
 
     Only matrix products and convolutions count. The denoiser is called with a full block and with
     a compressed one.
     """
-    d, layers = config.dim, config.layers
-    weights = layers * sum(map(math.prod, layer_matrices(config))) + 2 * config.token_dim * d
-    time = config.freq_dim * d + d * d + 6 * d * d
-
-    def denoiser(new_tokens: int) -> int:
-        keys = new_tokens + config.context_tokens + config.text_len
-        return 2 * (new_tokens * weights + time) + 4 * new_tokens * keys * d * layers
-
     frames, height, width = low_branch_clip(config)
     low_branch = [
         layer
@@ -272,8 +296,8 @@ def operations(config: Config) -> dict[str, int]:
         for layer in encoder_layers(config, height, width, first=latent == 0)
     ]
     return {
-        "denoiser.block": denoiser(config.block_tokens),
-        "denoiser.compressed": denoiser(config.compressed_tokens),
+        "denoiser.block": sum(denoiser_operations(config, config.block_tokens).values()),
+        "denoiser.compressed": sum(denoiser_operations(config, config.compressed_tokens).values()),
         "compressor": sum(layer.operations for layer in (*compressor_layers(config), *low_branch)),
         "vae_decoder": sum(layer.operations for layer in decoder_layers(config)),
     }

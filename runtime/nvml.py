@@ -35,6 +35,7 @@ class Gpu(msgspec.Struct, frozen=True):
     target: str  # compute capability, as engines name it: sm89 is 8.9
     memory_total: int
     memory_free: int
+    power_limit: float = 0  # watts; 0 where the driver does not say it
 
 
 def driver() -> Driver:
@@ -71,7 +72,12 @@ def _gpu(nvml: Any, index: int) -> Gpu:
     if target not in UNIFIED_TARGETS:  # of those NVML does not know, or states a part of it
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         total_bytes, free_bytes = memory.total, memory.free
-    return Gpu(index, nvml.nvmlDeviceGetName(handle), target, total_bytes, free_bytes)
+    try:
+        power_limit = nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000
+    except nvml.NVMLError_NotSupported:
+        power_limit = 0
+    name = nvml.nvmlDeviceGetName(handle)
+    return Gpu(index, name, target, total_bytes, free_bytes, power_limit)
 
 
 @contextmanager

@@ -159,9 +159,9 @@ def check_target(precision: Precision, target: str) -> None:
     if target not in TARGETS:
         raise ConfigError(f"unknown target '{target}'; known targets: {', '.join(TARGETS)}")
     has = ("fp32", "fp16", *TARGETS[target])
-    for purpose in ("weights", "cache"):
+    for purpose in ("weights", "cache", "attention"):
         kind = getattr(precision, purpose)
-        if kind not in has:
+        if kind is not None and kind not in has:
             raise ConfigError(f"{target} has no {kind} for the {purpose}; it has {', '.join(has)}")
 
 
@@ -311,6 +311,7 @@ def describe(plan: Plan) -> str:
         f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks",
         f"{precision.weights} weights",
         f"{precision.cache} cache",
+        *([f"{precision.attention} attention"] if precision.attention else []),
         IN_WORDS[plan.config.vae],
     ]
     if plan.streamed:

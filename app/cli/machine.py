@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from packforcing.app.cli.options import (
+    ATTENTION_DTYPES,
     BUDGETS,
     CACHE_DTYPES,
     FILE,
@@ -100,12 +101,18 @@ def doctor(as_json: bool) -> None:
     help="GPU architecture, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  "
     "[default: the one that the bundle was built for, or sm86]",
 )
-@option("--gpu", metavar="NAME", help='A GPU by name, like "RTX 4060": sets target and budget.')
+@option(
+    "--gpu",
+    metavar="NAME",
+    help='A GPU by name, like "RTX 4060", "4070 laptop 80W" or here: sets target and budget.',
+)
 @shape_options
 @option("--weight-dtype", type=click.Choice(WEIGHT_DTYPES), help="Dtype of the weights.  "
         "[default: the highest precision that fits]")  # fmt: skip
 @option("--cache-dtype", type=click.Choice(CACHE_DTYPES), help="Dtype of the KV cache.  "
         "[default: the highest precision that fits]")  # fmt: skip
+@option("--attention-dtype", type=click.Choice(ATTENTION_DTYPES), help="Dtype of the products of "
+        "self-attention.  [default: fp16]")  # fmt: skip
 @option("--precision", type=PRECISION, metavar="WEIGHTS,CACHE", hidden=True)
 @seconds_option(60.0, "Length of the video; the archive grows with it.")
 @option("--picture", type=FILE, metavar="FILE.png", help="Draw the plans as bars.")
@@ -118,6 +125,7 @@ def plan(
     gpu: str | None,
     weight_dtype: str | None,
     cache_dtype: str | None,
+    attention_dtype: str | None,
     precision: tuple[str, str] | None,
     seconds: float,
     picture: Path | None,
@@ -141,9 +149,8 @@ def plan(
     from packforcing.errors import PlanError
     from packforcing.presets import model_config
     from packforcing.runtime.bundle import read_manifest
-    from packforcing.runtime.estimate import find_gpu
+    from packforcing.runtime.gpus import find_gpu
     from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose_plan
-    from packforcing.units import GIB
 
     if precision is not None:
         if weight_dtype or cache_dtype:
@@ -152,21 +159,22 @@ def plan(
     engines, dtypes = None, None
     if bundle is None:
         config = with_shape(model_config(model or "wan-1.3b"), **shape)
-        dtypes = with_dtypes(config, weight_dtype, cache_dtype)
+        dtypes = with_dtypes(config, weight_dtype, cache_dtype, attention_dtype)
     else:
-        if model or weight_dtype or cache_dtype or any(shape.values()):
+        if model or any((weight_dtype, cache_dtype, attention_dtype, *shape.values())):
             raise ConfigError("a bundle has its model, sizes, history and dtypes already")
         config = read_manifest(bundle).config
         engines = report.read_engine_sizes(bundle)
     budgets: tuple[int | None, ...] = budget or (None,)
     targets = target or (engines.targets[:1] if engines else ()) or ("sm86",)
+    gpus = report.examples(*targets)
     if gpu is not None:
         if target is not None:
             raise ConfigError("choose one of --gpu and --target")
-        model_of_gpu = find_gpu(gpu)
-        targets = (model_of_gpu.target,)
+        gpus = [find_gpu(gpu)]
+        targets = (gpus[0].target,)
         if budget is None:
-            budgets = (model_of_gpu.memory * GIB - CUDA_CONTEXT,)
+            budgets = (gpus[0].memory_bytes - CUDA_CONTEXT,)
     rows: list[tuple[int | None, str, Plan | PlanError]] = []
     for budget_bytes, name in product(budgets, targets):
         try:
@@ -187,9 +195,9 @@ def plan(
         return
     match rows:
         case [(budget_bytes, _, Plan() as only)]:
-            print_tables(*report.detail(budget_bytes, only, seconds, engines))
+            print_tables(*report.detail(budget_bytes, only, seconds, engines, gpus))
         case _:
-            print_tables(*report.table(rows, config, dtypes is None and bundle is None))
+            print_tables(*report.table(rows, config, dtypes is None and bundle is None, gpus))
 
 
 @click.command()

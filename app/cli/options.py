@@ -11,6 +11,7 @@
     --backend NAME                the library that runs, or builds for, a GPU or CPU
     --dtype NAME                  dtype of weights, cache and arithmetic together
     --weight-dtype, --cache-dtype dtype of the weights, of the KV cache
+    --attention-dtype             dtype in which self-attention multiplies
     --size WxH                    pixels of a frame
     --history SINK,MID,RECENT     blocks of each partition
     --policy NAME[,NAME...]       history policy
@@ -266,6 +267,7 @@ def _integers(text: str, separator: str, count: int) -> list[int] | None:
 COMPUTE_DTYPES = ("fp32", "fp16")
 WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4", "fp8")
 CACHE_DTYPES = ("fp32", "fp16", "int8", "fp8")
+ATTENTION_DTYPES = ("fp8",)
 SIZE, HISTORY, BUDGETS, NAMES = SizeType(), HistoryType(), BudgetsType(), NamesType()
 LIMIT, PRECISION, STEPS, SHARD = LimitType(), PrecisionType(), StepsType(), ShardType()
 FILE = click.Path(dir_okay=False, path_type=Path)

@@ -66,9 +66,12 @@ def policy_by_name(name: str, by_name: Mapping[str, Policy]) -> Policy:
 
 
 def with_dtypes(
-    config: Config, weight_dtype: str | None, cache_dtype: str | None
+    config: Config,
+    weight_dtype: str | None,
+    cache_dtype: str | None,
+    attention_dtype: str | None = None,
 ) -> Precision | None:
-    """Return the config's precision with other weights and cache; None where neither is set.
+    """Return the config's precision with other dtypes; None where none is set.
 
     Raises:
         ConfigError: The model computes in a dtype that excludes these.
@@ -77,13 +80,14 @@ def with_dtypes(
 
     from packforcing.config import Precision
 
-    if weight_dtype is None and cache_dtype is None:
+    if weight_dtype is None and cache_dtype is None and attention_dtype is None:
         return None
     precision = config.precision
     names = {
         "compute": precision.compute,
         "weights": weight_dtype or precision.weights,
         "cache": cache_dtype or precision.cache,
+        "attention": attention_dtype or precision.attention,
     }
     try:
         return msgspec.convert(names, Precision)

@@ -18,7 +18,8 @@ from packforcing.presets import with_autoencoder
 from packforcing.runtime.backends import ENGINE_BACKENDS
 from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
 from packforcing.runtime.engine_records import graph_files, read_record
-from packforcing.runtime.estimate import GPUS, seconds_per_block
+from packforcing.runtime.estimate import seconds_per_block
+from packforcing.runtime.gpus import GpuFigures, known_gpus
 from packforcing.runtime.plan import (
     CUDA_CONTEXT,
     Plan,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
+
+EXAMPLES = ("RTX 3060 12 GB", "RTX 3080 10 GB", "RTX 4060", "RTX 4090", "RTX 5060", "RTX 5090")
 
 ROWS = {
     "weights.denoiser": "weights of the denoiser",
@@ -128,7 +131,11 @@ def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int
 
 
 def detail(
-    budget: int | None, plan: Plan, seconds: float, engines: Measured | None
+    budget: int | None,
+    plan: Plan,
+    seconds: float,
+    engines: Measured | None,
+    gpus: Sequence[GpuFigures],
 ) -> Iterator[RenderableType]:
     """Lay out every allocation of a plan.
 
@@ -137,6 +144,7 @@ def detail(
         plan: The plan.
         seconds: Length of the video that the archive is for.
         engines: Sizes of the bundle's engines, where the plan is for a bundle.
+        gpus: To predict times for.
     """
     yield f"{title(plan.config)}, on {plan.target}: {describe(plan)}"
     if (missing := needs(plan)) and engines is None:  # a bundle has it
@@ -167,7 +175,7 @@ def detail(
     yield ""
     yield make_table(loading, ("at most while loading", "bytes", "GiB"), "lr")
     yield ""
-    yield from predictions(plan.config, plan.target)
+    yield from predictions(plan.config, gpus)
 
 
 def _engine_table(config: Config, engines: Measured | None) -> Iterator[RenderableType]:
@@ -183,13 +191,16 @@ def _engine_table(config: Config, engines: Measured | None) -> Iterator[Renderab
         yield f"({' '.join(engines.not_loaded.split())})"
 
 
-def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[RenderableType]:
+def table(
+    rows: Sequence[Row], config: Config, free: bool, gpus: Sequence[GpuFigures]
+) -> Iterator[RenderableType]:
     """Lay out a row per budget and target.
 
     Args:
         rows: Budgets, targets and plans.
         config: The model as configured.
         free: Plans could give up precision: show the least that the whole history takes.
+        gpus: To predict times for.
     """
     yield f"{title(config)}; GiB of device memory, without the CUDA context"
     yield ""
@@ -202,7 +213,7 @@ def table(rows: Sequence[Row], config: Config, free: bool) -> Iterator[Renderabl
         yield f"the smallest budget for {_history(config)} blocks, nothing streamed"
         yield make_table((_smallest_cells(config, target) for target in targets), indent=2)
     yield ""
-    yield from predictions(config, *targets)
+    yield from predictions(config, gpus)
 
 
 def _cells(budget: int | None, target: str, plan: Plan | PlanError) -> tuple[str, ...]:
@@ -264,7 +275,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "needs": needs(plan),
         "predicted_seconds_per_block": {
             name: seconds_per_block(plan.config, gpu)
-            for name, gpu in GPUS.items()
+            for name, gpu in known_gpus().items()
             if gpu.target == plan.target
         },
     }
@@ -283,24 +294,31 @@ def needs(plan: Plan) -> str:
     precision = plan.config.precision
     if precision.compute == "fp32":
         return "an export in fp16 (for attention)"
-    if {precision.weights, precision.cache} != {precision.compute}:
+    if {precision.weights, precision.cache} != {precision.compute} or precision.attention:
         return "packforcing quantize"
     return "engines built with --stream-weights" if plan.streamed else ""
 
 
-def predictions(config: Config, *targets: str) -> Iterator[RenderableType]:
-    """Lay out lower bounds of the time per block on GPUs of these targets."""
+def predictions(config: Config, gpus: Sequence[GpuFigures]) -> Iterator[RenderableType]:
+    """Lay out lower bounds of the time per block on GPUs."""
     playing = config.block_pixel_frames / config.fps
     yield f"seconds per block, which plays for {playing:g} s: predicted, at 100% of the GPU's peak"
-    rows = (
-        (
-            f"{name} ({gpu.target}, {gpu.memory} GB)",
-            f"at least {seconds_per_block(config, gpu):.3g}",
+    rows = []
+    for gpu in gpus:
+        seconds = seconds_per_block(config, gpu)
+        rows.append(
+            (
+                f"{gpu.name} ({gpu.target})",
+                f"at least {seconds:.3g}",
+                f"at most {config.block_pixel_frames / seconds:.3g} fps",
+            )
         )
-        for name, gpu in GPUS.items()
-        if gpu.target in targets
-    )
     yield make_table(rows, indent=2)
+
+
+def examples(*targets: str) -> list[GpuFigures]:
+    """Return the GPUs of these targets that stand for all where none is named."""
+    return [gpu for name in EXAMPLES if (gpu := known_gpus()[name]).target in targets]
 
 
 def _rows(sizes: dict[str, int]) -> Iterator[tuple[str, str, str]]:

@@ -14,13 +14,13 @@ from packforcing.app.reports.verify import write_reports
 from packforcing.calibration.activations import calibrate
 from packforcing.calibration.matmuls import layer_matmuls, stored_weight
 from packforcing.calibration.quantizer import DENOISER, quantize_bundle
-from packforcing.calibration.recipes import WEIGHT_RECIPES, quantized_layers
+from packforcing.calibration.recipes import WEIGHT_RECIPES
 from packforcing.config import Precision
 from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export import export_bundle
 from packforcing.export.verify import verify_bundle
 from packforcing.files import file_record
-from packforcing.geometry import layer_matrices
+from packforcing.geometry import layer_matrices, quantized_layers
 from packforcing.model import random_weights
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest, write_manifest

@@ -12,10 +12,11 @@ from hypothesis.extra import numpy as hnp
 
 from packforcing.calibration.matmuls import layer_matmuls, stored_weight
 from packforcing.calibration.quantizer import DENOISER, quantize_bundle
-from packforcing.calibration.recipes import WEIGHT_RECIPES, quantized_layers
+from packforcing.calibration.recipes import WEIGHT_RECIPES
 from packforcing.calibration.scales import fit_weight_scales, round_to_scales
 from packforcing.export.oracle import Oracle, oracle_config, record_calls
 from packforcing.export.verify import verify_bundle
+from packforcing.geometry import quantized_layers
 from packforcing.runtime.bundle import contract, graph_file, read_manifest
 from packforcing.runtime.estimate import weight_block
 from tests.helpers import DEEP, quantized_matrices

@@ -50,4 +50,5 @@ def test_the_source_distribution_has_the_tests_and_the_wheel_what_a_first_video_
         files = set(archive.namelist())
     bundle = {f"packforcing/demo/bundle/{path.name}" for path in BUNDLE.iterdir()}
     assert files > {*bundle, "packforcing/py.typed", "packforcing/app/server/page/index.html"}
+    assert "packforcing/runtime/gpus.toml" in files
     assert not [name for name in files if name.startswith("tests")]

@@ -25,6 +25,7 @@ def nvmlDeviceGetHandleByIndex(index): return DEVICES[index]
 def nvmlDeviceGetName(device): return device[0]
 def nvmlDeviceGetCudaComputeCapability(device): return device[1]
 def nvmlDeviceGetMemoryInfo(device): return Memory
+def nvmlDeviceGetEnforcedPowerLimit(device): raise NVMLError_NotSupported("not here")
 """
 # GPU B is the first that CUDA lists
 CUDA = """
@@ -145,7 +146,7 @@ def test_a_gpu_that_engines_can_be_built_for_is_able(doctor):
     assert diagnosis["no_gpu"] == ""
     assert diagnosis["gpus"][1] == {
         "index": 1, "name": "GPU B", "target": "sm89",
-        "memory_total": 12 << 30, "memory_free": 11 << 30,
+        "memory_total": 12 << 30, "memory_free": 11 << 30, "power_limit": 0,
     }  # fmt: skip
     assert able["build with tensorrt-rtx"]["detail"].endswith("for sm75, sm89, sm120")
     assert able["run with tensorrt-rtx"]["able"]
