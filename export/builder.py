@@ -7,7 +7,8 @@ error, which is the engine's log. The process ends when its standard input close
 
 TensorRT's ONNX parser drops `Attention`'s input `nonpad_kv_seqlen` with a mere warning. So
 `set_context_length` sets the length on the parsed network, and a build in which TensorRT warns of
-anything unused fails.
+anything unused fails. It does not even warn where it has no kernel for a type and takes another:
+`packforcing.export.kernels` reads what it lists.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from typing import IO, Any
 import msgspec
 
 from packforcing.errors import BackendError
+from packforcing.export.kernels import LIST, KernelTypes, check_kernels, read_kernels
 from packforcing.files import FileRecord
 from packforcing.runtime.backends.tensorrt import MODULES
-from packforcing.runtime.engine_records import Length
+from packforcing.runtime.engine_records import Kernels, Length
 
 PHASE_DEPTH = 4  # nested builder phases that are reported; there are very many deeper ones
 UNUSED = re.compile(r"unused", re.IGNORECASE)  # in a warning: TensorRT left something out
@@ -41,10 +43,12 @@ class BuildJob(msgspec.Struct, frozen=True, kw_only=True):
     graph: str  # ONNX file
     engine: str  # file to write
     targets: tuple[str, ...]
+    calls: tuple[str, ...]
     profiles: tuple[dict[str, tuple[int, ...]], ...]  # per call, shapes of inputs with open axes
     attentions: int  # layers whose attention needs the length of the context
     length: Length | None  # how it gets that length
     flags: tuple[str, ...]  # names of TensorRT builder flags
+    kernel_types: tuple[KernelTypes, ...]  # that the recipe names
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -60,6 +64,7 @@ class Built(msgspec.Struct, frozen=True, tag=True):
     file: FileRecord
     weights: int
     scratch: tuple[int, ...]
+    kernels: tuple[Kernels, ...]
     peak_memory: int
 
 
@@ -103,8 +108,8 @@ def build_engine(
         The engine's file, and the sizes that TensorRT stated for it.
 
     Raises:
-        BackendError: TensorRT refuses the graph, leaves an input out, or the file cannot be
-            written.
+        BackendError: TensorRT refuses the graph, leaves an input out, runs attention or products
+            in another type than the recipe's, or the file cannot be written.
     """
     trt = importlib.import_module(MODULES[job.backend])
     log = _logger(trt)
@@ -116,6 +121,7 @@ def build_engine(
     if job.length:
         set_context_length(trt, network, job)
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lists the types of kernels
     for flag in job.flags:
         config.set_flag(getattr(trt.BuilderFlag, flag))
     if job.backend == "tensorrt-rtx":  # TensorRT builds for the GPU of this machine alone
@@ -141,10 +147,11 @@ def build_engine(
         raise BackendError(f"it would leave an input out: {'; '.join(unused)}")
     if not succeeded:
         raise log.refusal()
+    kernels = read_kernels(log.layers, job.calls)
+    check_kernels(kernels, job.kernel_types, job.calls)
     weights, scratch = log.memory_sizes(len(job.profiles))
-    return Built(
-        FileRecord(writer.digest.hexdigest(), writer.size), weights, scratch, peak_memory()
-    )
+    file_written = FileRecord(writer.digest.hexdigest(), writer.size)
+    return Built(file_written, weights, scratch, kernels, peak_memory())
 
 
 def set_context_length(trt: Any, network: Any, job: BuildJob) -> None:
@@ -214,10 +221,13 @@ def _logger(trt: Any) -> Any:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
             self.warnings: list[str] = []
+            self.layers = ""
             self.sizes: dict[str, list[int]] = {"Weights": [], "Activation": []}
 
         def log(self, severity: Any, text: str) -> None:
             if severity == trt.ILogger.VERBOSE:
+                if text.startswith(LIST):
+                    self.layers += text
                 return
             print(severity.name, text, file=sys.stderr, flush=True)
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):

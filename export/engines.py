@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -35,8 +34,10 @@ from packforcing.errors import (
     OutputError,
 )
 from packforcing.export.builder import BuildJob, Built, Failed, Progress
+from packforcing.export.kernels import KernelTypes
 from packforcing.extras import install_command, installed_version, optional_imports
 from packforcing.files import new_file, require_disk_space, sweep, write_file
+from packforcing.geometry import layer_matrices
 from packforcing.machine import free_memory
 from packforcing.runtime.backends.tensorrt import MODULES, STREAMING
 from packforcing.runtime.bundle import (
@@ -209,6 +210,8 @@ def check_graph(path: Path, graph: str, config: Config, targets: Sequence[str]) 
     """
     with optional_imports("building engines", "tensorrt-rtx"):
         import onnx_ir as ir
+
+        from packforcing.export.attention import context_attentions
     try:
         nodes = ir.load(path).graph
     except Exception as error:  # as varied as the ways to damage a file
@@ -227,19 +230,12 @@ def check_graph(path: Path, graph: str, config: Config, targets: Sequence[str]) 
                     f"{path} holds {name}, which {target} lacks; it has "
                     f"{', '.join(('fp32', 'fp16', *TARGETS[target]))}"
                 )
-    limited_layers = sum(
-        node.op_type == "Attention" and len(node.inputs) > 6 and _name(node.inputs[6]) == "kv_len"
-        for node in nodes
-    )
+    limited_layers = len(context_attentions(nodes))
     if graph == "denoiser" and limited_layers != config.layers:
         raise ExportError(
             f"{path}: attention reads kv_len in {limited_layers} of {config.layers} layers; the "
             "others would read context that was never written: export the bundle again"
         )
-
-
-def _name(value: Any) -> str:
-    return "" if value is None else value.name
 
 
 def _tool(backend: str) -> str:
@@ -293,6 +289,7 @@ def _build(
             scratch=dict(zip(key.shapes, built.scratch, strict=True)),
             seconds=time.perf_counter() - start,
             peak_memory=built.peak_memory,
+            kernels=built.kernels,
         )
         record_path.unlink(missing_ok=True)  # from here on, no engine counts
     write_file(record_path, encode_record(record))
@@ -322,11 +319,29 @@ def build_job(manifest: Manifest, backend: str, graph: str, key: Key, engine: Pa
         graph=graph_file(graph),
         engine=str(engine),
         targets=key.targets,
+        calls=tuple(key.shapes),
         profiles=profiles,
         attentions=manifest.config.layers if key.length else 0,
         length=key.length,
         flags=key.flags,
+        kernel_types=kernel_types(manifest.config) if graph == "denoiser" else (),
     )
+
+
+def kernel_types(config: Config) -> tuple[KernelTypes, ...]:
+    """Return the dtypes beside the compute dtype that the denoiser's kernels have to run in.
+
+    Products in such a dtype are those of the quantized layers' matrices; attention in one is that
+    over the context.
+    """
+    precision, types = config.precision, []
+    if precision.attention_products != precision.compute:
+        types.append(KernelTypes("attention", precision.attention_products, config.layers))
+    if precision.products != precision.compute:
+        weights = sum(inputs * outputs for inputs, outputs in layer_matrices(config))
+        quantized_layers = max(0, config.layers - 2)
+        types.append(KernelTypes("product", precision.products, weights * quantized_layers))
+    return tuple(types)
 
 
 def required_bytes(graph: Path) -> tuple[int, int]:

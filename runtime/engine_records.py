@@ -11,6 +11,7 @@ leaves engines that are usable or are not loaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +37,9 @@ from packforcing.runtime.bundle import (
     read_manifest,
 )
 
-VERSION = 1  # of the records; they say none, and those of the next version will
-UPGRADES: dict[int, Upgrade] = {}
+VERSION = 2
+# Records of version 1 say none, and know no kernels
+UPGRADES: dict[int, Upgrade] = {1: lambda fields: {"version": 2, **fields, "kernels": []}}
 Length = Literal["input", "mask"]
 
 
@@ -52,15 +54,38 @@ class Key(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     flags: tuple[str, ...] = ()  # of the builder
 
 
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """An engine's key, its file and the builder's figures, in bytes and seconds."""
+class Kernels(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The kernels of an engine that do one kind of work on operands of the same dtypes.
 
+    Attributes:
+        call: What they are part of, like "denoiser.block".
+        kind: Attention, or products with stored matrices.
+        operands: dtypes of queries, keys and values, or of activations and matrix.
+        count: Kernels.
+        weights: Values of the products' matrices; 0 for attention.
+    """
+
+    call: str
+    kind: Literal["attention", "product"]
+    operands: tuple[str, ...]
+    count: int
+    weights: int = 0
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An engine's key, its file and the builder's figures, in bytes and seconds.
+
+    The builder lists the kernels of an engine once, whatever the number of its targets.
+    """
+
+    version: int = VERSION
     key: Key
     file: FileRecord
     weights: int
     scratch: dict[str, int]  # per call
     seconds: float
     peak_memory: int  # resident, of the process that built it
+    kernels: tuple[Kernels, ...]  # that the builder lists; none in records made before version 2
 
     @property
     def figures(self) -> dict[str, int]:
@@ -130,6 +155,20 @@ def differences(built: Key, current: Key) -> list[str]:
         for part in now
         if before[part] != now[part]
     ]
+
+
+def describe_kernels(kernels: Iterable[Kernels]) -> str:
+    """Describe in a line what runs in which dtypes, like "attention fp8 (30), fp16 (30)".
+
+    Args:
+        kernels: Of one call.
+    """
+    parts: dict[str, list[str]] = {}
+    for entry in kernels:
+        dtypes = " x ".join(dict.fromkeys(entry.operands))
+        amount = f"{entry.weights / 1e6:.1f} M weights" if entry.weights else f"{entry.count}"
+        parts.setdefault(entry.kind, []).append(f"{dtypes} ({amount})")
+    return "; ".join(f"{kind} {', '.join(texts)}" for kind, texts in parts.items())
 
 
 def encode_record(record: EngineRecord) -> bytes:

@@ -242,7 +242,7 @@ def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **c
         }
         record = EngineRecord(
             key=Key(**{**key, **changes}), file=file_record(path), weights=weights,
-            scratch=dict.fromkeys(calls, scratch), seconds=1, peak_memory=1,
+            scratch=dict.fromkeys(calls, scratch), seconds=1, peak_memory=1, kernels=(),
         )  # fmt: skip
         record_file(bundle, "tensorrt-rtx", graph).write_bytes(encode_record(record))
 

@@ -252,6 +252,7 @@ def builder_job(config: Config, path: Path, graph: str, *others: Config):
         graph=str(path),
         engine=str(path.with_suffix(".engine")),
         targets=RTX_TARGETS,
+        calls=tuple(shapes(config, graph)) * (1 + len(others)),
         profiles=tuple(
             {
                 tensor.name: tuple(axes.get(n, n) for n in tensor.shape)
@@ -264,6 +265,7 @@ def builder_job(config: Config, path: Path, graph: str, *others: Config):
         attentions=config.layers if graph == "denoiser" else 0,
         length="input" if graph == "denoiser" else None,
         flags=(),
+        kernel_types=(),
     )
 
 

@@ -281,6 +281,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     """
     import msgspec
 
+    from packforcing.app.reports.plan import kernel_lines, read_built_records
     from packforcing.app.reports.tables import make_table
     from packforcing.checkpoints.published import describe_differences
     from packforcing.presets import switch_history
@@ -299,6 +300,8 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     check_files(directory, manifest)
     config = manifest.config
     sizes = memory_by_purpose(config)
+    backend, records = read_built_records(directory)
+    kernels = kernel_lines(records)
     if as_json:
         print_json(
             {
@@ -312,6 +315,7 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
                 "files_match": True,
                 "memory": sizes,
                 "allocations": [entry._asdict() for entry in allocations(config)],
+                "kernels": kernels,
                 "tools": manifest.tools,
                 "license": manifest.license,
             }
@@ -346,6 +350,11 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
         make_table(memory_rows, justify="lr", indent=2),
         "\narrays, allocated once:",
         make_table(arrays, justify="llllr", indent=2),
+        *(
+            (f"\nwhat {backend} engines compute in:", make_table(kernels.items(), indent=2))
+            if kernels
+            else ()
+        ),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,12 @@ from packforcing.files import write_file
 from packforcing.presets import with_autoencoder
 from packforcing.runtime.backends import ENGINE_BACKENDS
 from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS, contract, read_manifest
-from packforcing.runtime.engine_records import graph_files, read_record
+from packforcing.runtime.engine_records import (
+    EngineRecord,
+    describe_kernels,
+    graph_files,
+    read_record,
+)
 from packforcing.runtime.estimate import seconds_per_block
 from packforcing.runtime.gpus import GpuFigures, known_gpus
 from packforcing.runtime.plan import (
@@ -81,13 +86,15 @@ class Measured(NamedTuple):
     loaded: dict[str, int]  # on the GPU of this machine
     not_loaded: str  # why there is nothing in `loaded`
     targets: tuple[str, ...] = ()  # that they were built for
+    kernels: Mapping[str, str] = {}  # by call, what runs in which dtypes
 
 
-def read_engine_sizes(directory: Path) -> Measured:
-    """Read the sizes of a bundle's engines, and load them where there is a GPU for them.
+def read_built_records(directory: Path) -> tuple[str, list[EngineRecord]]:
+    """Return the first backend with engines of a bundle's graphs, and their records.
 
     Raises:
         BundleError: The bundle cannot be read.
+        BackendError: A record is damaged.
     """
     manifest = read_manifest(directory)
     for backend in ENGINE_BACKENDS:
@@ -97,15 +104,41 @@ def read_engine_sizes(directory: Path) -> Measured:
             for graph, record in zip(GPU_GRAPHS, records)
             if record and record.key.graph == graph_files(manifest, graph)
         ]
-        built = {name: size for record in current for name, size in record.figures.items()}
-        if built:
-            targets = current[0].key.targets
-            try:
-                loaded = load_figures(backend, directory, manifest.config)
-                return Measured(built, loaded, "", targets)
-            except (BackendError, MissingDependency) as error:
-                return Measured(built, {}, f"not loaded here: {error}", targets)
-    return Measured({}, {}, "no engines are built: run 'packforcing build'")
+        if current:
+            return backend, current
+    return "", []
+
+
+def kernel_lines(records: Iterable[EngineRecord]) -> dict[str, str]:
+    """Describe by call what engines run in which dtypes, as the builder lists it.
+
+    Records made before kernels were listed have none.
+    """
+    return {
+        call: describe_kernels(entry for entry in record.kernels if entry.call == call)
+        for record in records
+        for call in record.scratch
+        if record.kernels
+    }
+
+
+def read_engine_sizes(directory: Path) -> Measured:
+    """Read the sizes of a bundle's engines, and load them where there is a GPU for them.
+
+    Raises:
+        BundleError: The bundle cannot be read.
+    """
+    manifest = read_manifest(directory)
+    backend, records = read_built_records(directory)
+    if not records:
+        return Measured({}, {}, "no engines are built: run 'packforcing build'")
+    built = {name: size for record in records for name, size in record.figures.items()}
+    targets, kernels = records[0].key.targets, kernel_lines(records)
+    try:
+        loaded = load_figures(backend, directory, manifest.config)
+        return Measured(built, loaded, "", targets, kernels)
+    except (BackendError, MissingDependency) as error:
+        return Measured(built, {}, f"not loaded here: {error}", targets, kernels)
 
 
 def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int]:
@@ -189,6 +222,9 @@ def _engine_table(config: Config, engines: Measured | None) -> Iterator[Renderab
     yield make_table(rows, ("engines, and scratch of their calls", *heads), "lr")
     if engines and engines.not_loaded:
         yield f"({' '.join(engines.not_loaded.split())})"
+    if engines and engines.kernels:
+        yield ""
+        yield make_table(engines.kernels.items(), ("kernels of calls, as built", "operands"))
 
 
 def table(

@@ -116,6 +116,21 @@ def test_records_have_the_builder_s_sizes_under_the_names_of_the_plan(built):
         assert record.file == file_record(engine_file(built, RTX, graph))
 
 
+def test_records_have_the_dtypes_of_kernels_and_commands_show_them(built):
+    config = read_manifest(built).config
+    kernels = read_records(built, RTX)["denoiser"].kernels
+    attention = [entry for entry in kernels if entry.kind == "attention"]
+    assert [(entry.call, entry.operands, entry.count) for entry in attention] == [
+        (call, ("fp16",) * 3, 2 * config.layers)  # over the context and over the text
+        for call in ("denoiser.block", "denoiser.compressed")
+    ]
+    line = f"attention fp16 ({2 * config.layers}); product fp16 ("
+    for command in ("inspect", built), ("plan", "--bundle", built):
+        assert run(*command).stdout.count(line) == 2, command
+    shown = json.loads(run("inspect", built, "--json").stdout)["kernels"]
+    assert shown["denoiser.block"].startswith(line)
+
+
 def test_json_has_a_record_per_engine(built):
     result = build(built, "--json")
     records = json.loads(result.stdout)["engines"]

@@ -1,7 +1,8 @@
 """How bundle-5 and model-2 were made: a record, like make_formats.py.
 
 bundle-5/    schema version 5, which added how blocks are committed, and the dtype of attention:
-             graphs and engine records of bundle-4; frames-5.npy therefore those of bundle-4
+             graphs of bundle-4; frames-5.npy therefore those of bundle-4; engine records of
+             version 2, which added the version and the kernels
 model-2/     version 2, which added the version and the same two fields: weights of model-1
 """
 
@@ -12,6 +13,12 @@ import msgspec
 
 from packforcing.checkpoints.published import DESCRIPTION, WEIGHTS, read_model_folder
 from packforcing.runtime.bundle import SCHEMA_VERSION, read_manifest, write_manifest
+from packforcing.runtime.engine_records import (
+    Kernels,
+    encode_record,
+    read_records,
+    record_file,
+)
 
 HERE = Path(__file__).parent
 
@@ -21,6 +28,11 @@ def main() -> None:
     manifest = read_manifest(old)
     shutil.copytree(old, new)
     write_manifest(new, msgspec.structs.replace(manifest, schema_version=SCHEMA_VERSION))
+    for graph, record in read_records(old, "tensorrt-rtx").items():
+        kernels = [Kernels(call, "attention", ("fp16",) * 3, 4) for call in record.scratch]
+        kernels += [Kernels(call, "product", ("fp16",) * 2, 9, 1 << 20) for call in record.scratch]
+        record = msgspec.structs.replace(record, kernels=tuple(kernels))
+        record_file(new, "tensorrt-rtx", graph).write_bytes(encode_record(record))
     shutil.copyfile(HERE / "frames-4.npy", HERE / "frames-5.npy")
     old, new = HERE / "model-1", HERE / "model-2"
     new.mkdir()

@@ -108,6 +108,8 @@ def test_engine_records_are_read_and_describe_the_engines(path):
     assert record.key.tool == "tensorrt-rtx 1.7.1.116" and record.key.targets == ("sm86", "sm89")
     config = bundle.read_manifest(path).config
     assert record.key.shapes == engine_records.shapes(config, "denoiser")
+    kinds = [entry.kind for entry in record.kernels if entry.call == "denoiser.block"]
+    assert kinds == (["attention", "product"] if path.name == "bundle-5" else [])
 
 
 @each("model")
