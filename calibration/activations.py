@@ -2,9 +2,9 @@
 
 Memory does not grow with the number of rollouts. The statistics are
 
-- of the keys (before RoPE) and values that a cache stores, in the calls at t = 0 (commits and mid
-  passes): per layer, head and channel the largest magnitude, and a histogram of magnitudes whose
-  bins have edges of equal ratio;
+- of the keys (before RoPE) and values that a cache stores, in the calls that yield them (commits,
+  or last steps under a policy without commits, and mid passes): per layer, head and channel the
+  largest magnitude, and a histogram of magnitudes whose bins have edges of equal ratio;
 - of the input of each matrix of a layer, in all calls: per channel the largest magnitude, by the
   place of the call in a block (`call_names`); and summed over all calls, the second moments of
   every two channels that share an int4 scale. The error of a matrix's outputs follows from these
@@ -48,6 +48,7 @@ from packforcing.runtime.engine_records import graph_files
 from packforcing.runtime.estimate import weight_block
 from packforcing.runtime.request import check_request
 from packforcing.runtime.rollout import Rollout
+from packforcing.sampler import denoising_steps
 
 BINS, BINS_PER_OCTAVE, LOWEST_EXPONENT = 160, 8, -10  # the first bin begins at 2^LOWEST_EXPONENT
 BIN_MAGNITUDES = np.float32(2) ** (  # in the middle of each bin
@@ -73,7 +74,8 @@ class StatisticsSource(msgspec.Struct, frozen=True, kw_only=True):
 def call_names(config: Config) -> list[str]:
     """Return the denoiser's calls for a block, in order."""
     steps = max(len(config.timesteps), len(config.first_timesteps))
-    return [*(f"step {step + 1}" for step in range(steps)), "commit", "mid pass"]
+    commit = ["commit"] if config.policy.commit == "clean" else []
+    return [*(f"step {step + 1}" for step in range(steps)), *commit, "mid pass"]
 
 
 def array_specs(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -182,7 +184,7 @@ def calibrate(
         for index in range(source.done, len(prompts)):
             rollout.begin(texts[index], blocks, seed + index)
             for block in range(blocks):
-                denoiser.location = f"block {block} of '{names[index]}'"
+                denoiser.begin_block(block, names[index])
                 rollout.next_block()
                 if on_block:
                     on_block(index * blocks + block + 1, len(prompts) * blocks)
@@ -385,18 +387,20 @@ def largest_input(statistics: Statistics, layer: int, matrix: str) -> float:
 
 
 class _ObservedDenoiser:
-    """A denoiser that adds each of its calls to the statistics.
-
-    `location` is set by the rollout: the block and prompt that an error message names.
-    """
+    """A denoiser that adds each of its calls to the statistics."""
 
     def __init__(self, path: Path, config: Config, statistics: Statistics) -> None:
-        self.config, self.statistics, self.location, self.step = config, statistics, "", 0
+        self.config, self.statistics = config, statistics
         self.seconds = 0.0  # of `Bindable`
         model, self.observed = observed_denoiser(path, config)
         spec = contract(config)["denoiser"]
         spec = GraphSpec(spec.inputs, (*spec.outputs, *self.observed))
         self.graph = OnnxGraph(path, spec, None, model=model)
+
+    def begin_block(self, block: int, prompt: str) -> None:
+        """Note the block and the prompt of the calls that follow."""
+        self.location = f"block {block} of '{prompt}'"
+        self.step, self.steps = 0, len(denoising_steps(self.config, block))
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         host, tokens = HostDevice(), arrays["tokens"].shape[1]
@@ -412,11 +416,14 @@ class _ObservedDenoiser:
             call_graph()
             is_clean = view(arrays["timestep"])[0] == 0
             index = self._call_index(is_clean, tokens)
+            commits = is_clean or (
+                self.config.policy.commit == "last-step" and self.step == self.steps
+            )
             try:
                 self.statistics["tokens"][index] += tokens
                 for name, array in observed.items():
                     add_matrix_inputs(self.statistics, index, name, array.host)
-                for layer in range(self.config.layers if is_clean else 0):
+                for layer in range(self.config.layers if commits else 0):
                     for kind in "kv":
                         new = view(arrays[f"{kind}_new.{layer}"])[0]
                         add_cache_tokens(self.statistics, kind, layer, new)
@@ -431,7 +438,6 @@ class _ObservedDenoiser:
     def _call_index(self, is_clean: bool, tokens: int) -> int:
         """Return the index of a call in `call_names`."""
         if is_clean:
-            self.step = 0
             return -2 if tokens == self.config.block_tokens else -1
         self.step += 1
         return self.step - 1

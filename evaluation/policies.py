@@ -15,8 +15,8 @@ def comparison_policies(config: Config) -> dict[str, Policy]:
 
     Those that a model can be rendered under (`packforcing.presets.policies`), then ablations of
     "packforcing": the selection of mid blocks, the number of sink blocks, the positions that a mid
-    block spans (a half or a quarter of its own latent frames) and, where the model has a
-    compressor, the branch that is used alone.
+    block spans (a half or a quarter of its own latent frames), the commit by the last step and,
+    where the model has a compressor, the branch that is used alone.
 
     Args:
         config: The model.
@@ -30,6 +30,7 @@ def comparison_policies(config: Config) -> dict[str, Policy]:
         **{f"sink-{blocks}": {"sink": blocks} for blocks in range(3)},
         "half-span": {"mid_span": config.block_frames / 2},
         "quarter-span": {"mid_span": config.block_frames / 4},
+        "last-step": {"commit": "last-step"},
     }
     if config.compressor_widths:
         changes |= {f"{branch}-branch": {"branches": branch} for branch in ("high", "low")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -153,6 +153,11 @@ def with_autoencoder(config: Config, name: str) -> Config:
             f"the autoencoder '{name}' decodes Wan's latents, and {config.name} has its own"
         )
     return msgspec.structs.replace(config, vae=name, **AUTOENCODERS[name])
+
+
+# What a planner may choose for `Policy.commit` without being told to. "last-step" joins when
+# docs/results/2026-11-policies.md shows that two minutes of video hold under it.
+PLANNED_COMMITS: tuple[Literal["clean", "last-step"], ...] = ("clean",)
 
 
 def policies(config: Config) -> dict[str, Policy]:

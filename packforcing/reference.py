@@ -5,6 +5,10 @@ gathered from it again. One block is a few denoising calls conditioned on the hi
 (the call at t = 0 that yields the block's clean keys and values) and, beyond the sink, a mid pass
 (the same context, the block's compressed tokens). Then the blocks to read next are selected.
 
+Under the commit "last-step" the keys, values and queries of a block's last denoising step take the
+place of the call at t = 0. Blocks that are given have no such step, so the call commits them: those
+of a clip, the first of a rollout after a restart, and recent ones that are recomputed.
+
 Where the policy restarts, the last block of a rollout is committed twice: once more as the first
 of the next.
 """
@@ -105,20 +109,22 @@ def rollout(
             recompute_recent(model, cross, history, selected)
         call, start = denoiser_call(model, cross, history, selected)
 
-        first_flow = None
+        first_flow = last_step = None
         if clip is not None and (index + 1) * config.block_frames <= len(clip):
             latents = clip[index * config.block_frames : (index + 1) * config.block_frames]
             x = patchify(latents[None], config.patch)
         else:
             x = torch.from_numpy(noise(index, 0))[None]
             for step, (timestep, now, then) in enumerate(denoising_steps(config, generated)):
-                flow, _, step_query, _ = call(x, timestep, block_positions(config, start))
+                flow, full, step_query, _ = call(x, timestep, block_positions(config, start))
                 first_flow = flow[0] if step == 0 else first_flow
                 if step == 0 and policy.selection == "first-step" and replay is None:
                     selected = select_mid_blocks(
                         config, history, step_query[0].numpy(), seed, index
                     )
                     call, start = denoiser_call(model, cross, history, selected)
+                if policy.commit == "last-step":
+                    last_step = full, step_query
                 fresh = None
                 if config.sampler == "renoise" and then > 0:
                     fresh = torch.from_numpy(noise(index, step + 1))[None]
@@ -126,7 +132,9 @@ def rollout(
             generated += 1
 
         latents, read = unpatchify(x, config.grid, config.patch), [scene + mid for mid in selected]
-        block, frames, query, state = commit_block(model, call, start, len(history), latents, state)
+        block, frames, query, state = commit_block(
+            model, call, start, len(history), latents, state, last_step
+        )
         if index + 1 < blocks and len(history) + 1 == policy.restart:
             state, history, selected, scene = model.autoencoder.decoder_state(), [], [], index
             generated = 0
@@ -151,7 +159,13 @@ def denoiser_call(
 
 
 def commit_block(
-    model: Model, call: Call, start: float, index: int, latents: Tensor, state: State
+    model: Model,
+    call: Call,
+    start: float,
+    index: int,
+    latents: Tensor,
+    state: State,
+    last_step: tuple[list[KV], Tensor] | None = None,
 ) -> tuple[PastBlock, Tensor, np.ndarray, State]:
     """Commit a block of a scene.
 
@@ -162,6 +176,8 @@ def commit_block(
         index: Of the block in its scene.
         latents: Clean, [1, B_f, C, h, w].
         state: Of the decoder, before the block.
+        last_step: Keys and values, and mean query [1, L, H, d], of the denoising step that commits
+            the block; None: a call at t = 0 does.
 
     Returns:
         The committed block, its frames [4 B_f, 3, H, W], its mean query [L, H, d], and the
@@ -169,7 +185,10 @@ def commit_block(
     """
     config, policy = model.config, model.config.policy
     x = patchify(latents, config.patch)
-    _, full, query, _ = call(x, 0.0, block_positions(config, start))
+    if last_step is None:
+        _, full, query, _ = call(x, 0.0, block_positions(config, start))
+    else:
+        full, query = last_step
     frames = []
     for latent in latents[0]:
         decoded, state = model.autoencoder.decode_frame(latent[None], state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -27,11 +27,13 @@ class StepOverrides:
         timesteps: Before the shift, decreasing from at most 1000 to at least 1.
         first_timesteps: Of the first block that is generated.
         shift: Of the noise levels, above 0.
+        commit: What a block leaves to the history, see `Policy`.
     """
 
     timesteps: tuple[float, ...] | None = None
     first_timesteps: tuple[float, ...] | None = None
     shift: float | None = None
+    commit: Literal["clean", "last-step"] | None = None
 
     def apply(self, config: Config) -> Config:
         """Return the config with these steps.
@@ -46,6 +48,8 @@ class StepOverrides:
                 _check_timesteps(changes[name])
         if self.shift is not None:
             changes["shift"] = float(self.shift)
+        if self.commit is not None:
+            changes["policy"] = msgspec.structs.replace(config.policy, commit=self.commit)
         return msgspec.structs.replace(config, **changes)
 
 

@@ -130,7 +130,9 @@ class _FolderRecorder:
             self._render.save(rollout)
 
     def after_block(self, block: int, latents: np.ndarray) -> None:
-        if block not in self._recorded:
+        # of clean latents only a call at t = 0 makes keys and values: a block that its last step
+        # commits is generated again
+        if block not in self._recorded and self._render.config.policy.commit == "clean":
             self._render.add_latents(block, latents)
 
 

@@ -240,7 +240,7 @@ class Rollout:
             self.buffers.latents.host[0] = clean
             np.copyto(self.buffers.tokens_as_latents, self.buffers.latents_as_patches)
         self.decode()
-        self.commit()
+        self.commit(generated=clean is None)
 
     def place(self) -> None:
         """Write the position tables and lengths that every call of this block reads."""
@@ -306,11 +306,17 @@ class Rollout:
         self.device.download(self.buffers.pixels)
         self._require_finite(self.buffers.pixels, "vae_decoder", "its pixels")
 
-    def commit(self) -> None:
-        """Call at t = 0, compress, and only then change the history: slot, archive, selection."""
+    def commit(self, generated: bool) -> None:
+        """Call at t = 0, compress, and only then change the history: slot, archive, selection.
+
+        Args:
+            generated: Whether the denoiser's last call was the block's last step, whose keys,
+                values and queries a policy may commit in place of that call's.
+        """
         buffers, cache, device = self.buffers, self.cache, self.device
         self.read = sorted(cache.mids)
-        self.call_denoiser(0)
+        if not generated or self.config.policy.commit == "clean":
+            self.call_denoiser(0)
         device.download(buffers.denoiser["q_pool"])
         self._require_finite(buffers.denoiser["q_pool"], "denoiser", "its commit")
         block, compressed = cache.committed, buffers.new_compressed

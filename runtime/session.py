@@ -454,5 +454,7 @@ def _configure(manifest: Manifest, policy: Policy | None, steps: StepOverrides |
     """Return a bundle's config with another policy and other denoising steps."""
     _check_policy_type(policy)
     check_type("steps", steps, StepOverrides, "StepOverrides of packforcing.sampler")
-    config = steps.apply(manifest.config) if steps else manifest.config
-    return msgspec.structs.replace(config, policy=policy) if policy else config
+    config = manifest.config
+    if policy:
+        config = msgspec.structs.replace(config, policy=policy)
+    return steps.apply(config) if steps else config

@@ -333,6 +333,12 @@ step_options = options(
         metavar="S",
         help="Shift of the noise levels toward more noise, like 5.  [default: the model's]",
     ),
+    option(
+        "--commit",
+        type=click.Choice(["clean", "last-step"]),
+        help="Keys and values that a block leaves to later ones: those of a call on the finished "
+        "block, or those of its last step, which saves the call.  [default: the model's]",
+    ),
 )
 shape_options = options(
     option("--size", type=SIZE, metavar="WxH", help="Pixels of a frame.  [default: the model's]"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from packforcing.errors import ConfigError
 
@@ -21,6 +21,7 @@ def with_shape(
     steps: tuple[float, ...] | None,
     first_steps: tuple[float, ...] | None,
     shift: float | None,
+    commit: Literal["clean", "last-step"] | None,
     dtype: str | None = None,
 ) -> Config:
     """Return the config with the values of the shape options, and with one dtype throughout.
@@ -51,7 +52,7 @@ def with_shape(
         partitions = dict(zip(("sink", "mid", "recent"), history))
         resized = msgspec.structs.replace(config.policy, **partitions)
         config = msgspec.structs.replace(config, policy=resized)
-    return StepOverrides(steps, first_steps, shift).apply(config)
+    return StepOverrides(steps, first_steps, shift, commit).apply(config)
 
 
 def policy_by_name(name: str, by_name: Mapping[str, Policy]) -> Policy:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -177,6 +177,7 @@ def render(
     steps: tuple[float, ...] | None,
     first_steps: tuple[float, ...] | None,
     shift: float | None,
+    commit: Literal["clean", "last-step"] | None,
     archive_limit: int | str | None,
     resume: bool,
     no_metadata: bool,
@@ -249,7 +250,7 @@ def render(
     watching = _load_watching() if watch else None
     switches = as_schedule(prompts)
     directory, config, chosen = bundle_and_policy(bundle, policy)
-    overrides, own_steps = StepOverrides(steps, first_steps, shift), describe_steps(config)
+    overrides, own_steps = StepOverrides(steps, first_steps, shift, commit), describe_steps(config)
     config = overrides.apply(config)
     with_policy = msgspec.structs.replace(config, policy=chosen or config.policy)
     check_archive_limit(with_policy, archive_limit, endless=False)

@@ -12,7 +12,8 @@ from tests.helpers import PROMPT, assert_one_line, run, run_without
 def test_export_writes_a_bundle_that_inspect_shows(tiny_config, out, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", tiny_config)
     result = run("export", "--model", "tiny", "--random-weights", "--out", out / "b", "--json",
-                 "--steps", "1000,400", "--first-steps", "1000 700 400", "--shift", 3)  # fmt: skip
+                 "--steps", "1000,400", "--first-steps", "1000 700 400", "--shift", 3,
+                 "--commit", "last-step")  # fmt: skip
     assert (result.exit_code, result.stderr) == (0, "")
     exported = json.loads(result.stdout)
     assert exported["bytes"] == sum(path.stat().st_size for path in (out / "b").glob("*.onnx"))

@@ -29,8 +29,10 @@ from packforcing.calibration.quantizer import DENOISER, quantize_bundle
 from packforcing.calibration.recipes import RECOMMENDED_PROMPTS
 from packforcing.errors import CalibrationError, OutputError
 from packforcing.files import file_record
-from packforcing.runtime import demo_bundle
+from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest, write_manifest
+from packforcing.runtime.device import view
+from packforcing.sampler import StepOverrides
 from tests.helpers import CALIBRATION_PROMPTS, TINY, run
 
 
@@ -113,6 +115,27 @@ def test_moments_of_matrix_inputs_are_those_of_the_reference_model(
     assert statistics["tokens"].tolist() == [full] * (steps + 1) + [small]
     assert source.calls == call_names(TINY) and len(source.calls) == steps + 2
     assert sum(tokens) == statistics["tokens"].sum()
+
+
+def test_keys_are_observed_in_the_step_that_commits_them(tiny_bundle, tmp_path):
+    """The largest of what a rollout under the same policy leaves in its cache and its archive."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    manifest, commit = read_manifest(bundle), StepOverrides(commit="last-step")
+    config = commit.apply(manifest.config)
+    config = msgspec.structs.replace(config, first_timesteps=config.timesteps[:2])
+    write_manifest(bundle, msgspec.structs.replace(manifest, config=config))
+    calibrate(bundle, ["a red star"], tmp_path / "s.safetensors", seconds=6)
+    source, statistics = read_statistics(tmp_path / "s.safetensors")
+    assert "commit" not in source.calls and len(source.calls) == len(config.timesteps) + 1
+    largest = 0.0
+    with Session.open(bundle) as session:
+        for _ in session.stream("a red star", 6):
+            for new in (session.rollout.buffers.new, session.rollout.buffers.new_compressed):
+                largest = np.maximum(largest, np.abs(view(new)).max((2, 4)))
+    np.testing.assert_allclose(statistics["k.largest"], largest[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(statistics["v.largest"], largest[:, 1], rtol=1e-5)
+    assert statistics["tokens"].tolist()[:2] == [source.blocks * config.block_tokens] * 2
 
 
 def test_an_interrupted_calibration_resumes_to_the_same_statistics(

@@ -72,6 +72,14 @@ CASES = {
             seed=3,
         ),
         Case(
+            "last-step",
+            TINY,
+            {"sink": 1, "mid": 1, "recent": 1, "positions": "packed", "commit": "last-step"},
+            {**RENOISE, "timesteps": (1000, 750, 500), "first_timesteps": (1000, 500)},
+            blocks=6,
+            seed=11,
+        ),
+        Case(
             "full-history",
             TINY,
             {"sink": 0, "mid": 0, "recent": 5, "positions": "absolute"},

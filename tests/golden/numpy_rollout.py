@@ -56,6 +56,7 @@ class Settings:
     recent: int
     positions: str  # "packed" or "absolute"
     mid_span: float | None = None  # latent frames that a compressed block spans when it is read
+    commit: str = "clean"  # or "last-step"
 
 
 @dataclass
@@ -127,10 +128,11 @@ def rollout(
                 if next_level > 0:
                     x = (1 - next_level) * x + next_level * noise(index, step + 1)
 
-        # Commit: the clean block at t = 0 in the same context.
-        output = transformer(
-            weights, s.heads, s.eps, to_tokens(x, s.patch), 0.0, at, cross, context
-        )
+        # Commit: the clean block at t = 0 in the same context, or what the last step has computed.
+        if s.commit == "clean" or is_start:
+            output = transformer(
+                weights, s.heads, s.eps, to_tokens(x, s.patch), 0.0, at, cross, context
+            )
         block = Block(index, output.key_values, output.queries)
         frames = decode(weights, x, memory) if has_pixels else None
 

@@ -89,6 +89,9 @@ def test_overrides_change_what_they_name_alone():
     assert (changed.timesteps, changed.shift) == ((1000, 757, 522), 8)
     assert changed.first_timesteps == config.first_timesteps
     assert changed.policy == config.policy
+    shorter = StepOverrides(commit="last-step").apply(config)
+    assert shorter.policy == msgspec.structs.replace(config.policy, commit="last-step")
+    assert msgspec.structs.replace(shorter, policy=config.policy) == config
 
 
 @given(

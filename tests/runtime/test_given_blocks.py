@@ -213,7 +213,11 @@ def test_first_timesteps_are_of_the_first_block_generated(
         np.testing.assert_allclose(timesteps, lists[expected[block]])
 
 
-@pytest.mark.parametrize("policy", [None, RESTART], ids=["window", "restarts"])
+@pytest.mark.parametrize(
+    "policy",
+    [None, RESTART, msgspec.structs.replace(RESTART, commit="last-step")],
+    ids=["window", "restarts", "restarts, last step"],
+)
 @torch.inference_mode()
 def test_the_reference_generates_the_runtimes_frames_after_a_start(
     open_few_steps, tiny_model, policy

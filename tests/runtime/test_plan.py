@@ -37,6 +37,7 @@ from packforcing.runtime.plan import (
     precisions,
     smallest,
 )
+from packforcing.sampler import StepOverrides
 from packforcing.transformer import Transformer
 from packforcing.units import GIB
 from tests.emulated import Cuda, cuda_device
@@ -256,6 +257,9 @@ def test_predicted_times_are_the_roofline():
     total = sum(work[call] * times for call, times in calls.items())
     assert seconds_per_block(WAN, gpu) == pytest.approx(total / (gpu.tflops["fp16"] * 1e12))
     assert calls["denoiser.block"] == 5
+    shorter = StepOverrides(commit="last-step").apply(WAN)
+    saved = seconds_per_block(WAN, gpu) - seconds_per_block(shorter, gpu)
+    assert saved == pytest.approx(work["denoiser.block"] / (gpu.tflops["fp16"] * 1e12))
     starved = gpu._replace(bandwidth=1e-3)
     moved, weights = tensor_bytes(WAN), weight_bytes(WAN)
     slow = sum(
