@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PQ, HLG = 16, 18  # transfer characteristics
+SRGB, PQ, HLG = 13, 16, 18  # transfer characteristics
 BT709, BT2020, DCI_P3, DISPLAY_P3 = 1, 9, 11, 12  # primaries
 HDR_NAMES = {PQ: "PQ", HLG: "HLG"}
 _WHITE = (0.3127, 0.3290)  # D65
@@ -39,7 +39,8 @@ def to_sdr(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
     Args:
         pixels: uint8 or uint16 RGB [H, W, 3], full range.
         primaries: H.273 color primaries; unknown ones count as BT.2020 in HDR, else as BT.709.
-        transfer: H.273 transfer characteristics; all but PQ and HLG count as SDR.
+        transfer: H.273 transfer characteristics. sRGB's is decoded by IEC 61966-2-1; all others
+            but PQ and HLG count as those of an SDR display.
 
     Returns:
         uint8 RGB [H, W, 3].
@@ -51,9 +52,23 @@ def to_sdr(pixels: np.ndarray, primaries: int, transfer: int) -> np.ndarray:
         primaries = primaries if primaries in _CHROMATICITIES else BT2020
     if primaries in _CHROMATICITIES and primaries != BT709:
         matrix = np.linalg.inv(_to_xyz(BT709)) @ _to_xyz(primaries)
-        light = np.clip(signal, 0, 1) ** _GAMMA @ matrix.T.astype(np.float32)
-        signal = np.clip(light, 0, 1) ** (1 / _GAMMA)
+        light = _decode_sdr(np.clip(signal, 0, 1), transfer) @ matrix.T.astype(np.float32)
+        signal = _encode_sdr(np.clip(light, 0, 1), transfer)
     return (np.clip(signal, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _decode_sdr(signal: np.ndarray, transfer: int) -> np.ndarray:
+    """Return light from 0 to 1."""
+    if transfer != SRGB:
+        return signal**_GAMMA
+    return np.where(signal > 0.04045, ((signal + 0.055) / 1.055) ** 2.4, signal / 12.92)
+
+
+def _encode_sdr(light: np.ndarray, transfer: int) -> np.ndarray:
+    """Undo `_decode_sdr`."""
+    if transfer != SRGB:
+        return light ** (1 / _GAMMA)
+    return np.where(light > 0.0031308, 1.055 * light ** (1 / 2.4) - 0.055, light * 12.92)
 
 
 def _decode_pq(signal: np.ndarray) -> np.ndarray:

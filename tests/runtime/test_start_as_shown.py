@@ -8,7 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from packforcing.errors import ConfigError, VideoError
 from packforcing.runtime.start_clip import load_start, read_start
@@ -32,9 +32,13 @@ def quadrants(frame: np.ndarray) -> np.ndarray:
 
 def encode(path: Path, frames, codec="libx264", layout="yuv444p", times=None, **fields) -> None:
     """Write frames [H, W, 3 or 4] to a clip; `fields` are of the frame or of the stream."""
-    options = {"libx264": {"crf": "1"}, "libvpx-vp9": {"lossless": "1"}}.get(codec, {})
+    options = {
+        "libx264": {"crf": "1", **fields.pop("options", {})},
+        "libvpx": {"auto-alt-ref": "0", "crf": "4", "b": "20M"},
+        "libvpx-vp9": {"lossless": "1"},
+    }
     with av.open(path, "w") as container:
-        stream = container.add_stream(codec, rate=FPS, options=options)
+        stream = container.add_stream(codec, rate=FPS, options=options.get(codec, {}))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = layout
         stream.codec_context.sample_aspect_ratio = fields.pop("aspect", 1)
@@ -127,6 +131,7 @@ def test_an_untagged_clip_of_high_definition_is_bt709(tmp_path):
 @pytest.mark.parametrize(
     ("name", "codec", "layout"),
     [
+        ("a.webm", "libvpx", "yuva420p"),
         ("a.webm", "libvpx-vp9", "yuva420p"),
         ("a.mov", "prores_ks", "yuva444p10le"),
         ("a.mov", "qtrle", "argb"),
@@ -170,15 +175,82 @@ def test_frames_of_uneven_times_are_held_until_the_next(tmp_path):
     assert [int(frame.mean()) for frame in start] == [0, 50, 50, 50, 100, 150]
 
 
-def test_a_cover_picture_is_no_clip(tmp_path):
-    with av.open(tmp_path / "a.mkv", "w") as container:
-        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
-        samples.sample_rate = 8000
-        container.mux(stream.encode(samples))
-        container.mux(stream.encode(None))
-    with pytest.raises(VideoError, match="it has no video"):
-        read_start(tmp_path / "a.mkv", WIDTH, HEIGHT, FPS, limit=8)
+def weave(step: int) -> list[np.ndarray]:
+    """A white bar that moves so many columns from field to field, two fields to a frame, the lower
+    one first."""
+    frames = np.zeros((6, 64, 96, 3), np.uint8)
+    for time in range(2 * len(frames)):
+        left = 8 + step * time
+        frames[time // 2, 1 - time % 2 :: 2, left : left + 16] = 255
+    return list(frames)
+
+
+def test_interlaced_frames_have_no_comb(tmp_path):
+    """Each shows its first field alone: the bar at one place in all rows. The same frames that are
+    said to be progressive keep their comb."""
+    for name, options in (("fields", {"x264-params": "bff=1"}), ("frames", {})):
+        path = tmp_path / f"{name}.mp4"
+        encode(path, weave(4), layout="yuv420p", options=options)
+        start = load_start(path, 96, 64, FPS, limit=8)
+        assert len(start.frames) == 6
+        assert start.notes == (["deinterlaced"] if name == "fields" else [])
+        for number, frame in enumerate(start.frames[1:-1], 1):
+            rows = frame[16:48, :, 1].astype(int)  # away from the bar's ends
+            comb = np.abs(np.diff(rows, axis=0)).max()
+            if name == "frames":
+                assert comb > 200
+            else:
+                assert comb < 40
+                columns = np.flatnonzero(rows.mean(axis=0) > 127)
+                assert columns[0] == pytest.approx(8 + 8 * number, abs=1)
+                assert len(columns) == pytest.approx(16, abs=2)
+
+
+def write_streams(path: Path, *streams: str) -> None:
+    """Write a file of silence, a red cover, a blue clip or a green one that is the default."""
+    colors = {"cover": RED, "clip": BLUE, "default": GREEN}
+    disposition = av.stream.Disposition
+    with av.open(path, "w") as container:
+        encoders = []
+        for name in streams:
+            if name == "silence":
+                stream = container.add_stream("aac", rate=8000, layout="mono")
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+                frame.sample_rate = 8000
+            else:
+                stream = container.add_stream("mjpeg" if name == "cover" else "libx264", rate=FPS)
+                stream.height, stream.width = HEIGHT, WIDTH
+                stream.pix_fmt = "yuvj444p" if name == "cover" else "yuv444p"
+                kinds = {"cover": disposition.attached_pic, "default": disposition.default}
+                stream.disposition = kinds.get(name, disposition(0))
+                picture = np.full((HEIGHT, WIDTH, 3), colors[name], np.uint8)
+                frame = av.VideoFrame.from_ndarray(picture).reformat(format=stream.pix_fmt)
+            frame.pts = 0
+            encoders.append((stream, frame))
+        for stream, frame in encoders:
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("streams", "expected"),
+    [
+        (("silence",), "it has no video, only audio"),
+        (("silence", "cover"), "it has audio and a cover picture"),
+        (("cover", "clip"), BLUE),
+        (("clip", "cover", "default"), GREEN),
+        (("default", "clip"), GREEN),
+    ],
+)
+def test_of_several_streams_the_one_that_players_show_is_read(tmp_path, streams, expected):
+    """A cover of an audio file is no clip, and one beside a clip is not what it begins with."""
+    write_streams(tmp_path / "a.mp4", *streams)
+    if isinstance(expected, str):
+        with pytest.raises(VideoError, match=expected):
+            read_start(tmp_path / "a.mp4", WIDTH, HEIGHT, FPS, limit=8)
+    else:
+        start = read_start(tmp_path / "a.mp4", WIDTH, HEIGHT, FPS, limit=8)
+        assert np.abs(quadrants(start[0]) - expected).max() <= 6
 
 
 def test_a_playlist_is_not_followed(tmp_path):
@@ -232,6 +304,35 @@ def test_an_srgb_profile_changes_nothing(tmp_path):
     Image.fromarray(picture).save(tmp_path / "a.png", icc_profile=profile)
     start = read_start(tmp_path / "a.png", WIDTH, HEIGHT, FPS, limit=8)
     np.testing.assert_array_equal(start[0], picture)
+
+
+def write_coded(path: Path, color: tuple[int, int, int], primaries: int, transfer: int) -> None:
+    """Write a PNG whose cICP chunk says what its numbers mean."""
+    info = PngImagePlugin.PngInfo()
+    info.add(b"cICP", bytes([primaries, transfer, 0, 1]))
+    Image.fromarray(np.full((64, 96, 3), color, np.uint8)).save(path, pnginfo=info)
+
+
+def test_the_colors_that_a_png_codes_are_converted_to_srgb(tmp_path):
+    """Display P3 by its matrix to sRGB's primaries, in linear light; sRGB's own stay."""
+    color, path = np.array((200, 100, 50)), tmp_path / "a.png"
+    signal = color / 255
+    linear = np.where(signal > 0.04045, ((signal + 0.055) / 1.055) ** 2.4, signal / 12.92)
+    matrix = [[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09828]]
+    expected = 255 * (1.055 * (matrix @ linear) ** (1 / 2.4) - 0.055)
+    for primaries, levels in ((12, expected), (1, color)):
+        write_coded(path, tuple(color), primaries, 13)
+        start = read_start(path, WIDTH, HEIGHT, FPS, limit=8)
+        assert np.abs(start[0].reshape(-1, 3) - levels).max() <= 2
+
+
+def test_a_png_in_hdr_is_tone_mapped_as_a_clip_is(tmp_path):
+    level = round(PQ_203 * 255)
+    write_coded(tmp_path / "a.png", (level, level, level), 9, 16)
+    start = load_start(tmp_path / "a.png", WIDTH, HEIGHT, FPS, limit=8)
+    assert "BT.2446" in start.notes[0]
+    clip = gray_start(tmp_path / "a.mp4", level / 255, 16)
+    assert np.abs(start.frames[0].reshape(-1, 3).mean(axis=0) - clip).max() <= 2
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
