@@ -106,6 +106,7 @@ RUNS = {
     "stream": Run(
         (benchmark("bench_stream --json {out}/stream.json"),), 3, values.stream_values
     ),
+    "stop": Run((benchmark("bench_stop --json {out}/stop.json"),), 1, values.stop_values),
     "viewers": Run((full_test("tests/app/test_live_load.py"),), 11, values.viewers_values),
     "hour": Run(
         (full_test("tests/end_to_end/test_demo.py -k 'hour and 60'"),), 150, values.hour_values

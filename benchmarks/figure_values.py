@@ -475,6 +475,15 @@ def stream_values(results: Results) -> dict[str, str]:
     }
 
 
+def stop_values(results: Results) -> dict[str, str]:
+    times = results.json("stop.json")
+    return {
+        "stops": f"{times['stops']:.0f}",
+        "median": f"{times['ratio_median']:.2f}",
+        "longest": f"{times['ratio_longest']:.2f}",
+    }
+
+
 def viewers_values(results: Results) -> dict[str, str]:
     load = json.loads(re.findall(r"^\{.*?^\}", results.text(), re.MULTILINE | re.DOTALL)[0])
     return {

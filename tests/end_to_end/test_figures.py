@@ -264,6 +264,7 @@ BUILDER = (
         ("hour", "0.log", f".\n{json.dumps(HOUR, indent=1)}\n", "shrank by 0.3 MB"),
         ("checkpoints", "bench.json", {"checkpoints": CHECKPOINTS}, "0.5 of 50 s"),
         ("bench", "bench.json", {"demo": BENCH}, "4.6"),
+        ("stop", "stop.json", {"stops": 9, "ratio_median": 0.5, "ratio_longest": 0.987}, "0.99"),
         ("retrieval", "0.log", RETRIEVAL, "| 0.849 | 0.467 | 0.379 | 0.375 |"),
         ("reference", "0.log", REFERENCE, "0.984 and 0.982"),
         ("builder", "0.log", BUILDER, "| int8 | 2,537.3 MB | 1.001 | 320.2 MB |"),
