@@ -137,6 +137,9 @@ class LazyWeights(Mapping[str, Tensor]):
         return len(self._names)
 
 
+_REMEDY = "a checkpoint as it is published is imported first ('packforcing import-checkpoint')"
+
+
 def open_weights(config: Config, path: str | os.PathLike[str]) -> Weights:
     """Open a file of `save_model`. Each tensor is read from the disk on access.
 
@@ -145,13 +148,15 @@ def open_weights(config: Config, path: str | os.PathLike[str]) -> Weights:
     """
     try:
         file = safe_open(path, "pt")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"cannot read weights from {path}: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot read weights from {path}: {error}; {_REMEDY}") from error
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     expected = weight_shapes(config)
     if problems := describe_mismatch(shapes, expected):
         raise CheckpointError(
-            f"{path} does not hold the weights of model '{config.name}' {problems}"
+            f"{path} does not hold the weights of model '{config.name}' {problems}; {_REMEDY}"
         )
     return LazyWeights(expected, file.get_tensor)
 

@@ -145,7 +145,17 @@ class Session:
             policy: Which history blocks read; None means the bundle's own.
             steps: Denoising steps in place of the bundle's own.
             make_rollout: Makes the rollout of a config on the backend.
+
+        Raises:
+            ConfigError: An argument is of another type, or the steps are impossible.
         """
+        for value, kind, source in (
+            (manifest, Manifest, "bundle.read_manifest"),
+            (backend, Backend, "backends.open_backend"),
+        ):
+            if not isinstance(value, kind):
+                name, place = kind.__name__.lower(), f"packforcing.runtime.{source}"
+                raise ConfigError(f"{name} must be what {place} returns; it is {show_value(value)}")
         self.manifest, self.backend = manifest, backend
         self.config = _configure(manifest, policy, steps)
         self.rollout: Rollout | None = None

@@ -8,6 +8,8 @@ import pytest
 from packforcing import MODELS
 from tests.helpers import PROMPT, assert_one_line, run, run_without
 
+PUBLISHED = Path(__file__).parents[1] / "formats" / "fetched-1" / "lighttaew2_1.safetensors"
+
 
 def test_export_writes_a_bundle_that_inspect_shows(tiny_config, out, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", tiny_config)
@@ -88,7 +90,8 @@ def test_a_damaged_manifest_is_refused(bundle):
         (["--model", "wan-13b"], "unknown model 'wan-13b'; known models: demo, wan-1.3b"),
         (["--model", "wan-1.3b"], "no weights of 'wan-1.3b' are bundled: pass a file"),
         (["--weights", "missing.safetensors"], r"cannot read weights from missing\.safetensors"),
-        (["--weights", __file__], "cannot read weights from .*test_cli_bundles.py"),
+        (["--weights", __file__], "cannot read weights from .*test_cli_bundles.py.*imported first"),
+        (["--weights", PUBLISHED], "not hold the weights of model 'demo' .*import-checkpoint"),
         (["--weights", "a", "--random-weights"], "choose one of"),
     ],
 )

@@ -103,6 +103,20 @@ def test_a_session_of_a_wrong_argument_is_refused_in_one_line(name, kind, value)
     assert_one_line(caught.value)
 
 
+def test_a_session_of_no_manifest_or_no_backend_is_refused_in_one_line(plain):
+    manifest, backend = plain.manifest, plain.backend
+    wrong = (
+        (None, backend),
+        (demo_bundle(), backend),
+        (manifest, "onnxruntime"),
+        (backend, manifest),
+    )
+    for arguments in wrong:
+        with pytest.raises(ConfigError, match="must be") as caught:
+            Session(*arguments)
+        assert_one_line(caught.value)
+
+
 @pytest.mark.parametrize("seed", [3, np.int64(3), np.uint8(3), np.array(3)])
 def test_integers_of_numpy_are_seeds(plain, seed):
     expected = np.concatenate(list(plain.stream(PROMPT, 1, 3)))
