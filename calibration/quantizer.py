@@ -121,7 +121,7 @@ def quantize_bundle(
         save_graph(model, folder / DENOISER)
         if snr:
             (folder / SNR_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(snr)))
-        write_bundle_manifest(folder, config, manifest.tools, manifest.license)
+        write_bundle_manifest(folder, config, manifest.tools, manifest.origins)
         before, after = (
             sum(path.stat().st_size for path in bundle.glob(f"{DENOISER}*"))
             for bundle in (source, folder)

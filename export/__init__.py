@@ -5,7 +5,7 @@ Exporting needs the extra `export`, building `tensorrt-rtx` or `tensorrt`, verif
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from packforcing.config import Config
     from packforcing.model import Weights
+    from packforcing.origins import Origin
     from packforcing.runtime.bundle import Manifest
 
 __all__ = ["export_bundle"]
@@ -23,9 +24,9 @@ def export_bundle(
     weights: Weights,
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
-    license: str = "",
+    origins: Sequence[Origin] = (),
 ) -> Manifest:
     """Write the bundle of a model; see `packforcing.export.exporter.export_bundle`."""
     from packforcing.export.exporter import export_bundle
 
-    return export_bundle(config, weights, directory, on_graph, license)
+    return export_bundle(config, weights, directory, on_graph, origins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from packforcing.config import Config
 from packforcing.export.graphs import WRAPPERS, export_graph
 from packforcing.files import file_record, new_folder, require_disk_space
 from packforcing.model import Weights, weight_shapes
+from packforcing.origins import Origin
 from packforcing.runtime.bundle import (
     DTYPES,
     ENGINE_FOLDER,
@@ -36,7 +37,7 @@ def export_bundle(
     weights: Weights,
     directory: str | Path,
     on_graph: Callable[[str, int, int], None] | None = None,
-    license: str = "",
+    origins: Sequence[Origin] = (),
 ) -> Manifest:
     """Export a model into `directory`, replacing a bundle that is there, engines included.
 
@@ -49,7 +50,7 @@ def export_bundle(
             again, so memory stays small whatever the size of the model.
         directory: The bundle's folder.
         on_graph: Called before each export with the graph's name, its index and their number.
-        license: Of the weights; empty where nothing says it.
+        origins: Of the weights; none where nothing is known of them.
 
     Returns:
         The manifest that was written.
@@ -66,7 +67,7 @@ def export_bundle(
                 on_graph(name, index, len(WRAPPERS))
             save_graph(export_graph(config, weights, name), folder / graph_file(name))
         tools = {tool: importlib.metadata.version(tool) for tool in TOOLS}
-        return write_bundle_manifest(folder, config, tools, license)
+        return write_bundle_manifest(folder, config, tools, origins)
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def new_bundle(directory: str | Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def write_bundle_manifest(
-    folder: Path, config: Config, tools: dict[str, str], license: str
+    folder: Path, config: Config, tools: dict[str, str], origins: Sequence[Origin]
 ) -> Manifest:
     """Write the manifest of a bundle whose other files are complete.
 
@@ -95,7 +96,7 @@ def write_bundle_manifest(
         folder: The bundle.
         config: Its model.
         tools: Version of each package that made the graphs.
-        license: Of the weights; empty where nothing says it.
+        origins: Of the weights; none where nothing is known of them.
 
     Returns:
         The manifest.
@@ -106,7 +107,7 @@ def write_bundle_manifest(
         graphs=contract(config),
         files={path.name: file_record(path) for path in sorted(folder.iterdir())},
         tools=tools,
-        license=license,
+        origins=tuple(origins),
     )
     write_manifest(folder, manifest)
     return manifest

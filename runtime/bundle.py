@@ -49,13 +49,15 @@ from packforcing.config import TEMPORAL_FACTOR, Config, Policy, Precision
 from packforcing.errors import BundleError
 from packforcing.files import FileRecord, Upgrade, VersionError, decode_versioned, file_record
 from packforcing.geometry import decoder_state_shapes, encoder_state_shapes
+from packforcing.origins import Origin
 from packforcing.runtime.arguments import check_path
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 # of older manifests; none of the first two versions is read
 UPGRADES: dict[int, Upgrade] = {
     3: lambda fields: {**fields, "license": ""},
     4: lambda fields: fields,  # version 5 adds `policy.commit` and `precision.attention`
+    5: lambda fields: _with_origins(**fields),
 }
 # Fields of a policy and a precision that digests leave out at these values: they came later than
 # renders and jobs which are still to be resumed
@@ -105,8 +107,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     graphs: dict[str, GraphSpec]
     files: dict[str, FileRecord]
     tools: dict[str, str]
-    license: str  # of the weights; empty where nothing says it
+    origins: tuple[Origin, ...]  # of the weights; none where nothing is known of them
     sha256: str = ""  # of the file without this value; `write_manifest` sets it
+
+
+def _with_origins(license: str, **fields: Any) -> dict[str, Any]:
+    """Turn a manifest of version 5, which has one license, into one of version 6."""
+    origins = [{"part": "model", "source": "", "license": license}] if license else []
+    return {**fields, "origins": origins}
 
 
 def contract(config: Config) -> dict[str, GraphSpec]:
@@ -203,12 +211,12 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def bundle_digest(manifest: Manifest) -> str:
-    """Return a SHA-256 of all in a manifest that decides about frames: the license does not.
+    """Return a SHA-256 of all in a manifest that decides about frames: origins of weights do not.
 
     It is as it was for schema version 3, so that renders and jobs begun then go on.
     """
     fields = msgspec.structs.asdict(manifest)
-    del fields["license"]
+    del fields["origins"]
     config = msgspec.structs.asdict(manifest.config)
     config |= {name: digest_fields(config[name]) for name in ("policy", "precision")}
     fields |= {"schema_version": 3, "config": config}

@@ -21,6 +21,7 @@ import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import VideoError
+from packforcing.origins import describe_licenses
 from packforcing.prompts import History, Timeline, prompt_words
 from packforcing.runtime.bundle import Manifest
 from packforcing.runtime.encoders import COMMENT, frame_file
@@ -87,7 +88,7 @@ def describe_video(manifest: Manifest, config: Config, request: VideoRequest) ->
         packforcing=__version__,
         model=config.name,
         bundle=manifest.sha256,
-        license=manifest.license,
+        license=describe_licenses(manifest.origins),
         policy=str(config.policy),
         denoising=describe_steps(config),
         prompts=tuple(switch_infos(request.timeline, config)),

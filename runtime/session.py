@@ -22,7 +22,13 @@ from packforcing.runtime.arguments import (
     check_type,
     show_value,
 )
-from packforcing.runtime.backends import MAX_THREADS, Backend, check_backend, open_backend
+from packforcing.runtime.backends import (
+    MAX_THREADS,
+    Backend,
+    check_backend,
+    check_engine_records,
+    open_backend,
+)
 from packforcing.runtime.blocks import Block, BlockInfo, FrameForm, StepInfo
 from packforcing.runtime.bundle import Manifest, read_manifest
 from packforcing.runtime.encoder import encode_start
@@ -116,7 +122,8 @@ class Session:
             revision: A branch, tag or commit; None: the newest.
             policy: As for `open`, as are `threads` and `device`.
             threads: CPU threads of each graph.
-            backend: As for `open`; of the engines, only this backend's are downloaded.
+            backend: As for `open`; of the engines, only this backend's are downloaded, and those
+                only if they run on this GPU.
             device: The GPU.
 
         Raises:
@@ -125,7 +132,12 @@ class Session:
             PackForcingError: What `open` raises.
         """
         check_backend(backend)
-        folder = fetch_bundle(repository, revision, backend)
+
+        def check(folder: Path) -> None:
+            config = _configure(read_manifest(folder), policy, None)
+            check_engine_records(backend, folder, config, device)
+
+        folder = fetch_bundle(repository, revision, backend, check)
         return cls.open(folder, policy=policy, threads=threads, backend=backend, device=device)
 
     def __init__(

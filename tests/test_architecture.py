@@ -25,7 +25,7 @@ VAGUE_NAMES = {"asked", "found", "given", "held", "kept", "said", "told", "wante
 VAGUE_FUNCTIONS = {"choose", "compare", "judge", "known", "opened", "read", "run", "tell", "ways"}
 # Prose: the term of the field is on the right.
 DIALECT = {
-    r"(?<!model )(?<!mirror's )\bcards?\b": "GPU",
+    r"(?<!model[ -])(?<!mirror's )\bcards?\b": "GPU",
     r"number formats?": "dtype",
     r"small numbers": "quantized weights",
     r"what .{0,30} (?:is|are) multiplied (?:with|by)": "activations, inputs",

@@ -33,6 +33,7 @@ from packforcing.app.cli.progress import count_meter, graph_meter, print_status
 from packforcing.app.cli.settings import with_shape
 from packforcing.errors import ConfigError
 from packforcing.extras import optional_imports
+from packforcing.origins import Origin, describe_licenses
 from packforcing.units import format_file_size, format_memory
 
 if TYPE_CHECKING:
@@ -93,12 +94,12 @@ def export(
 
     if weights and random_weights:
         raise ConfigError("choose one of --weights and --random-weights")
-    license_name = ""
+    origins: tuple[Origin, ...] = ()
     if weights and weights.is_dir():
         if model:
             raise ConfigError(f"{weights} names its model: leave out --model")
         folder = read_model_folder(weights)
-        config, license_name = folder.config, folder.license
+        config, origins = folder.config, folder.origins
         if shape["vae"] not in (None, config.vae):
             raise ConfigError(f"{weights} holds the autoencoder {config.vae}: leave out --vae")
         config = with_shape(config, **shape)
@@ -112,7 +113,7 @@ def export(
                 "pass a file to --weights, or use --random-weights"
             )
         weights = demo_bundle().parent / WEIGHTS
-        license_name = read_manifest(demo_bundle()).license
+        origins = read_manifest(demo_bundle()).origins
     print_status("loading PyTorch ...", as_json)
     with optional_imports("exporting", "export"):
         from packforcing.export.exporter import export_bundle
@@ -120,7 +121,7 @@ def export(
         from packforcing.model import random_weights as draw_weights
     source = open_weights(config, weights) if weights else draw_weights(config)
     with graph_meter("exporting", quiet=as_json) as on_graph:
-        manifest = export_bundle(config, source, out, on_graph, license_name)
+        manifest = export_bundle(config, source, out, on_graph, origins)
     size_bytes = sum(record.bytes for record in manifest.files.values())
     if as_json:
         import msgspec
@@ -132,7 +133,8 @@ def export(
                 "bytes": size_bytes,
                 "files": files,
                 "tools": manifest.tools,
-                "license": manifest.license,
+                "license": describe_licenses(manifest.origins),
+                "origins": msgspec.to_builtins(manifest.origins),
                 "differences": describe_differences(config),
             }
         )
@@ -282,14 +284,13 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
     import msgspec
 
     from packforcing.app.reports.plan import kernel_lines, read_built_records
-    from packforcing.app.reports.tables import make_table
+    from packforcing.app.reports.tables import make_table, model_rows
     from packforcing.checkpoints.published import describe_differences
     from packforcing.presets import switch_history
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.allocations import allocations, memory_by_purpose
     from packforcing.runtime.bundle import MANIFEST, check_files, read_manifest
     from packforcing.runtime.encoders import frame_file
-    from packforcing.sampler import describe_steps
 
     directory = bundle or demo_bundle()
     has_frames = (directory / frame_file(0)).is_file() and not (directory / MANIFEST).exists()
@@ -317,21 +318,16 @@ def inspect(bundle: Path | None, as_json: bool) -> None:
                 "allocations": [entry._asdict() for entry in allocations(config)],
                 "kernels": kernels,
                 "tools": manifest.tools,
-                "license": manifest.license,
+                "license": describe_licenses(manifest.origins),
+                "origins": msgspec.to_builtins(manifest.origins),
             }
         )
         return
-    block_seconds = config.block_pixel_frames / config.fps
     rows = {
         "bundle": f"{directory} (schema {manifest.schema_version})",
-        "model": f"{config.name}: {config.width}x{config.height} at {config.fps} frames/s, "
-        f"blocks of {config.block_pixel_frames} frames ({block_seconds:g} s)",
-        "network": f"{config.layers} layers of width {config.dim}, {config.heads} heads",
-        "denoising": describe_steps(config),
-        "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
-        "history": f"{config.policy}; a prompt switch: {switch_history(config)}",
+        **model_rows(config),
         "tokens": ", ".join(f"{count:,} {name}" for name, count in _tokens(config).items()),
-        "license": _license(manifest.license),
+        "license": _license(describe_licenses(manifest.origins)),
         "made with": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
     }
     files = ((name, format_file_size(record.bytes)) for name, record in manifest.files.items())

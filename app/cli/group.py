@@ -44,6 +44,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
         "quantize": "bundles",
         "inspect": "bundles",
         "verify": "bundles",
+        "push": "push",
     },
     "Run on a GPU": {
         "doctor": "machine",
@@ -58,7 +59,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
 COMMANDS = {name: module for group in GROUPS.values() for name, module in group.items()}
 WRITING = {
     "demo", "render", "batch", "serve", "encode-prompt", "fetch", "import-checkpoint", "export",
-    "calibrate", "quantize", "verify", "build", "compare",
+    "calibrate", "quantize", "verify", "push", "build", "compare",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from packforcing.app.cli.options import FOLDER, json_option, option
 from packforcing.app.cli.output import print_differences, print_json
 from packforcing.app.cli.progress import FileMeters, count_meter, print_status
 from packforcing.extras import optional_imports
+from packforcing.origins import describe_licenses
 from packforcing.presets import TINY_AUTOENCODERS
 from packforcing.units import format_file_size
 
@@ -218,7 +219,7 @@ def import_checkpoint(
         click.echo(line)
     size = format_file_size(imported.bytes)
     click.echo(f"{out}: {folder.kind} ({imported.why}), {imported.tensors} tensors, {size}")
-    click.echo(f"license of the weights: {folder.license}")
+    click.echo(f"license of the weights: {describe_licenses(folder.origins)}")
     print_differences(folder.config)
     if refused:
         click.echo(f"weights only, {folder.kind} cannot be rendered: {refused}")

@@ -34,21 +34,38 @@ def save_page(path: Path, template: str, **values: Any) -> None:
     Raises:
         OutputError: The page cannot be written.
     """
-    text = _environment().get_template(template).render(values)
+    text = fill_template(template, **values)
     write_file(path, text.encode("utf-8", errors="replace"))  # a prompt may hold lone surrogates
+
+
+def fill_template(template: str, **values: Any) -> str:
+    """Return the text of a template, with values escaped for HTML; the filter `cell` for Markdown.
+
+    Args:
+        template: Name of a file in `templates`.
+        values: Variables of the template.
+    """
+    return _environment().get_template(template).render(values)
 
 
 @cache
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["cell"] = _table_cell
+    return environment
+
+
+def _table_cell(text: str) -> str:
+    """Return a text that stays in its cell of a table in Markdown."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def sample_frames(

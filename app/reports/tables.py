@@ -1,4 +1,4 @@
-"""Tables for a terminal, without boxes."""
+"""Tables for a terminal, without boxes, and rows about a model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Literal
 
 from rich.padding import Padding
 from rich.table import Table
+
+from packforcing.config import Config
+from packforcing.presets import switch_history
+from packforcing.sampler import describe_steps
 
 GAP = 2  # spaces between columns
 
@@ -42,3 +46,19 @@ def make_table(
     for row in cells:
         table.add_row(*row)
     return Padding(table, (0, 0, 0, indent), expand=False)
+
+
+def model_rows(config: Config) -> dict[str, str]:
+    """Describe a model in words, by title."""
+    block_seconds = config.block_pixel_frames / config.fps
+    precision = config.precision
+    return {
+        "model": f"{config.name}: {config.width}x{config.height} at {config.fps} frames/s, "
+        f"blocks of {config.block_pixel_frames} frames ({block_seconds:g} s)",
+        "network": f"{config.layers} layers of width {config.dim}, {config.heads} heads",
+        "dtypes": f"weights {precision.weights}, KV cache {precision.cache}, "
+        f"attention {precision.attention_products}, other arithmetic {precision.compute}",
+        "denoising": describe_steps(config),
+        "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
+        "history": f"{config.policy}; a prompt switch: {switch_history(config)}",
+    }

@@ -26,7 +26,6 @@ from packforcing.checkpoints.lora_scale import OPTION
 from packforcing.checkpoints.published import (
     AUTOENCODER_PARTS,
     DESCRIPTION,
-    UNKNOWN,
     WEIGHTS,
     ModelFolder,
     published,
@@ -59,6 +58,7 @@ from packforcing.config import Config
 from packforcing.errors import CheckpointError
 from packforcing.files import new_folder, require_disk_space
 from packforcing.model import describe_mismatch, weight_shapes
+from packforcing.origins import UNKNOWN, Origin
 from packforcing.presets import with_autoencoder
 
 
@@ -141,9 +141,8 @@ def import_checkpoint(
         config=config,
         autoencoder=bool(autoencoder),
         made_from=[Path(file).name for file in files],
-        **_origin(selected, records),
+        origins=tuple(dict.fromkeys(_origin(part, records) for part in selected)),
     )
-    record = records[autoencoder.path] if autoencoder else None
     copied = {name: stored for name, stored in tensors.items() if name not in PACK_COMPRESSOR}
     size_bytes = _write_folder(Path(directory), folder, copied, loras, on_tensor)
     lines = [_describe_file(path, surveyed, selected) for path in strengths]
@@ -153,9 +152,7 @@ def import_checkpoint(
     summaries = [lora.summary for lora in loras]
     lines += [summary.line for summary in summaries]
     if autoencoder and vae:
-        license_name = record[1].license if record else UNKNOWN
-        name = AUTOENCODER_PARTS[vae]
-        lines.append(f"the autoencoder is {name}, license of its weights: {license_name}")
+        lines.append(f"the autoencoder is {AUTOENCODER_PARTS[vae]}")
     if len(copied) < len(tensors):
         lines.append(
             "pack_compressor left out: it is not the paper's; the low branch is used alone"
@@ -224,22 +221,12 @@ def _select_parts(
     return selected
 
 
-def _origin(selected: list[CheckpointPart], records: Records) -> dict[str, str]:
-    """Return where the weights are from and their license, as far as `fetch` recorded it."""
-    sources, licenses = [], []
-    for part in selected:
-        if part.role == "autoencoder":
-            continue
-        record = records[part.path]
-        source, license_name = (record[1].source, record[1].license) if record else ("", UNKNOWN)
-        if part.role == "LoRA" and license_name not in licenses:
-            license_name = f"of the LoRA {part.path.name}: {license_name}"
-        sources.append(source)
-        licenses.append(license_name)
-    return {
-        "source": ", ".join(dict.fromkeys(filter(None, sources))),
-        "license": "; ".join(dict.fromkeys(licenses)),
-    }
+def _origin(part: CheckpointPart, records: Records) -> Origin:
+    """Return where weights are from and their license, as far as `fetch` recorded it."""
+    name = f"LoRA {part.path.name}" if part.role == "LoRA" else part.role
+    if record := records[part.path]:
+        return Origin(name, record[1].source, record[1].license)
+    return Origin(name, "", UNKNOWN)
 
 
 def _join_tensors(selected: list[CheckpointPart]) -> Tensors:

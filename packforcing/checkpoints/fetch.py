@@ -28,14 +28,13 @@ from packforcing.checkpoints.published import (
     AUTOENCODER_PARTS,
     PARTS,
     PUBLISHED,
-    UNKNOWN,
-    UNREAD,
     Published,
     require_supported,
 )
 from packforcing.errors import CheckpointError, FetchError, OutputError
 from packforcing.extras import optional_imports
 from packforcing.files import file_sha256, require_disk_space, write_file
+from packforcing.origins import UNKNOWN, UNREAD
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

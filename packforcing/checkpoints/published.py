@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from packforcing.config import Config
 from packforcing.errors import CheckpointError
 from packforcing.files import Upgrade, VersionError, decode_versioned
+from packforcing.origins import UNKNOWN, UNREAD, Origin
 from packforcing.presets import MODELS, PAPER
 from packforcing.sampler import describe_steps
-
-# Licenses
-UNREAD = "not read here: see the source before use"
-UNKNOWN = "unknown: nothing recorded says where the file is from"
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -199,9 +197,12 @@ def describe_differences(config: Config) -> list[str]:
 
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "model.json"
-VERSION = 2  # of the description
+VERSION = 3  # of the description
 # Version 1 had no field for it; version 2 adds `policy.commit` and `precision.attention`
-UPGRADES: dict[int, Upgrade] = {1: lambda fields: {**fields, "version": 2}}
+UPGRADES: dict[int, Upgrade] = {
+    1: lambda fields: {**fields, "version": 2},
+    2: lambda fields: _with_origins(**fields),
+}
 
 
 class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -211,9 +212,16 @@ class ModelFolder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     config: Config
     autoencoder: bool  # whether the autoencoder's weights are among them
     made_from: list[str]
-    source: str
-    license: str = msgspec.field(name="licence")
+    origins: tuple[Origin, ...]
     version: int = VERSION
+
+
+def _with_origins(source: str, licence: str, **fields: Any) -> dict[str, Any]:
+    """Turn a description of version 2, which omits the autoencoder's license, into version 3."""
+    origins = [{"part": "transformer", "source": source, "license": licence}]
+    if fields["autoencoder"]:
+        origins.append({"part": "autoencoder", "source": "", "license": UNKNOWN})
+    return {**fields, "origins": origins}
 
 
 def read_model_folder(path: str | os.PathLike[str]) -> ModelFolder:

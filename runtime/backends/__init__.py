@@ -21,10 +21,10 @@ from packforcing.config import Config
 from packforcing.errors import BackendError
 from packforcing.machine import cpu_cores
 from packforcing.runtime.backends.onnxruntime import OnnxGraph, import_onnxruntime, open_cuda_device
-from packforcing.runtime.backends.tensorrt import Engines
+from packforcing.runtime.backends.tensorrt import Engines, matching_records
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GPU_GRAPHS, Manifest, check_files, contract, graph_file
-from packforcing.runtime.device import HostDevice, count_gpus
+from packforcing.runtime.device import CudaDevice, HostDevice, count_gpus
 from packforcing.runtime.turns import CPU_TURNS, Turns
 
 MAX_THREADS = 1024
@@ -73,6 +73,17 @@ def check_backend(name: str) -> None:
     """Raise `BackendError` unless there is a backend of this name."""
     if name not in BACKENDS:
         raise BackendError(f"unknown backend '{name}'; known backends: {', '.join(BACKENDS)}")
+
+
+def check_engine_records(name: str, directory: Path, config: Config, device: int) -> None:
+    """Check by their records alone that the engines of a backend can run here, if it has any.
+
+    Raises:
+        BackendError: They cannot.
+        MissingDependency: A package is not installed.
+    """
+    if name in ENGINE_BACKENDS:
+        matching_records(name, directory, config, CudaDevice(name, device))
 
 
 def open_backend(

@@ -28,6 +28,7 @@ from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GraphSpec
 from packforcing.runtime.device import Array, CudaDevice
 from packforcing.runtime.engine_records import (
+    EngineRecord,
     Key,
     check_engine,
     current_records,
@@ -85,11 +86,9 @@ class Engines:
         self.device = CudaDevice(name, device)
         self._log = _logger(trt)
         self._runtime = trt.Runtime(self._log)
-        self._records = current_records(directory, name)
-        for graph, record in self._records.items():
-            path = engine_file(directory, name, graph)
-            check_key(path, record.key, shapes(config, graph), trt.__version__, self.device)
-            self._check_validity(path)
+        self._records = matching_records(name, directory, config, self.device)
+        for graph in self._records:
+            self._check_validity(engine_file(directory, name, graph))
         self._plan = self._fitting(config)
         for graph, record in self._records.items():
             check_engine(directory, name, graph, record)
@@ -300,6 +299,29 @@ class Engine:
             f"an engine of {self._engines.name} has no profile for these shapes: run 'packforcing "
             "build' again"
         )
+
+
+def matching_records(
+    name: str, directory: Path, config: Config, device: CudaDevice
+) -> dict[str, EngineRecord]:
+    """Read the records of engines, which are small, and check that the engines can run here.
+
+    Args:
+        name: "tensorrt-rtx" or "tensorrt".
+        directory: The bundle; the engines themselves need not be there.
+        config: The bundle's config, with the policy to run.
+        device: The GPU.
+
+    Raises:
+        BackendError: They cannot.
+        MissingDependency: The library is not installed.
+    """
+    version = _library(name).__version__
+    records = current_records(directory, name)
+    for graph, record in records.items():
+        path = engine_file(directory, name, graph)
+        check_key(path, record.key, shapes(config, graph), version, device)
+    return records
 
 
 def check_key(

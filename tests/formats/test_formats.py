@@ -21,6 +21,7 @@ from packforcing.checkpoints import fetch, published
 from packforcing.embeddings import load_embedding
 from packforcing.errors import PackForcingError
 from packforcing.files import file_sha256, unseal_json
+from packforcing.origins import UNKNOWN, Origin
 from packforcing.prompts import Switch
 from packforcing.runtime import Session, bundle, engine_records, render_record, resume
 from tests.helpers import frames_of
@@ -28,6 +29,11 @@ from tests.helpers import frames_of
 HERE = Path(__file__).parent
 PROMPT = "a red star over navy stripes"
 SCENES = [Switch(0, PROMPT), Switch(1.2, "a white circle over sand dots", "cut")]
+
+ORIGINS = (
+    Origin("transformer", "gdhe17/Self-Forcing", "CC-BY-NC-SA-4.0"),
+    Origin("autoencoder", "lightx2v/Autoencoders", "Apache-2.0"),
+)
 
 # kind of file: the module of its reader, with `UPGRADES`, and the name of its version there
 FORMATS = {
@@ -94,8 +100,9 @@ def test_renders_of_a_bundle_go_on_although_its_policy_and_precision_have_more_f
 
 
 def test_a_bundle_states_the_license_of_its_weights_since_version_4():
-    licenses = [bundle.read_manifest(path).license for path in files_of("bundle")]
-    assert licenses == ["", "CC-BY-NC-SA-4.0", "CC-BY-NC-SA-4.0"]
+    origins = [bundle.read_manifest(path).origins for path in files_of("bundle")]
+    one = Origin("model", "", "CC-BY-NC-SA-4.0")
+    assert origins == [(), (one,), (one,), ORIGINS]
 
 
 @each("bundle")
@@ -119,7 +126,10 @@ def test_a_model_folder_exports(path, tmp_path):
     from packforcing.model import open_weights
 
     folder = published.read_model_folder(path)
-    assert (folder.kind, folder.license) == ("self-forcing", "CC-BY-NC-SA-4.0")
+    assert folder.kind == "self-forcing"
+    assert folder.origins[0] == Origin("transformer", "gdhe17/Self-Forcing", "CC-BY-NC-SA-4.0")
+    license_name = "Apache-2.0" if path.name == "model-3" else UNKNOWN
+    assert [origin.license for origin in folder.origins[1:]] == [license_name]
     export_bundle(folder.config, open_weights(folder.config, path / published.WEIGHTS), tmp_path)
     embedding = np.ones((2, folder.config.text_dim), np.float32)
     with Session.open(tmp_path) as session:
@@ -164,7 +174,7 @@ def test_statistics_are_accepted(path, tmp_path):
     quantize_bundle(files_of("bundle")[-1], tmp_path, cache="int8", calibration=path)
     manifest = bundle.read_manifest(tmp_path)
     precision = manifest.config.precision
-    assert manifest.license == "CC-BY-NC-SA-4.0"  # passed on
+    assert manifest.origins == ORIGINS  # passed on
     assert (precision.weights, precision.cache) == ("fp32", "int8")
     with Session.open(tmp_path) as session:
         assert sum(map(len, session.stream(PROMPT, 1.0))) == 8
@@ -195,7 +205,7 @@ def test_a_record_of_fetched_files_is_read(path):
 CHANGES = {
     "bundle": ("tools", {"x": "1"}, {"x": "2"}, lambda path: bundle.read_manifest(path).tools),
     "engines": ("seconds", 10.0, 20.0, lambda path: denoiser_record(path).seconds),
-    "model": ("source", "1", "2", lambda path: published.read_model_folder(path).source),
+    "model": ("made_from", ["1"], ["2"], lambda path: published.read_model_folder(path).made_from),
     "render": ("joined", False, True, resume.finished),
 }
 

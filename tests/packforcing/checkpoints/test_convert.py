@@ -277,7 +277,9 @@ def test_a_fetched_file_is_compared_with_its_record(weights, tmp_path):
     (tmp_path / RECORD).write_text(json.dumps({path.name: output}))
     import_checkpoint([path], tmp_path / "first", kind="self-forcing")
     folder = json.loads((tmp_path / "first" / DESCRIPTION).read_text())
-    assert folder["licence"] == license_name
+    assert folder["origins"] == [
+        {"part": "transformer", "source": "team/model", "license": license_name}
+    ]
     with path.open("r+b") as file:
         file.seek(len(content) // 2)
         file.write(bytes([content[len(content) // 2] ^ 1]))

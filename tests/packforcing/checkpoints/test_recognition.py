@@ -16,12 +16,12 @@ from packforcing.checkpoints.fetch import RECORD, fetch, look_up, next_commands
 from packforcing.checkpoints.published import (
     PARTS,
     PUBLISHED,
-    UNKNOWN,
     WEIGHTS,
     read_model_folder,
 )
 from packforcing.errors import CheckpointError
 from packforcing.model import load_model, open_weights, weight_shapes
+from packforcing.origins import UNKNOWN, Origin, describe_licenses
 from packforcing.presets import PAPER, with_autoencoder
 from packforcing.rope import block_positions, rope_table
 from packforcing.transformer import patchify, unpatchify
@@ -119,12 +119,13 @@ def test_layouts_are_recognized_and_give_the_same_weights(
         record_fetched(files := fetched, kind, tmp_path)
         done = import_checkpoint([*files, tiny_autoencoder], tmp_path / "model", vae="taehv")
         assert done.why == f"fetched from {PUBLISHED[kind].source}"
-        assert done.folder.source == PUBLISHED[kind].source and LICENSE in done.folder.license
+        assert done.folder.origins[0].source == PUBLISHED[kind].source
+        assert {origin.license for origin in done.folder.origins[:-1]} == {LICENSE}
     else:  # no file of the published name
         done = import_checkpoint(
             [*files, tiny_autoencoder], tmp_path / "model", kind=kind, vae="taehv"
         )
-        assert not done.folder.source and done.folder.license == UNKNOWN
+        assert describe_licenses(done.folder.origins) == UNKNOWN
 
     assert done.folder.kind == kind and done.tensors == 825 + 128
     assert done.folder.config == model_config(kind)
@@ -214,7 +215,10 @@ def test_the_license_of_a_merged_lora_is_stated_too(weights, tmp_path):
     record_fetched([path], "longlive", tmp_path)
     done = import_checkpoint([path, adapter], tmp_path / "model")
     assert done.folder.kind == "longlive"
-    assert done.folder.license == f"{LICENSE}; of the LoRA lora.pt: {UNKNOWN}"
+    assert done.folder.origins == (
+        Origin("transformer", PUBLISHED["longlive"].source, LICENSE),
+        Origin("LoRA lora.pt", "", UNKNOWN),
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_a_folder_of_unknown_origin_is_fetched_without_a_license(weights, tmp_pa
     copy = tmp_path / "out" / "checkpoints" / "self_forcing_dmd.pt"
     assert_refused([copy], tmp_path, "--model .*suggests self-forcing", kind=None)
     done = import_checkpoint([copy], tmp_path / "model", kind="self-forcing")
-    assert done.folder.license == UNKNOWN
+    assert [origin.license for origin in done.folder.origins] == [UNKNOWN]
 
 
 def test_an_entry_can_be_chosen(weights, tmp_path):
@@ -284,7 +288,8 @@ def test_wans_autoencoder_is_recognized_by_its_tensors(naming, weights, wan_vae,
     done = import_checkpoint(files, tmp_path / "model", kind="self-forcing")
     assert done.folder.config == with_autoencoder(model_config("self-forcing"), "wan")
     assert done.folder.autoencoder and done.tensors == 825 + 194
-    assert "the autoencoder is wan-vae, license of its weights: unknown" in ", ".join(done.lines)
+    assert "the autoencoder is wan-vae" in done.lines
+    assert done.folder.origins[1] == Origin("autoencoder", "", UNKNOWN)
     copied = imported(tmp_path / "model")
     assert all(copied[f"autoencoder.{name}"].equal(tensor) for name, tensor in wan_vae.items())
     assert len(open_weights(done.folder.config, tmp_path / "model" / WEIGHTS)) == 825 + 194
@@ -339,8 +344,11 @@ def test_a_fetched_autoencoder_needs_no_option(part, vae, weights, tiny_autoenco
     files = [*self_forcing(tmp_path / "x", weights), path]
     done = import_checkpoint(files, tmp_path / "model", kind="self-forcing")
     assert done.folder.config == with_autoencoder(model_config("self-forcing"), vae)
-    assert f"the autoencoder is {part}, license of its weights: {LICENSE}" in done.lines
-    assert done.folder.license == UNKNOWN  # nothing is known of the transformer
+    assert f"the autoencoder is {part}" in done.lines
+    assert done.folder.origins == (
+        Origin("transformer", "", UNKNOWN),
+        Origin("autoencoder", PARTS[part].source, LICENSE),
+    )
     shutil.rmtree(tmp_path / "model")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
