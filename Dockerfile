@@ -6,9 +6,9 @@ FROM python:3.11-slim
 COPY . /source
 RUN pip install --no-cache-dir --constraint /source/constraints.txt "/source[cpu,serve]" \
     && rm -r /source \
-    && useradd packforcing \
-    && install --directory --owner packforcing /videos
-USER packforcing
+    && useradd --uid 1000 packforcing \
+    && install --directory --owner 1000 /videos
+USER 1000
 WORKDIR /videos
 VOLUME /videos
 EXPOSE 8000

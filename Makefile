@@ -37,6 +37,8 @@ lint: $(INSTALLED) typed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd $(TYPED) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml packforcing
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/hadolint Dockerfile Dockerfile.gpu
 
 docs: $(INSTALLED) typed  ## the site; broken links fail
 	$(BIN)/mkdocs build --strict

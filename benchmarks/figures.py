@@ -194,7 +194,9 @@ def machine() -> str:
     """Describe this machine in a few words."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        names = re.findall(
+            r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        )
         model = names[0] if names else model
     return f"{cpu_cores()} cores, {model}, Python {platform.python_version()}"
 

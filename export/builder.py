@@ -313,14 +313,15 @@ def _writer(trt: Any, file: IO[bytes]) -> Any:
 def peak_memory() -> int:
     """Return the largest resident memory that this process has had, in bytes."""
     with suppress(OSError):  # Linux, where ru_maxrss counts the parent's memory at the fork too
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(
+            r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")
+        )
         if peak:
             return int(peak[1]) * 1024
-    import psutil
+    if sys.platform == "win32":
+        import psutil
 
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return memory.peak_wset
+        return psutil.Process().memory_info().peak_wset
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

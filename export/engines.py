@@ -405,7 +405,7 @@ def _run_child(
         except BaseException:
             child.kill()
             raise
-    last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
+    last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
     raise BackendError(
         f"the process that built {log.stem} ended early, with exit code {child.returncode}"
         f"{' (out of memory?)' if child.returncode == -9 else ''}; "

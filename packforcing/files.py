@@ -277,7 +277,7 @@ def flush(path: Path) -> None:
 
 def flush_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk, where the system has that."""
-    if os.name == "posix":
+    if sys.platform != "win32":
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(descriptor)

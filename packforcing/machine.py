@@ -130,5 +130,5 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
 def _text(path: Path) -> str:
     """Return a file's text; empty where it cannot be read."""
     with suppress(OSError, UnicodeDecodeError):
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     return ""

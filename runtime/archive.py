@@ -18,6 +18,7 @@ from packforcing.selection import evict
 from packforcing.units import format_file_size
 
 IN_MEMORY = 4 << 30  # bytes of keys and values; more than that lie in a file
+ZEROS_BYTES = 1 << 20  # written at a time
 
 
 class Archive:
@@ -139,8 +140,11 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, folder: Path | None) -> np.n
             # a mapped file without room on the disk would end the process when written to
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
+            else:  # on macOS and Windows: a file that is only made longer may have holes there
+                zeros = bytes(ZEROS_BYTES)
+                for begin in range(0, size, ZEROS_BYTES):
+                    file.write(zeros[: size - begin])
+                file.flush()
             return np.memmap(file, dtype, "r+", shape=shape)
     except OSError as error:
         raise OutputError(

@@ -117,7 +117,9 @@ class _FolderRecorder:
 
     def __init__(self, render: RenderFolder) -> None:
         self._render = render
-        self.first_block, self.folder = render.record.block, render.path
+        self.first_block = render.record.block
+        # not in the render's own folder: Windows would not remove it while a file in it is mapped
+        self.folder = render.path.parent
         self._recorded: Mapping[int, np.ndarray] = {}
 
     def restore(self, rollout: Rollout) -> Mapping[int, np.ndarray]:

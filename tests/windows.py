@@ -1,4 +1,5 @@
-"""Windows' rule on Linux: a file that is open or mapped cannot be deleted, renamed or replaced."""
+"""Windows' rule on Linux: a file that is open or mapped cannot be deleted, renamed or replaced, and
+no folder that it is in can be renamed."""
 
 from __future__ import annotations
 
@@ -25,18 +26,19 @@ def _refusing(call: Callable[..., Any]) -> Callable[..., Any]:
         folder = keywords.get("dir_fd") or keywords.get("src_dir_fd")
         places = [os.readlink(f"/proc/self/fd/{folder}")] if folder else []
         paths = [str(Path(*places, os.fsdecode(path)).absolute()) for path in args[:2]]
-        for path in filter(None, map(_same_file, paths)):
-            if path in _open_files():
+        for path in map(_same_file, paths):
+            inside = f"{path}{os.sep}"
+            if any(name == path or name.startswith(inside) for name in _open_files()):
                 raise PermissionError(_ACCESS_DENIED, "The process cannot access the file", path)
         return call(*args, **keywords)
 
     return refuse
 
 
-def _same_file(path: str) -> str | None:
+def _same_file(path: str) -> str:
     """Follow the links of the folders, not of the name itself."""
     parent, name = os.path.split(path)
-    return None if os.path.isdir(path) else os.path.join(os.path.realpath(parent), name)
+    return os.path.join(os.path.realpath(parent), name)
 
 
 def _open_files() -> set[str]:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
+from packforcing.app.cli import main
 from packforcing.app.cli.group import COMMANDS
 from tests.helpers import PROMPT, assert_one_line, run
 
@@ -63,3 +65,14 @@ def test_a_name_that_the_console_cannot_encode_is_escaped(tiny_bundle, out):
     assert (result.returncode, result.stderr) == (0, b"")
     assert rb"\u8996.mp4: 8 frames" in result.stdout
     assert [path.name for path in out.iterdir()] == ["\u8996.mp4"]
+
+
+@pytest.mark.parametrize("encoding", ["cp437", "cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "command", ["--help", "render --help", "doctor", "models", "inspect", "plan --budget 4,8"]
+)
+def test_what_is_printed_is_in_the_encoding_of_every_console(command, encoding):
+    """Those of Windows have no dashes, ellipses or box lines in common; nothing is escaped."""
+    result = CliRunner(charset=encoding).invoke(main, command.split())
+    assert result.exit_code == 0, result.output
+    assert not re.search(rb"\\[xuU][0-9a-f]{2}|\?\?", result.stdout_bytes)

@@ -536,5 +536,7 @@ def test_peak_memory_is_measured_without_proc(monkeypatch, system):
     resource = pytest.importorskip("resource")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(Path, "read_text", lambda path: (_ for _ in ()).throw(OSError(str(path))))
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **_: (_ for _ in ()).throw(OSError(str(path)))
+    )
     assert builder.peak_memory() >= peak * (1 if system == "darwin" else 1024)
