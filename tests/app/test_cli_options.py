@@ -143,6 +143,21 @@ def test_an_environment_variable_is_named_like_its_option(monkeypatch):
     assert parse_in_group("build", "from-argument")["bundle"].name == "from-argument"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_the_variable_that_the_documentation_says(name, monkeypatch):
+    """PACKFORCING_COMMAND_OPTION, and no other; hidden spellings have none."""
+    command = main.get_command(None, name)
+    prefix = f"PACKFORCING_{name.replace('-', '_').upper()}"
+    context = click.Context(command, info_name=name, auto_envvar_prefix=prefix)
+    options = [entry for entry in command.params if isinstance(entry, click.Option)]
+    for option in options:
+        spelling = max(option.opts, key=len).removeprefix("--").replace("-", "_").upper()
+        with monkeypatch.context() as environment:
+            environment.setenv(f"{prefix}_{spelling}", "text")
+            followers = {o.opts[0] for o in options if o.resolve_envvar_value(context) == "text"}
+        assert followers == (set() if option.hidden else {option.opts[0]})
+
+
 def test_one_spelling_has_one_metavar_in_all_commands():
     """A word means one thing: apart from what a command writes or how it counts prompts."""
     metavars: dict[str, set[str | None]] = {}
