@@ -8,10 +8,11 @@ roofline, which no kernel reaches: lower bounds and predictions, never measureme
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import NamedTuple
 
-from packforcing.config import TEMPORAL_FACTOR, Config
+from packforcing.config import TEMPORAL_FACTOR, Config, Precision
 from packforcing.geometry import (
     denoiser_operations,
     layer_matrices,
@@ -20,7 +21,7 @@ from packforcing.geometry import (
     parameters,
     quantized_layers,
 )
-from packforcing.runtime.bundle import DTYPES, GPU_CALLS, GPU_GRAPHS, TensorSpec, contract
+from packforcing.runtime.bundle import DTYPES, GPU_CALLS, GPU_GRAPHS, contract
 from packforcing.runtime.gpus import GpuFigures
 
 ITEM = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
@@ -97,13 +98,14 @@ def tensor_bytes(config: Config) -> dict[str, dict[str, int]]:
         "denoiser.compressed": {"N": config.compressed_tokens, "C": context},
     }
 
-    def size(tensor: TensorSpec, axes: dict[str, int]) -> int:
-        shape = [axes[axis] if isinstance(axis, str) else axis for axis in tensor.shape]
-        return math.prod(shape) * ARRAY_ITEM[tensor.dtype]
+    @cache  # the tensors of all layers are of one size
+    def size(shape: tuple[int | str, ...], dtype: str, call: str) -> int:
+        sides = [axes[call][axis] if isinstance(axis, str) else axis for axis in shape]
+        return math.prod(sides) * ARRAY_ITEM[dtype]
 
     return {
         call: {
-            tensor.name: size(tensor, axes.get(call, {}))
+            tensor.name: size(tensor.shape, tensor.dtype, call)
             for tensor in (*graphs[graph].inputs, *graphs[graph].outputs)
         }
         for call, graph in {
@@ -128,11 +130,13 @@ class Call(NamedTuple):
     """What a call needs of a GPU's time.
 
     Attributes:
+        name: Of the call.
         times: How often it runs for a block.
-        operations: By the dtype whose rate they run at.
+        operations: By the kinds of `geometry.denoiser_operations`.
         moved: Bytes of weights, inputs and outputs, each once.
     """
 
+    name: str
     times: int
     operations: dict[str, int]
     moved: int
@@ -140,32 +144,26 @@ class Call(NamedTuple):
 
 def calls(config: Config) -> list[Call]:
     """Return the calls of a block once the context is full."""
-    precision, total = config.precision, operations(config)
-    tensors, weights = tensor_bytes(config), weight_bytes(config)
+    total, tensors, weights = operations(config), tensor_bytes(config), weight_bytes(config)
     new_tokens = {
         "denoiser.block": config.block_tokens,
         "denoiser.compressed": config.compressed_tokens,
     }
-    dtypes = {
-        "quantizable": precision.products,
-        "self_attention": precision.attention_products,
-        "other": precision.compute,
-    }
-    result = []
-    for call, times in calls_per_block(config).items():
-        by_dtype: dict[str, int] = {}
-        if call in new_tokens:
-            for kind, count in denoiser_operations(config, new_tokens[call]).items():
-                by_dtype[dtypes[kind]] = by_dtype.get(dtypes[kind], 0) + count
-        else:
-            by_dtype[precision.compute] = total[call]
-        moved = sum(tensors[call].values()) + weights[GPU_CALLS[call]]
-        result.append(Call(times, by_dtype, moved))
-    return result
+    return [
+        Call(
+            call,
+            times,
+            denoiser_operations(config, new_tokens[call])
+            if call in new_tokens
+            else {"other": total[call]},
+            sum(tensors[call].values()) + weights[GPU_CALLS[call]],
+        )
+        for call, times in calls_per_block(config).items()
+    ]
 
 
-def seconds_per_block(config: Config, gpu: GpuFigures) -> float:
-    """Predict the seconds of a block once the context is full, by a roofline: a lower bound.
+def seconds_of_calls(calls: Iterable[Call], precision: Precision, gpu: GpuFigures) -> float:
+    """Predict the seconds that calls take, by a roofline: a lower bound.
 
     Per call, it is the larger of operations / peak rate and bytes / bandwidth. Every product counts
     at the rate of the dtype that it is computed in: those with integer weights that are dequantized
@@ -173,17 +171,28 @@ def seconds_per_block(config: Config, gpu: GpuFigures) -> float:
     weights are left out.
 
     Args:
-        config: The model, its policy and precision.
+        calls: Of a config.
+        precision: Its precision.
         gpu: The GPU's figures; it has the dtypes.
     """
+    rates = {
+        "quantizable": gpu.tflops[precision.products] * 1e12,
+        "self_attention": gpu.tflops[precision.attention_products] * 1e12,
+        "other": gpu.tflops[precision.compute] * 1e12,
+    }
     return sum(
         call.times
         * max(
-            sum(count / (gpu.tflops[dtype] * 1e12) for dtype, count in call.operations.items()),
+            sum(count / rates[kind] for kind, count in call.operations.items()),
             call.moved / (gpu.bandwidth * 1e9),
         )
-        for call in calls(config)
+        for call in calls
     )
+
+
+def seconds_per_block(config: Config, gpu: GpuFigures) -> float:
+    """Predict the seconds of a block once the context is full: see `seconds_of_calls`."""
+    return seconds_of_calls(calls(config), config.precision, gpu)
 
 
 def scratch_bytes(config: Config) -> dict[str, int]:

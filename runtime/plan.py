@@ -100,6 +100,17 @@ def estimates(config: Config) -> dict[str, int]:
     }
 
 
+def device_rows(config: Config, built: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return the bytes on the GPU by purpose; `built` is as in `make_plan`."""
+    engines = {**estimates(config), **(built or {})}
+    return {
+        **{f"weights.{name}": engines[f"weights.{name}"] for name in GPU_GRAPHS},
+        "scratch": max(engines[name] for name in engines if name.startswith("scratch.")),
+        **device_bytes(config),
+        "reserve": RESERVE,
+    }
+
+
 def make_plan(
     config: Config, target: str, *, seconds: float = 60, built: Mapping[str, int] | None = None
 ) -> Plan:
@@ -117,26 +128,20 @@ def make_plan(
     if not 0 < seconds <= LONGEST:
         raise ConfigError(f"seconds must be above 0 and at most {LONGEST:.0f}; it is {seconds:g}")
     check_target(config.precision, target)
-    engines = {**estimates(config), **(built or {})}
-    weights = {f"weights.{name}": engines[f"weights.{name}"] for name in GPU_GRAPHS}
+    device = device_rows(config, built)
     on_host = weight_bytes(config)["prompt"] + weight_bytes(config)["vae_encoder"]
     blocks = config.blocks(config.frames(seconds))
     return Plan(
         config,
         target,
-        device={
-            **weights,
-            "scratch": max(engines[name] for name in engines if name.startswith("scratch.")),
-            **device_bytes(config),
-            "reserve": RESERVE,
-        },
+        device=device,
         host={
             "graphs": on_host,
             "copies": host_bytes(config),
             "archive": archive_bytes(config, blocks),
             "checkpoint": snapshot_bytes(config),
         },
-        host_loading=on_host + max(weights.values()),
+        host_loading=on_host + max(device[f"weights.{name}"] for name in GPU_GRAPHS),
     )
 
 

@@ -114,6 +114,26 @@ def doctor(as_json: bool) -> None:
 @option("--attention-dtype", type=click.Choice(ATTENTION_DTYPES), help="Dtype of the products of "
         "self-attention.  [default: fp16]")  # fmt: skip
 @option("--precision", type=PRECISION, metavar="WEIGHTS,CACHE", hidden=True)
+@option(
+    "--fps",
+    type=float,
+    metavar="N",
+    help="Plan for so many frames per second on --gpu, or on every known GPU: choose size, steps, "
+    "history and precision together. What other options set is kept.",
+)
+@option("--realtime", is_flag=True, help="Plan for the frames per second of the model.")
+@option(
+    "--efficiency",
+    type=float,
+    metavar="SHARE",
+    help="Share of a GPU's peak that --fps expects kernels to reach.  [default: 0.6]",
+)
+@option(
+    "--rates",
+    metavar="DTYPE=TFLOPS,...",
+    help="For --fps on a GPU that --gpu does not know: dense rates and the bandwidth in GB/s, like "
+    "fp16=30,fp8=60,bandwidth=272, with --target and --budget.",
+)
 @seconds_option(60.0, "Length of the video; the archive grows with it.")
 @option("--picture", type=FILE, metavar="FILE.png", help="Draw the plans as bars.")
 @json_option
@@ -127,6 +147,10 @@ def plan(
     cache_dtype: str | None,
     attention_dtype: str | None,
     precision: tuple[str, str] | None,
+    fps: float | None,
+    realtime: bool,
+    efficiency: float | None,
+    rates: str | None,
     seconds: float,
     picture: Path | None,
     as_json: bool,
@@ -139,12 +163,20 @@ def plan(
     figures replace the estimates; on a GPU, those of the loaded engines are shown as well. Exit
     code 2 if a single budget is too small.
 
+    With --fps, plan gives up what a GPU's speed needs: precision, history, steps, then size. It
+    shows the best trade-offs, predicted, and the commands that make the first. Exit code 2 if the
+    GPU is too slow.
+
     \b
     Examples:
       packforcing plan --model wan-1.3b --gpu "RTX 4060"
       packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120
       packforcing plan --bundle my-bundle
+      packforcing plan --gpu "RTX 4090" --fps 16
     """
+    import msgspec
+
+    from packforcing.app.cli.frame_rate import free_axes, plan_frame_rate
     from packforcing.app.reports import plan as report
     from packforcing.errors import PlanError
     from packforcing.presets import model_config
@@ -165,6 +197,19 @@ def plan(
             raise ConfigError("a bundle has its model, sizes, history and dtypes already")
         config = read_manifest(bundle).config
         engines = report.read_engine_sizes(bundle)
+    if fps is not None or realtime:
+        if fps is not None and realtime:
+            raise ConfigError("choose one of --fps and --realtime")
+        if bundle or picture:
+            raise ConfigError("--fps plans for a --model, without --bundle and --picture")
+        plan_frame_rate(
+            msgspec.structs.replace(config, precision=dtypes or config.precision),
+            config.fps if fps is None else fps, efficiency, gpu, target, budget, rates, as_json,
+            free_axes(model, dtypes, shape),
+        )  # fmt: skip
+        return
+    if efficiency is not None or rates:
+        raise ConfigError("--efficiency and --rates are for --fps")
     budgets: tuple[int | None, ...] = budget or (None,)
     targets = target or (engines.targets[:1] if engines else ()) or ("sm86",)
     gpus = report.examples(*targets)

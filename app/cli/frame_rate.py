@@ -1,0 +1,115 @@
+"""What `plan --fps` does: choose a GPU's figures and print the best trade-offs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from packforcing.app.cli.output import print_json, print_tables
+from packforcing.errors import ConfigError
+
+if TYPE_CHECKING:
+    from packforcing.config import Config, Precision
+    from packforcing.runtime.gpus import GpuFigures
+
+
+MAX_FPS = 1000
+# Options that keep what may be given up otherwise
+KEPT_BY = {
+    "size": ("size",),
+    "steps": ("policy", "block_frames", "steps", "first_steps", "shift"),
+    "history": ("history", "policy"),
+}
+
+
+def free_axes(
+    model: str | None, dtypes: Precision | None, shape: Mapping[str, Any]
+) -> frozenset[str]:
+    """Return of what something may be given up: of what no option sets."""
+    from packforcing.runtime.realtime import AXES
+
+    kept = {axis for axis, names in KEPT_BY.items() if any(shape[name] for name in names)}
+    return frozenset(AXES) - kept - {"steps" if model else "", "precision" if dtypes else ""}
+
+
+def plan_frame_rate(
+    config: Config,
+    fps: float,
+    efficiency: float | None,
+    gpu: str | None,
+    target: tuple[str, ...] | None,
+    budget: tuple[int, ...] | None,
+    rates: str | None,
+    as_json: bool,
+    free: Collection[str],
+) -> None:
+    """Print what reaches a number of frames per second, on one GPU or on all.
+
+    Raises:
+        ConfigError: The options do not say of which GPU, or there are no figures for it.
+        PlanError: Nothing reaches it on the GPU.
+    """
+    from packforcing.app.reports import realtime as report
+    from packforcing.runtime.gpus import known_gpus
+    from packforcing.runtime.plan import CUDA_CONTEXT, check_target
+    from packforcing.runtime.realtime import (
+        EFFICIENCY,
+        candidates,
+        first_candidate,
+        trade_offs,
+    )
+
+    efficiency = EFFICIENCY if efficiency is None else efficiency
+    for option, value, most in (("--fps", fps, MAX_FPS), ("--efficiency", efficiency, 1)):
+        if not 0 < value <= most:
+            raise ConfigError(f"{option} must be above 0 and at most {most}; it is {value:g}")
+    one_gpu = _chosen_gpu(gpu, target, budget, rates)
+    if one_gpu is not None:
+        check_target(config.precision, one_gpu.target)
+    options = candidates(config, free)
+    if one_gpu is None:
+        rows = [
+            (
+                each,
+                first_candidate(options, each, fps, each.memory_bytes - CUDA_CONTEXT, efficiency),
+            )
+            for each in known_gpus().values()
+        ]
+        if as_json:
+            listed = [(each, [one] if one else []) for each, one in rows]
+            print_json(report.realtime_json(listed, fps, efficiency))
+        else:
+            print_tables(*report.all_gpus_table(rows, fps, efficiency))
+        return
+    budget_bytes = budget[0] if budget else one_gpu.memory_bytes - CUDA_CONTEXT
+    chosen = trade_offs(options, one_gpu, fps, budget_bytes, efficiency)
+    if as_json:
+        print_json(report.realtime_json([(one_gpu, chosen)], fps, efficiency))
+    else:
+        print_tables(*report.trade_off_table(chosen, one_gpu, fps, budget_bytes, efficiency))
+
+
+def _chosen_gpu(
+    gpu: str | None,
+    target: tuple[str, ...] | None,
+    budget: tuple[int, ...] | None,
+    rates: str | None,
+) -> GpuFigures | None:
+    """Return the GPU that options name or describe; None where they do neither."""
+    from packforcing.runtime.gpus import find_gpu, parse_rates
+    from packforcing.units import GIB
+
+    if budget and len(budget) > 1:
+        raise ConfigError("--fps takes one --budget")
+    if gpu is not None:
+        if target or rates:
+            raise ConfigError("choose --gpu, or --target, --budget and --rates")
+        return find_gpu(gpu)
+    if not (target or budget or rates):
+        return None
+    if not (target and budget and rates) or len(target) > 1:
+        raise ConfigError(
+            "--fps needs a --gpu, or one --target, --budget and --rates of it; without any of them "
+            "it lists all known GPUs"
+        )
+    return parse_rates(rates, target[0], budget[0] / GIB)
