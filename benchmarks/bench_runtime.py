@@ -35,9 +35,11 @@ import numpy as np
 from benchmarks.against import time_against
 from packforcing import Config, Policy, model_config
 from packforcing.machine import cpu_cores
-from packforcing.runtime import Session, demo_bundle
+from packforcing.runtime import Session, demo_bundle, realtime
 from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.blocks import BlockInfo
+from packforcing.runtime.gpus import known_gpus
+from packforcing.runtime.plan import CUDA_CONTEXT
 from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"
@@ -229,6 +231,26 @@ def imports() -> dict:
     return {"import_seconds": round(min(runs), 3)}
 
 
+def planner() -> dict:
+    """CPU seconds in which `plan --fps` lists its candidates and chooses, for one GPU, for all."""
+    gpus, config = known_gpus(), model_config("wan-1.3b")
+
+    def choose(names: list[str]) -> float:
+        start = time.process_time()
+        options = realtime.candidates(config)
+        for name in names:
+            gpu = gpus[name]
+            realtime.first_candidate(options, gpu, config.fps, gpu.memory_bytes - CUDA_CONTEXT)
+        return time.process_time() - start
+
+    first = choose(["RTX 4090"])  # nothing is cached yet
+    return {
+        "candidates": len(realtime.candidates(config)),
+        "one_gpu_seconds": round(first, 3),
+        "all_gpus_seconds_more": round(choose(list(gpus)), 3),
+    }
+
+
 def _resident_bytes() -> int:
     with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -240,6 +262,7 @@ BENCHES = {
     "long": long,
     "checkpoints": checkpoints,
     "middle": middle,
+    "planner": planner,
 }
 
 

@@ -84,6 +84,11 @@ RUNS = {
         (packforcing(values.PLAN.removeprefix("packforcing ")),), 1, values.plan_values,
         pictures={"docs/plan.png": pictures.drawn_by_the_command},
     ),
+    "frame-rates": Run(
+        tuple(packforcing(line.removeprefix("packforcing ")) for line in values.FRAME_RATES),
+        0.5,
+        values.frame_rate_values,
+    ),
     "page": Run(
         (benchmark("page_picture --out docs/serve.png"),), 2, lambda results: {},
         pictures={"docs/serve.png": pictures.drawn_by_the_command},

@@ -26,6 +26,10 @@ PLAN = (
     "packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120 "
     "--picture docs/plan.png"
 )
+FRAME_RATES = [
+    f'packforcing plan --gpu "{name}" --fps 16'
+    for name in ("RTX 4060", "RTX 3060", "RTX 4070 Laptop", "RTX 4090", "RTX 5060 Ti")
+]
 SELF_FORCING = 'packforcing plan --model self-forcing --policy packforcing --gpu "RTX 4060"'
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 KEYS = {measure.title: name for name, measure in ALL_MEASURES.items()}  # of evaluations
@@ -366,6 +370,15 @@ def plan_values(results: Results) -> dict[str, str]:
         "budgets": f"```\n$ {PLAN}\n{text}\n```",
         "smallest": f"{totals['4.00']} GiB",
     }
+
+
+def frame_rate_values(results: Results) -> dict[str, str]:
+    listings = [
+        f"$ {command}\n{results.text(number).strip()}" for number, command in enumerate(FRAME_RATES)
+    ]
+    tables = "\n\n".join(text.partition("\nIt is made by")[0].strip() for text in listings)
+    commands = listings[0].partition("It is made by\n\n")[2].strip().replace("\n  ", "\n")
+    return {"plans": f"```\n{tables}\n```", "commands": f"```\n{commands}\n```"}
 
 
 def self_forcing_values(results: Results) -> dict[str, str]:

@@ -7,7 +7,7 @@ given up, first to last:
 
 1. Precision: an 8-bit cache; then fp8 attention; then quantized weights, in the order of `WEIGHTS`,
    each first without and then with fp8 attention.
-2. The commit call, where `COMMIT_FREE` allows it.
+2. The commit call, where `presets.PLANNED_COMMITS` allows it.
 3. History: mid blocks to a quarter, then to one, then half of the sink blocks with all mids back.
    Never the recent blocks.
 4. Steps: to a published model that was trained for fewer, but for more than one. No other model is
@@ -30,7 +30,7 @@ import msgspec
 
 from packforcing.config import Config, Policy, Precision
 from packforcing.errors import ConfigError, PlanError
-from packforcing.presets import MODELS, policies, with_autoencoder
+from packforcing.presets import MODELS, PLANNED_COMMITS, policies, with_autoencoder
 from packforcing.runtime.estimate import Call, calls, seconds_of_calls, weight_bytes
 from packforcing.runtime.gpus import GpuFigures
 from packforcing.runtime.plan import TARGETS, device_rows
@@ -44,7 +44,6 @@ EFFICIENCY = 0.6
 # in `plan.TARGETS`. int8 and int4 save memory alone.
 WEIGHTS = ("int8", "w8a8", "fp8", "int4", "nvfp4")
 ATTENTION: tuple[str | None, ...] = (None,)
-COMMIT_FREE = False  # whether a block may be committed by its last step
 SCALES = (1, 0.77, 0.58, 0.5)  # of width and height
 AXES = ("size", "steps", "history", "commit", "precision")  # the last one is given up first
 
@@ -273,9 +272,9 @@ def _policies(policy: Policy, free: Collection[str]) -> Iterator[tuple[tuple[int
     """Yield policies with what they give up of history and of the commit, the best first."""
     histories = _histories(policy) if "history" in free else [policy]
     for loss, smaller in enumerate(histories):
-        yield (loss, 0), smaller
-        if COMMIT_FREE and "commit" in free and policy.commit == "clean":
-            yield (loss, 1), msgspec.structs.replace(smaller, commit="last-step")
+        commits = (policy.commit, *(PLANNED_COMMITS if "commit" in free else ()))
+        for commit_loss, commit in enumerate(dict.fromkeys(commits)):
+            yield (loss, commit_loss), msgspec.structs.replace(smaller, commit=commit)
 
 
 def _histories(policy: Policy) -> Iterator[Policy]:

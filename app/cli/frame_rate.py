@@ -19,6 +19,7 @@ KEPT_BY = {
     "size": ("size",),
     "steps": ("policy", "block_frames", "steps", "first_steps", "shift"),
     "history": ("history", "policy"),
+    "commit": ("commit",),
 }
 
 
@@ -28,8 +29,8 @@ def free_axes(
     """Return of what something may be given up: of what no option sets."""
     from packforcing.runtime.realtime import AXES
 
-    kept = {axis for axis, names in KEPT_BY.items() if any(shape[name] for name in names)}
-    return frozenset(AXES) - kept - {"steps" if model else "", "precision" if dtypes else ""}
+    fixed = {axis for axis, names in KEPT_BY.items() if any(shape[name] for name in names)}
+    return frozenset(AXES) - fixed - {"steps" if model else "", "precision" if dtypes else ""}
 
 
 def plan_frame_rate(

@@ -191,6 +191,8 @@ def _shape(config: Config) -> list[str]:
     for option, name in (("--steps", "timesteps"), ("--first-steps", "first_timesteps")):
         if getattr(config, name) != getattr(model, name):
             words += [option, ",".join(f"{step:g}" for step in getattr(config, name))]
+    if policy.commit != model.policy.commit:
+        words += ["--commit", policy.commit]
     if config.shift != model.shift:
         words += ["--shift", f"{config.shift:g}"]
     return words

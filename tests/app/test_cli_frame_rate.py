@@ -19,7 +19,8 @@ from packforcing.runtime.realtime import candidates
 WAN = model_config("wan-1.3b")
 CANDIDATES = candidates(WAN)
 SHAPE = (
-    "size", "block_frames", "history", "policy", "vae", "steps", "first_steps", "shift", "dtype",
+    "size", "block_frames", "history", "policy", "vae", "steps", "first_steps", "shift",
+    "commit", "dtype",
 )  # fmt: skip
 
 
