@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from packforcing.errors import (
-    OutputError,
-)
+from packforcing.errors import OutputError
+from packforcing.prompts import Switch
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime import resume as resume_module
 from tests.helpers import PROMPT, frames_of, render
@@ -25,19 +24,25 @@ from tests.helpers import RENDER_SEED as SEED
 
 CHILD = """
 import sys
-from packforcing.runtime import Session
+from packforcing.runtime import Session, Switch
 with Session.open(sys.argv[1]) as session:
     print("begins", flush=True)
     session.render(
         {!r}, {}, sys.argv[2], {}, resume=True, checkpoint_seconds={}, archive_limit={}
     )
 """
-LIMIT = 6  # archived blocks, where a full archive is tested
+LIMIT = 6  # archived blocks, where a full archive is tested, under a schedule as one records it
+SCHEDULE = [
+    Switch(0, PROMPT),
+    Switch(21 / 8, "a blue square over sand checks", "cut", block=2),
+    Switch(54 / 8, "a white circle", "keep", over=3, block=5),
+    Switch(102 / 8, "a green circle", "recompute", block=9),
+]
 
 
 def child(seconds, limit=None):
     """Return a program that renders the example video of so many seconds, resuming it."""
-    return CHILD.format(PROMPT, seconds, SEED, EVERY, limit)
+    return CHILD.format(SCHEDULE if limit else PROMPT, seconds, SEED, EVERY, limit)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,8 @@ def test_a_render_killed_at_random_moments_resumes(
     path, alone, killed = tmp_path / name, tmp_path / f"alone-{name}", 0
     with Session.open(bundle) as session:
         began = time.perf_counter()
-        render(session, alone, archive_limit=limit)
+        prompt = SCHEDULE if limit else PROMPT
+        render(session, alone, prompt=prompt, archive_limit=limit)
         duration, moments = time.perf_counter() - began, random.Random(0)
     truth, code = frames_of(alone), child(SECONDS, limit)
     while not path.exists():
