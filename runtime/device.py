@@ -262,8 +262,8 @@ class CudaDevice(HostDevice):
         self.require(size, f"allocating '{purpose}'")
         place = (dlpack.CUDA, self.number)
         if host and self.integrated:
-            host_view = self._pinned(purpose, shape, dtype, self)
-            return Array(host_view.ctypes.data, shape, dtype, host_view, host_view, place)
+            shared = self._pinned(purpose, shape, dtype, self)
+            return Array(shared.ctypes.data, shape, dtype, shared, shared, place)
         address = int(self._call("cudaMalloc", size))
         owner = _Allocation()
         weakref.finalize(owner, self._cuda.cudaFree, address).atexit = False
