@@ -31,7 +31,13 @@ import msgspec
 from packforcing.config import Config, Policy, Precision
 from packforcing.errors import ConfigError, PlanError
 from packforcing.presets import MODELS, PLANNED_COMMITS, policies, with_autoencoder
-from packforcing.runtime.estimate import Call, calls, seconds_of_calls, weight_bytes
+from packforcing.runtime.estimate import (
+    Call,
+    calls,
+    scratch_bytes,
+    seconds_of_calls,
+    weight_bytes,
+)
 from packforcing.runtime.gpus import GpuFigures
 from packforcing.runtime.plan import TARGETS, device_rows
 from packforcing.units import format_gib
@@ -98,7 +104,7 @@ def candidates(config: Config, free: Collection[str] = AXES) -> list[Candidate]:
                 for precision_loss, level in levels:
                     config = msgspec.structs.replace(shape, precision=level)
                     losses = (size_loss, steps_loss, *policy_losses, precision_loss)
-                    options.append(Candidate(config, *_needs(shape, level), losses))
+                    options.append(Candidate(config, *_needs(config), losses))
     return options
 
 
@@ -198,26 +204,27 @@ def describe_candidate(candidate: Candidate) -> str:
 
 @lru_cache(1024)
 def _plain_needs(config: Config) -> tuple[int, tuple[Call, ...]]:
-    return sum(device_rows(config).values()), tuple(calls(config))
+    rows = device_rows(config)
+    return sum(rows.values()) - rows["scratch"], tuple(calls(config))
 
 
 @lru_cache(64)
-def _denoiser_bytes(config: Config) -> int:
-    return weight_bytes(config)["denoiser"]
+def _denoiser_bytes(model: Config, precision: Precision) -> int:
+    return weight_bytes(msgspec.structs.replace(model, precision=precision))["denoiser"]
 
 
-def _needs(shape: Config, precision: Precision) -> tuple[int, tuple[Call, ...]]:
-    """Return the bytes and the calls of a config with a precision.
+def _needs(config: Config) -> tuple[int, tuple[Call, ...]]:
+    """Return the bytes and the calls of a config.
 
-    Quantized weights change the bytes of the denoiser's weights alone, whatever the size of the
-    picture and the history, so these are counted once.
+    Beside scratch, the dtypes of weights and attention change the bytes of the denoiser's weights
+    alone, whatever the size of the picture and the history, so the rest is counted once.
     """
+    precision = config.precision
     plain = msgspec.structs.replace(precision, weights=precision.compute, attention=None)
-    total, block = _plain_needs(msgspec.structs.replace(shape, precision=plain))
-    model = msgspec.structs.replace(MODELS.get(shape.name, shape), precision=plain)
-    whole = msgspec.structs.replace(model, precision=precision)
-    saved = _denoiser_bytes(model) - _denoiser_bytes(whole)
-    return total - saved, tuple(
+    total, block = _plain_needs(msgspec.structs.replace(config, precision=plain))
+    model = MODELS.get(config.name, config)
+    saved = _denoiser_bytes(model, plain) - _denoiser_bytes(model, precision)
+    return total - saved + max(scratch_bytes(config).values()), tuple(
         call._replace(moved=call.moved - saved) if call.name.startswith("denoiser") else call
         for call in block
     )
