@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import figure_pictures as pictures
+from benchmarks import figure_plans as plans
 from benchmarks import figure_values as values
 
 ROOT = Path(__file__).parents[1]
@@ -79,15 +80,15 @@ QUANTIZED = (
 )
 
 RUNS = {
-    "sizes": Run((("-c", SIZES),), 0.1, values.size_values),
+    "sizes": Run((("-c", SIZES),), 0.1, plans.size_values),
     "plan": Run(
-        (packforcing(values.PLAN.removeprefix("packforcing ")),), 1, values.plan_values,
+        (packforcing(plans.PLAN.removeprefix("packforcing ")),), 1, plans.plan_values,
         pictures={"docs/plan.png": pictures.drawn_by_the_command},
     ),
     "frame-rates": Run(
-        tuple(packforcing(line.removeprefix("packforcing ")) for line in values.FRAME_RATES),
+        tuple(packforcing(line.removeprefix("packforcing ")) for line in plans.FRAME_RATES),
         0.5,
-        values.frame_rate_values,
+        plans.frame_rate_values,
     ),
     "page": Run(
         (benchmark("page_picture --out docs/serve.png"),), 2, lambda results: {},
@@ -95,11 +96,11 @@ RUNS = {
     ),
     "self-forcing": Run(
         (
-            packforcing(values.SELF_FORCING.removeprefix("packforcing ")),
+            packforcing(plans.SELF_FORCING.removeprefix("packforcing ")),
             packforcing("plan --model self-forcing --policy packforcing --history 2,16,2"),
         ),
         1,
-        values.self_forcing_values,
+        plans.self_forcing_values,
     ),
     "bench": Run(
         (benchmark("bench_runtime --only demo --json {out}/bench.json"),), 3, values.bench_values
@@ -223,9 +224,9 @@ RUNS = {
             packforcing("verify --bundle {out}/wan --out {out}/verify"),
         ),
         15,
-        values.full_size_values,
+        plans.full_size_values,
     ),
     "builder": Run(
-        (full_test("tests/calibration -k 'engine_takes and 30'"),), 25, values.builder_values
+        (full_test("tests/calibration -k 'engine_takes and 30'"),), 25, plans.builder_values
     ),
 }  # fmt: skip

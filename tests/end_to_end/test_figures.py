@@ -7,6 +7,7 @@ import sys
 import msgspec
 import pytest
 
+from benchmarks import figure_plans as plans
 from benchmarks import figure_values as values
 from benchmarks import figures
 from benchmarks.ablate_cache import SCHEMES
@@ -249,8 +250,8 @@ REFERENCE = "\n".join(
 BUILDER = (
     "4 layers: bytes per quantized weight {'int8': 9}, scratch {}\nweights {}\n"
     "30 layers: bytes per quantized weight {'int8': 1.001, 'int4': 0.516, 'fp8': 1.0}, scratch "
-    f"{dict.fromkeys(values.BUILT, 320_200_000)}\n"
-    f"weights {dict.fromkeys(values.BUILT, 2_537_293_952)}\n"
+    f"{dict.fromkeys(plans.BUILT, 320_200_000)}\n"
+    f"weights {dict.fromkeys(plans.BUILT, 2_537_293_952)}\n"
 )
 
 
