@@ -137,6 +137,21 @@ def load_video_start(
     return load_start(path, config.width, config.height, config.fps, limit, fit, max_pixels)
 
 
+def fit_frames(frames: np.ndarray, width: int, height: int, fit: Fit = "fill") -> np.ndarray:
+    """Bring frames that a program has in memory to a video's size, as `load_start` does a file's.
+
+    Args:
+        frames: uint8 RGB [T, H, W, 3].
+        width: Of the video, in pixels.
+        height: Of the video, in pixels.
+        fit: As for `load_start`.
+
+    Returns:
+        uint8 RGB [T, height, width, 3].
+    """
+    return np.stack([_fit(Shown(frame), width, height, fit) for frame in frames])
+
+
 def _decoder_errors() -> tuple[type[Exception], ...]:
     import av
     from PIL import Image

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from packforcing.config import Config, Policy
 
-WIDE = 10_000  # columns where stdout is no terminal: a row stays one line
-
 
 def print_json(value: dict[str, Any]) -> None:
     """Print a result for programs, in ASCII: right in every encoding of a terminal or pipe."""
@@ -30,13 +28,12 @@ def print_tables(*renderables: RenderableType) -> None:
 
     from rich.console import Console
 
+    from packforcing.app.reports.tables import WIDE, render_lines
+
     width = None if sys.stdout.isatty() else WIDE
     console = Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-    with console.capture() as capture:
-        for renderable in renderables:
-            console.print(renderable, soft_wrap=isinstance(renderable, str))
-    for line in capture.get().splitlines():
-        click.echo(line.rstrip())
+    for line in render_lines(console, renderables):
+        click.echo(line)
 
 
 def printable(text: str) -> str:

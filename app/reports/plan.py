@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from packforcing.app.reports.tables import make_table
+from packforcing.app.reports.tables import make_table, plain_text
 from packforcing.config import Config
 from packforcing.errors import BackendError, MissingDependency, OutputError, PlanError
 from packforcing.extras import optional_imports
@@ -122,8 +122,12 @@ def kernel_lines(records: Iterable[EngineRecord]) -> dict[str, str]:
     }
 
 
-def read_engine_sizes(directory: Path) -> Measured:
-    """Read the sizes of a bundle's engines, and load them where there is a GPU for them.
+def read_engine_sizes(directory: Path, *, load: bool = True) -> Measured:
+    """Read the sizes of a bundle's engines.
+
+    Args:
+        directory: The bundle.
+        load: Load them as well, where there is a GPU for them.
 
     Raises:
         BundleError: The bundle cannot be read.
@@ -134,6 +138,8 @@ def read_engine_sizes(directory: Path) -> Measured:
         return Measured({}, {}, "no engines are built: run 'packforcing build'")
     built = {name: size for record in records for name, size in record.figures.items()}
     targets, kernels = records[0].key.targets, kernel_lines(records)
+    if not load:
+        return Measured(built, {}, "", targets, kernels)
     try:
         loaded = load_figures(backend, directory, manifest.config)
         return Measured(built, loaded, "", targets, kernels)
@@ -161,6 +167,18 @@ def load_figures(backend: str, directory: Path, config: Config) -> dict[str, int
         }
     finally:
         engines.close()
+
+
+def bundle_text(directory: Path, target: str, seconds: float) -> str:
+    """Return what `packforcing plan --bundle` prints, without engines being loaded for it.
+
+    Raises:
+        BundleError: The bundle cannot be read.
+        ConfigError: The target is unknown, or `seconds` is out of range.
+    """
+    config, engines = read_manifest(directory).config, read_engine_sizes(directory, load=False)
+    plan = make_plan(config, target, seconds=seconds, built=engines.built)
+    return plain_text(*detail(None, plan, seconds, engines, examples(target)))
 
 
 def detail(

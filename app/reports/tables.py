@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
@@ -12,7 +13,11 @@ from packforcing.config import Config
 from packforcing.presets import switch_history
 from packforcing.sampler import describe_steps
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 GAP = 2  # spaces between columns
+WIDE = 10_000  # columns where there is no terminal: a row stays one line
 
 
 def make_table(
@@ -62,3 +67,17 @@ def model_rows(config: Config) -> dict[str, str]:
         "text": f"{config.text_encoder}, at most {config.text_len} words or pieces",
         "history": f"{config.policy}; a prompt switch: {switch_history(config)}",
     }
+
+
+def render_lines(console: Console, renderables: Iterable[RenderableType]) -> list[str]:
+    """Return lines and tables as a console shows them, without spaces at the ends of lines."""
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable, soft_wrap=isinstance(renderable, str))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def plain_text(*renderables: RenderableType) -> str:
+    """Return lines and tables without styles."""
+    console = Console(width=WIDE, color_system=None, highlight=False, markup=False, emoji=False)
+    return "\n".join(render_lines(console, renderables))
