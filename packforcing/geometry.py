@@ -268,18 +268,24 @@ def denoiser_operations(config: Config, new_tokens: int) -> dict[str, int]:
 
     Returns:
         By kind: "quantizable", the products with matrices of the inner layers, whose dtype
-        `Precision.weights` says; "self_attention"; and "other" matrix products.
+        `Precision.weights` says; "self_attention"; and "other" matrix products, among them those
+        that spread the channels of queries and keys before they are rounded.
     """
     d, layers = config.dim, config.layers
     layer = 2 * new_tokens * sum(map(math.prod, layer_matrices(config)))
     ends = 2 * new_tokens * 2 * config.token_dim * d
     time = 2 * (config.freq_dim * d + d * d + 6 * d * d)
     cross_attention = 4 * new_tokens * config.text_len * d * layers
+    spread = 2 * (2 * new_tokens + config.context_tokens) * config.head_dim * d * layers
     inner = len(quantized_layers(config))
     return {
         "quantizable": inner * layer,
         "self_attention": 4 * new_tokens * (new_tokens + config.context_tokens) * d * layers,
-        "other": (layers - inner) * layer + ends + time + cross_attention,
+        "other": (layers - inner) * layer
+        + ends
+        + time
+        + cross_attention
+        + (spread if config.precision.attention else 0),
     }
 
 

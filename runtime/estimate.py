@@ -130,13 +130,13 @@ class Call(NamedTuple):
     """What a call needs of a GPU's time.
 
     Attributes:
-        name: Of the call.
+        new_tokens: Tokens that the denoiser computes; 0 for another graph.
         times: How often it runs for a block.
         operations: By the kinds of `geometry.denoiser_operations`.
         moved: Bytes of weights, inputs and outputs, each once.
     """
 
-    name: str
+    new_tokens: int
     times: int
     operations: dict[str, int]
     moved: int
@@ -151,7 +151,7 @@ def calls(config: Config) -> list[Call]:
     }
     return [
         Call(
-            call,
+            new_tokens.get(call, 0),
             times,
             denoiser_operations(config, new_tokens[call])
             if call in new_tokens

@@ -30,6 +30,7 @@ import msgspec
 
 from packforcing.config import Config, Policy, Precision
 from packforcing.errors import ConfigError, PlanError
+from packforcing.geometry import denoiser_operations
 from packforcing.presets import MODELS, PLANNED_COMMITS, policies, with_autoencoder
 from packforcing.runtime.estimate import (
     Call,
@@ -225,7 +226,11 @@ def _needs(config: Config) -> tuple[int, tuple[Call, ...]]:
     model = MODELS.get(config.name, config)
     saved = _denoiser_bytes(model, plain) - _denoiser_bytes(model, precision)
     return total - saved + max(scratch_bytes(config).values()), tuple(
-        call._replace(moved=call.moved - saved) if call.name.startswith("denoiser") else call
+        call._replace(
+            operations=denoiser_operations(config, call.new_tokens), moved=call.moved - saved
+        )
+        if call.new_tokens
+        else call
         for call in block
     )
 

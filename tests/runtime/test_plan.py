@@ -298,6 +298,8 @@ def test_each_product_counts_at_the_rate_of_its_dtype(weights, products, attenti
         quantized = 2 * tokens * matrices * (WAN.layers - 2)
         attended = 4 * tokens * (tokens + WAN.context_tokens) * WAN.dim * WAN.layers
         rest = total[call] - quantized - attended
+        if attention:  # queries and keys, new and of the context, times a matrix per head
+            rest += 2 * (2 * tokens + WAN.context_tokens) * WAN.head_dim * WAN.dim * WAN.layers
         seconds = (
             quantized / rates[products] + attended / rates[attention or "fp16"]
             + rest / rates["fp16"]
