@@ -21,8 +21,8 @@ test: $(INSTALLED)  ## a process for each core; the tests of a file stay togethe
 full: $(INSTALLED)  ## the long proofs as well, and how long each took
 	$(BIN)/python -m pytest -m "" -p tests.durations --durations=30
 
-bench: $(INSTALLED)  ## with AGAINST=CHECKOUT, before and after in one run
-	$(BIN)/python -m benchmarks.bench_runtime $(if $(AGAINST),--against $(AGAINST))
+bench: $(INSTALLED)  ## the demo on this machine; with AGAINST=CHECKOUT, before and after in one run
+	$(if $(AGAINST),$(BIN)/python -m benchmarks.against $(AGAINST),$(BIN)/packforcing bench)
 
 figures: $(INSTALLED)  ## the numbers and pictures of README and docs, days; ARGS="--below 5" for some
 	$(BIN)/python -m benchmarks.figures $(ARGS)

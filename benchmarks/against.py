@@ -1,17 +1,23 @@
 """Time the runtime of two checkouts in alternation, so that a busy machine slows both.
 
+    python -m benchmarks.against CHECKOUT    # such as of `git worktree add ../before REVISION`
+
 A worker per checkout renders the same demo video with that checkout's code and bundle. The workers
 make a block in turn, and every second round the other one begins.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+
+from packforcing.machine import cpu_cores
 
 HERE = Path(__file__).parents[1]
 BLOCKS, WARM, IMPORTS = 80, 12, 7  # blocks of a video, those not counted, imports
@@ -101,3 +107,13 @@ def _ratio(values: dict[str, float]) -> dict[str, float]:
         **{name: round(value, 6) for name, value in values.items()},
         "ratio": round(values["this"] / values["other"], 3),
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkout", type=Path, help="folder of the other checkout")
+    print(json.dumps(time_against(parser.parse_args().checkout, cpu_cores()), indent=1))
+
+
+if __name__ == "__main__":
+    main()

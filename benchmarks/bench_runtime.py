@@ -1,17 +1,11 @@
-"""Time per block: the runtime against the PyTorch reference, eager and compiled, side by side.
+"""What long videos cost beyond their blocks, and how long the planner takes.
 
     python -m benchmarks.bench_runtime [--json FILE] [--only NAME]
-    python -m benchmarks.bench_runtime --against CHECKOUT    # before and after, in one run
 
-With --against, the runtime alone is timed, in alternation with that of another checkout, such as
-`git worktree add ../before REVISION`; see `benchmarks/against.py`.
-
-Otherwise all three generate the same video in turn, block by block, in one process on the same
-cores; blocks before every partition is full are not counted. The middle size is a transformer of
-dim 768 with 12 layers and 390 tokens a frame, random weights. `long` renders 120 s of demo video
-and fits how time per block and resident memory grow. `checkpoints` renders as much and says which
-part of the time went into what makes a render resumable; both are wall time of one run, so it holds
-on a busy machine too.
+`long` renders 120 s of demo video and fits how time per block and resident memory grow.
+`checkpoints` renders as much and says which part of the time went into what makes a render
+resumable; both are wall time of one run, so it holds on a busy machine too. `packforcing bench`
+times blocks and calls, `benchmarks.peers` other libraries beside the runtime.
 """
 
 from __future__ import annotations
@@ -20,100 +14,23 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 
-from benchmarks.against import time_against
-from packforcing import Config, Policy, model_config
-from packforcing.machine import cpu_cores
+from packforcing import model_config
 from packforcing.runtime import Session, demo_bundle, realtime
 from packforcing.runtime.allocations import memory_by_purpose
 from packforcing.runtime.blocks import BlockInfo
 from packforcing.runtime.gpus import known_gpus
 from packforcing.runtime.plan import CUDA_CONTEXT
-from packforcing.words import encode_words
 
 PROMPT = "a red star over navy stripes"
-THREADS = cpu_cores()
-MIDDLE = Config(
-    name="middle", height=240, width=416, fps=16, dim=768, heads=12, layers=12, ffn_dim=3072,
-    block_frames=2, text_encoder="words", text_len=8, text_dim=22,
-    compressor_widths=(32, 64, 128, 256), vae_encoder_width=8, vae_decoder_widths=(16, 8, 8, 8),
-    timesteps=(1000, 500), policy=Policy(sink=1, mid=2, recent=1),
-)  # fmt: skip
-
-
-def side_by_side(config: Config, weights: Path | None, bundle: Path, blocks: int) -> dict:
-    """Median milliseconds per block of each, once every partition is full."""
-    import torch
-
-    from packforcing.model import Model, load_model, random_model
-    from packforcing.reference import rollout
-    from packforcing.sampler import draw_noise
-
-    torch.set_num_threads(THREADS)
-    model = load_model(config, weights) if weights else random_model(config)
-    compiled = Model(
-        config, torch.compile(model.transformer, dynamic=True),
-        model.autoencoder, torch.compile(model.compressor),
-    )  # fmt: skip
-    text = torch.from_numpy(encode_words(PROMPT, config))
-
-    def reference(model: Model) -> Iterator[object]:
-        return rollout(model, text, blocks, lambda b, s: draw_noise(config, 0, b, s))
-
-    with Session.open(bundle, threads=THREADS) as session:
-        frames = blocks * config.block_pixel_frames - config.trimmed_frames
-        inside: list[float] = []
-        runs = {
-            "runtime": session.stream(PROMPT, frames / config.fps),
-            "eager": reference(model),
-            "compiled": reference(compiled),
-        }
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for block in range(blocks):
-            for name, run in runs.items():
-                graphs = sum(session.graph_seconds().values())
-                began = time.perf_counter()
-                next(run)
-                if block >= config.policy.capacity + 2:
-                    times[name].append(time.perf_counter() - began)
-                    if name == "runtime":
-                        graphs = sum(session.graph_seconds().values()) - graphs
-                        inside.append(graphs / times[name][-1])
-    median = {name: 1000 * statistics.median(values) for name, values in times.items()}
-    return {
-        "ms_per_block": {name: round(value, 2) for name, value in median.items()},
-        "eager_over_runtime": round(median["eager"] / median["runtime"], 2),
-        "compiled_over_runtime": round(median["compiled"] / median["runtime"], 2),
-        "percent_outside_graphs": round(100 * (1 - statistics.median(inside)), 2),
-    }
-
-
-def demo() -> dict:
-    """The shipped model and bundle."""
-    weights = demo_bundle().parent / "model.safetensors"
-    return side_by_side(model_config("demo"), weights, demo_bundle(), blocks=40)
-
-
-def middle() -> dict:
-    """dim 768, 12 layers, 390 tokens a frame, random weights."""
-    from packforcing.export import export_bundle
-    from packforcing.model import random_weights
-
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        export_bundle(MIDDLE, random_weights(MIDDLE), bundle)
-        return side_by_side(MIDDLE, None, bundle, blocks=9)
 
 
 def long() -> dict:
@@ -216,21 +133,6 @@ def _slope(values: list[float] | list[int]) -> float:
     return float(np.median((array[half : 2 * half] - array[:half]) / half))
 
 
-def imports() -> dict:
-    """Seconds of `import packforcing.runtime` in a fresh interpreter, best of five."""
-    script = (
-        "import time; t = time.perf_counter(); import packforcing.runtime; "
-        "print(time.perf_counter() - t)"
-    )
-    runs = [
-        float(
-            subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
-        )
-        for _ in range(5)
-    ]
-    return {"import_seconds": round(min(runs), 3)}
-
-
 def planner() -> dict:
     """CPU seconds in which `plan --fps` lists its candidates and chooses, for one GPU, for all."""
     gpus, config = known_gpus(), model_config("wan-1.3b")
@@ -256,12 +158,9 @@ def _resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-BENCHES = {
-    "import": imports,
-    "demo": demo,
+BENCHES: dict[str, Callable[[], dict]] = {
     "long": long,
     "checkpoints": checkpoints,
-    "middle": middle,
     "planner": planner,
 }
 
@@ -272,16 +171,10 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=BENCHES, help="one benchmark instead of all")
     parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument(
-        "--against", type=Path, metavar="CHECKOUT", help="time another checkout too"
-    )
     args = parser.parse_args()
     results = {}
-    benches: dict[str, Callable[[], dict]] = BENCHES
-    if args.against:
-        benches = {"against": partial(time_against, args.against, THREADS)}
-    for name, bench in benches.items():
-        if args.against or args.only in (None, name):
+    for name, bench in BENCHES.items():
+        if args.only in (None, name):
             results[name] = bench()
             print(name, json.dumps(results[name], indent=1), flush=True)
     if args.json:

@@ -103,7 +103,7 @@ RUNS = {
         plans.self_forcing_values,
     ),
     "bench": Run(
-        (benchmark("bench_runtime --only demo --json {out}/bench.json"),), 3, values.bench_values
+        (benchmark("peers --json {out}/bench.json"),), 6, values.bench_values
     ),
     "checkpoints": Run(
         (benchmark("bench_runtime --only checkpoints --json {out}/bench.json"),), 2,

@@ -341,13 +341,13 @@ def quantizer_values(results: Results) -> dict[str, str]:
 
 
 def bench_values(results: Results) -> dict[str, str]:
-    demo = results.json("bench.json")["demo"]
-    block = demo["ms_per_block"]["runtime"]
+    blocks = results.json("bench.json")["blocks"]
+    block = blocks["milliseconds"]["runtime"]
     config = model_config("demo")
     return {
         "block": f"{block:.0f} ms",
         "real-time": f"{1e3 * config.block_pixel_frames / config.fps / block:.1f}",
-        "eager": f"{demo['eager_over_runtime']:.1f}",
+        "eager": f"{blocks['over_runtime']['eager']:.1f}",
     }
 
 

@@ -34,7 +34,7 @@ from benchmarks.figure_runs import ROOT, RUNS, Run
 from benchmarks.figure_values import Results
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.files import file_sha256, write_file
-from packforcing.machine import cpu_cores
+from packforcing.machine import cpu_cores, processor_name
 
 FIGURES = ROOT / "docs" / "figures.json"
 ROOMS = "packforcing", "runtime", "export", "calibration", "evaluation", "app"
@@ -192,13 +192,7 @@ def readable(command: Iterable[str]) -> str:
 
 def machine() -> str:
     """Describe this machine in a few words."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = re.findall(
-            r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        )
-        model = names[0] if names else model
-    return f"{cpu_cores()} cores, {model}, Python {platform.python_version()}"
+    return f"{cpu_cores()} cores, {processor_name()}, Python {platform.python_version()}"
 
 
 def _git(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""CPU cores and memory that this process may use, which may be fewer than the machine has.
+"""The CPU, its cores and the memory that this process may use, which may be less than is there.
 
 A process may be bound to some cores (taskset, a batch system, a container's cpuset), and Linux
 control groups (containers, systemd, Slurm, Kubernetes) limit CPU time and memory. A group lies in
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +36,12 @@ def cpu_cores(root: Path = ROOT) -> int:
     """
     cores = _variable("PYTHON_CPU_COUNT") or min([_bound_cores(), *_cpu_limits(root)])
     return min(cores, _variable("OMP_NUM_THREADS") or cores)
+
+
+def processor_name(root: Path = ROOT) -> str:
+    """Return the name of the CPU, or its architecture where the system does not tell."""
+    names = re.findall(r"model name\s*: (.*)", _text(root / "proc/cpuinfo"))
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def total_memory(root: Path = ROOT) -> int:

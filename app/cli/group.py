@@ -52,6 +52,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
         "build": "machine",
     },
     "Measure": {
+        "bench": "bench",
         "evaluate": "evaluation",
         "compare": "evaluation",
     },
