@@ -192,8 +192,10 @@ def _gpu_here() -> GpuFigures:
 def _unknown(name: str, text: str) -> str:
     """Say that there are no figures for a GPU, which ones have a similar name, and what to do."""
     known = {model.name: words for words, same in _models().items() for model in same}
-    numbers = {word for word in _words(text) if len(word) > 2 and word.isdigit()}
-    near = [other for other, words in known.items() if numbers & {*words}]
+    words = {*_words(text)}
+    numbers = {word for word in words if len(word) > 2 and word.isdigit()}
+    near = [other for other, its_words in known.items() if numbers & {*its_words}]
+    near.sort(key=lambda other: len(words ^ {*known[other]}))  # words that one of the two lacks
     product = " ".join(text.upper().replace("RTX", "").split())
     near = near or difflib.get_close_matches(f"RTX {product}", known, SUGGESTIONS, 0.8)
     spaced = re.sub(r"\brtx(?=\d)", "rtx ", " ".join(re.findall(r"\w+", text)))

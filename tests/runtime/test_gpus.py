@@ -151,6 +151,11 @@ def test_an_unknown_gpu_is_refused(name):
         find_gpu(name)
 
 
+def test_the_nearest_names_come_first():
+    with pytest.raises(ConfigError, match="did you mean RTX 4070 SUPER or RTX 4070 Laptop or"):
+        find_gpu("4070 super laptop")
+
+
 def test_a_typing_error_is_named():
     with pytest.raises(ConfigError, match="did you mean RTX 4070"):
         find_gpu("RTX 4071")
