@@ -1,74 +1,45 @@
 """Render and measure the same prompts and seeds under several policies, or by a bundle and what
 was quantized from it.
 
-Every finished pair of a policy, or bundle, and a prompt is a video and, written after it, a JSON
-file of the same name, which holds a key of all that went in. A later call renders what has no such
-file.
+A later call renders the pairs of a policy, or bundle, and a prompt that are not finished.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
-import psutil
 
-from packforcing import __version__
 from packforcing.calibration.recipes import SNR_FILE, OutputLoss
 from packforcing.config import Config, Policy, Precision
 from packforcing.errors import BackendError, ConfigError, MissingDependency, OutputError
-from packforcing.evaluation.ablations import make_rollout
 from packforcing.evaluation.fidelity import Fidelity, video_fidelity
 from packforcing.evaluation.intervals import Estimate, estimate_mean
-from packforcing.evaluation.measures import Evaluation, Segment, Values, evaluate_video
+from packforcing.evaluation.measures import Segment, Values
+from packforcing.evaluation.pairs import (
+    Job,
+    OnShare,
+    Pair,
+    PairRenderer,
+    encode_json,
+    finished_pair,
+    pair_key,
+    render_pairs,
+)
 from packforcing.evaluation.prompt_sets import Prompt
 from packforcing.extras import optional_imports
 from packforcing.files import write_file
-from packforcing.presets import model_config
-from packforcing.prompts import Timeline
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
-from packforcing.runtime.blocks import BlockInfo
-from packforcing.runtime.bundle import MANIFEST, read_manifest
+from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.request import check_memory, check_request
-from packforcing.runtime.resume import discard
-from packforcing.runtime.session import Session
 from packforcing.runtime.video_files import check_output
 
 END = 20.0  # seconds: what is left of a video at its end
 CLOSE = 5.0  # seconds at the beginning in which frames of several bundles are compared
 TARGET = "sm89"  # that device bytes are planned for; it has every dtype
-
-
-class Job(NamedTuple):
-    """A policy, or a bundle's name, and the number of a prompt; `video` is where its file lies."""
-
-    policy: str
-    number: int
-    video: Path
-
-
-class Pair(msgspec.Struct, frozen=True):
-    """A prompt rendered under a policy."""
-
-    policy: str
-    number: int
-    prompt: str
-    seed: int
-    video: str  # a path relative to the folder
-    evaluation: Evaluation
-    block_seconds: list[float]
-    tokens_read: list[int]  # of context, by every block
-    read: list[list[int]]  # the archived blocks that each block read
-    host_peak: int  # bytes of resident memory, of the whole process
 
 
 class Costs(msgspec.Struct, frozen=True):
@@ -125,6 +96,7 @@ def run_comparison(
     backend: str = "onnxruntime",
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    render: Callable[[PairRenderer, OnShare], None] = render_pairs,
 ) -> Comparison:
     """Render and measure what a folder lacks, and write compare.json there.
 
@@ -139,6 +111,8 @@ def run_comparison(
         backend: Backend of the sessions.
         threads: CPU threads of the sessions; None: one for each core of this process.
         progress: Called with the number of frames done, and of all that were missing.
+        render: Renders all pairs of a renderer, wherever it likes; called with what takes the name
+            of a pair and the share of it that is done.
 
     Raises:
         ConfigError: A bundle is of another model, or a video does not fit into memory.
@@ -154,24 +128,23 @@ def run_comparison(
         bundles |= others
         policies = {**policies, **{name: _alike(path, config) for name, path in others.items()}}
     suffix = ".mkv" if others else ".mp4"
-    timelines = [check_request(config, prompt.content, seconds, prompt.seed) for prompt in prompts]
+    for prompt in prompts:
+        check_request(config, prompt.content, seconds, prompt.seed)
     videos = folder / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder {videos}: {error.strerror}") from error
-    jobs = [
-        Job(
-            name,
-            number,
-            videos
-            / f"{name}-{number:02}-{_key(bundles[name], backend, policy, prompt, seconds)}{suffix}",
-        )
+    keys = {
+        (name, number): pair_key(bundles[name], backend, policy, prompt, seconds)
         for name, policy in policies.items()
         for number, prompt in enumerate(prompts)
+    }
+    jobs = [
+        Job(name, number, videos / f"{name}-{number:02}-{key}{suffix}")
+        for (name, number), key in keys.items()
     ]
-    finished = {job: pair for job in jobs if (pair := _finished(job))}
-    missing = [job for job in jobs if job not in finished]
+    missing = [job for job in jobs if not finished_pair(job)]
     frames = config.frames(seconds)
     for name in dict.fromkeys(job.policy for job in missing):
         try:
@@ -179,23 +152,24 @@ def run_comparison(
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from error
     check_output(videos / f"all{suffix}", len(missing) * frames, config.width, config.height)
-    done = itertools.count()
-    for name, group in itertools.groupby(missing, lambda job: job.policy):
-        policy = policies[name]
-        with Session.open(
-            bundles[name],
-            policy=policy,
-            backend=backend,
-            threads=threads,
-            make_rollout=make_rollout,
-        ) as session:
-            for job in group:
-                on_share = partial(_report_share, progress, next(done), len(missing), frames)
-                prompt, timeline = prompts[job.number], timelines[job.number]
-                pair = _render(session, job, prompt, timeline, seconds, on_share)
-                write_file(job.video.with_suffix(".json"), _json(pair))
-                finished[job] = pair
-    pairs = [finished[job] for job in jobs]
+    shares = dict.fromkeys((job.video.stem for job in missing), 0.0)
+
+    def on_share(name: str, share: float) -> None:
+        shares[name] = share
+        if progress:
+            progress(round(sum(shares.values()) * frames), len(missing) * frames)
+
+    if missing:
+        render(
+            PairRenderer(
+                {job.video.stem: job for job in missing},
+                bundles, policies, prompts, seconds, backend, threads,
+            ),
+            on_share,
+        )  # fmt: skip
+    pairs = [pair for job in jobs if (pair := finished_pair(job))]
+    if len(pairs) < len(jobs):
+        raise OutputError(f"files of {videos} disappear while they are compared")
     outputs, unmeasured = _outputs(bundle, others) if others else ({}, "")
     result = Comparison(
         bundle=str(bundle),
@@ -219,7 +193,7 @@ def run_comparison(
         outputs=outputs,
         unmeasured=unmeasured,
     )
-    write_file(folder / "compare.json", _json(result))
+    write_file(folder / "compare.json", encode_json(result))
     return result
 
 
@@ -257,79 +231,6 @@ def _outputs(
         return measure_output_losses(bundle, others), ""
     except (BackendError, MissingDependency) as error:
         return {}, str(error)
-
-
-def _report_share(
-    progress: Callable[[int, int], None] | None, done: int, jobs: int, frames: int, share: float
-) -> None:
-    if progress:
-        progress(round((done + share) * frames), jobs * frames)
-
-
-def _render(
-    session: Session,
-    job: Job,
-    prompt: Prompt,
-    timeline: Timeline,
-    seconds: float,
-    on_share: Callable[[float], None],
-) -> Pair:
-    """Render and measure one pair; the video stands under its name when it is whole."""
-    process, config = psutil.Process(), session.config
-    blocks: list[BlockInfo] = []
-    peak = 0
-
-    def on_block(info: BlockInfo) -> None:
-        nonlocal peak
-        blocks.append(info)
-        peak = max(peak, process.memory_info().rss)
-        on_share(info.frames / session.config.frames(seconds) / 2)
-
-    video = job.video
-    discard(video)  # of a comparison that was interrupted: every block is to be measured
-    session.render(timeline, seconds, video, prompt.seed, on_block=on_block)
-    # the detectors are of the demo model's world
-    words = prompt.text if session.manifest.config.name == model_config("demo").name else None
-    evaluation = evaluate_video(video, words, lambda done, total: on_share(0.5 + done / total / 2))
-    return Pair(
-        policy=job.policy,
-        number=job.number,
-        prompt=prompt.text,
-        seed=prompt.seed,
-        video=f"{video.parent.name}/{video.name}",
-        evaluation=evaluation,
-        block_seconds=[round(block.seconds, 5) for block in blocks],
-        tokens_read=[
-            sum(map(len, config.policy.full_resolution_blocks(block.index))) * config.block_tokens
-            + len(block.read) * config.compressed_tokens
-            for block in blocks
-        ],
-        read=[block.read for block in blocks],
-        host_peak=peak,
-    )
-
-
-def _key(bundle: Path, backend: str, policy: Policy, prompt: Prompt, seconds: float) -> str:
-    """Of all that a pair depends on; the manifest holds the hash of every file of the bundle."""
-    manifest = hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
-    content = prompt.content
-    words = content if isinstance(content, str) else content.tobytes().hex()
-    inputs = [__version__, manifest, backend, words, prompt.text, prompt.seed, float(seconds)]
-    inputs.append(msgspec.to_builtins(policy))
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
-
-
-def _finished(job: Job) -> Pair | None:
-    """The result of an earlier call, if its video is there as well; None for a damaged file."""
-    with suppress(OSError, msgspec.DecodeError):
-        pair = msgspec.json.decode(job.video.with_suffix(".json").read_bytes(), type=Pair)
-        if job.video.is_file():
-            return pair
-    return None
-
-
-def _json(value: object) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
 def _costs(bundle: Path, policy: Policy, pairs: Sequence[Pair], seconds: float) -> Costs:

@@ -13,7 +13,7 @@ import math
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -364,8 +364,16 @@ def view(array: Array) -> np.ndarray:
     return np.ndarray(array.shape, array.dtype, memoryview(memory))
 
 
-def count_gpus(extra: str) -> int:
-    """Count the visible GPUs, at least 1.
+class VisibleGpu(NamedTuple):
+    """A GPU that this process may use."""
+
+    name: str
+    target: str  # compute capability, as engines name it: sm89 is 8.9
+    memory: int  # bytes
+
+
+def list_gpus(extra: str) -> list[VisibleGpu]:
+    """List the visible GPUs in CUDA's order, at least one. Nothing is allocated on them.
 
     Args:
         extra: The extra that installs CUDA's bindings for the backend in use.
@@ -374,8 +382,13 @@ def count_gpus(extra: str) -> int:
         BackendError: There is no usable GPU.
         MissingDependency: CUDA's bindings are not installed.
     """
-    count: int = _cuda_runtime(extra).cudaGetDeviceCount()[1]
-    return count
+    cuda = _cuda_runtime(extra)
+    visible = []
+    for number in range(cuda.cudaGetDeviceCount()[1]):
+        properties = cuda.cudaGetDeviceProperties(number)[1]
+        name, target = properties.name, f"sm{properties.major}{properties.minor}"
+        visible.append(VisibleGpu(name.decode(), target, properties.totalGlobalMem))
+    return visible
 
 
 def _cuda_runtime(extra: str) -> Any:

@@ -102,14 +102,20 @@ def import_graph() -> dict[str, set[str]]:
     return graph
 
 
-def test_onnxruntime_is_imported_in_one_place():
-    """There its usage reports are turned off."""
+@pytest.mark.parametrize(
+    ("library", "place"),
+    [
+        ("onnxruntime", "runtime/backends/onnxruntime.py"),  # its usage reports are turned off
+        ("ray", "app/jobs/ray_actors.py"),
+    ],
+)
+def test_a_library_is_imported_in_one_place(library, place):
     importers = {
         label(path)
         for path in code_files(*ROOMS)
-        if any(name.split(".")[0] == "onnxruntime" for name in imports(syntax(path)))
+        if any(name.split(".")[0] == library for name in imports(syntax(path)))
     }
-    assert importers == {"runtime/backends/onnxruntime.py"}
+    assert importers == {place}
 
 
 def test_rooms_import_only_those_before_them():

@@ -6,12 +6,12 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from packforcing.app.cli.executors import executor_options, open_executor
 from packforcing.app.cli.options import (
     FILE,
     FOLDER,
@@ -32,8 +32,10 @@ from packforcing.errors import ConfigError
 
 if TYPE_CHECKING:
     from packforcing.app.jobs.batch_file import BatchJob
-    from packforcing.app.jobs.pool import Work
+    from packforcing.app.jobs.deal import Executor
     from packforcing.app.jobs.records import JobRecord
+    from packforcing.app.jobs.renders import Renders
+    from packforcing.config import Policy
 
 SHOWN_MISTAKES = 20
 
@@ -55,18 +57,7 @@ SHOWN_MISTAKES = 20
     **encoder_attrs,
 )  # fmt: skip
 @strict_option
-@option(
-    "--workers",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Videos at once, in a process each.  [default: 1 on the CPU, else one for each GPU]",
-)
-@option(
-    "--per-gpu",
-    type=click.IntRange(1, 64),
-    metavar="N",
-    help="Videos at once on each GPU, instead of --workers.",
-)
+@executor_options
 @option(
     "--shard",
     type=SHARD,
@@ -87,6 +78,7 @@ def batch(
     strict: bool,
     workers: int | None,
     per_gpu: int | None,
+    ray: str | None,
     shard: tuple[int, int],
     retry_failed: bool,
     backend: str,
@@ -108,17 +100,17 @@ def batch(
       packforcing batch prompts.txt --out night --seconds 30 --workers 2
       packforcing batch jobs.jsonl --out night --bundle my-bundle --backend tensorrt-rtx
       packforcing batch jobs.csv --out /scratch/night --shard 3/8
+      packforcing batch jobs.jsonl --out /shared/night --backend tensorrt-rtx --ray
     """
     from packforcing.app.jobs.batch import add_job, find_work, read_records, share_of
     from packforcing.app.jobs.batch_file import BatchFile
-    from packforcing.app.jobs.pool import Stop, render_here, render_in_processes
+    from packforcing.app.jobs.renders import Renders
+    from packforcing.app.jobs.shares import Videos
     from packforcing.presets import policies
-    from packforcing.runtime.backends import ENGINE_BACKENDS, visible_gpus
+    from packforcing.runtime.backends import ENGINE_BACKENDS
     from packforcing.runtime.bundle import bundle_digest, read_manifest
     from packforcing.runtime.video_files import check_output
 
-    if workers and per_gpu:
-        raise click.UsageError("--workers and --per-gpu exclude each other")
     directory, config, _ = bundle_and_policy(bundle)
     file = BatchFile(
         jobs,
@@ -133,46 +125,39 @@ def batch(
     _refuse_mistakes(jobs, file.mistakes)
     if encoder is not None:
         check_encoder_is_needed(config, [switch for job in file.jobs for switch in job.prompts])
-    gpus = visible_gpus(backend)
-    if per_gpu and not gpus:
-        raise ConfigError(f"{backend} runs on the CPU: set --workers instead of --per-gpu")
-    folder, digest = make_folder(out), bundle_digest(read_manifest(directory))
-    mine = share_of(file.jobs, shard)
-    reasons = find_work(
-        folder, mine, config, digest, retry_failed=retry_failed, encoding=encoder is not None
-    )
-    pending = {job.id: job for job in mine if job.id in reasons}
-    frames = {job.id: config.frames(job.seconds) for job in pending.values()}
-    if pending:
-        check_output(folder / "all.mp4", sum(frames.values()), config.width, config.height)
-    _print_work(mine, reasons)
-    if encoder is not None:
-        pending |= _encode(
-            [job for job in pending.values() if reasons[job.id] != "unfinished"], encoder, strict
-        )
-    for job in pending.values():
-        add_job(folder, job, reasons[job.id], config, digest)
-
-    stop = Stop()
     received: list[int] = []
-
-    def end(number: int, frame: object) -> None:
-        for other, handler in handlers.items():  # of the program: they end it at once
-            signal.signal(other, handler)
-        received.append(number)
-        stop()
-
-    works = _share_machine(directory, folder, tuple(pending), backend, gpus, workers, per_gpu)
-    try:
-        with batch_meter(frames, len(works)) as show, handle_signals(end) as handlers:
-            if works and len(works) == 1 and not gpus:
-                print_status(f"loading {directory} ...", False)
-                render_here(works[0], partial(show, 0), stop)
-            else:
-                render_in_processes(works, show, stop)
-    finally:
-        records = read_records(folder, file.jobs)
-        _write_results(jobs, folder, file.jobs, records)
+    with open_executor(backend, workers, per_gpu, ray) as executor:
+        folder, digest = make_folder(out), bundle_digest(read_manifest(directory))
+        mine = share_of(file.jobs, shard)
+        reasons = find_work(
+            folder, mine, config, digest, retry_failed=retry_failed, encoding=encoder is not None
+        )
+        pending = {job.id: job for job in mine if job.id in reasons}
+        frames = {job.id: config.frames(job.seconds) for job in pending.values()}
+        longest: dict[Policy | None, float] = {}
+        for job in pending.values():
+            longest[job.policy] = max(job.seconds, longest.get(job.policy, 0))
+        bundle_path = directory.absolute()
+        videos = tuple(Videos(bundle_path, *each) for each in longest.items())
+        work = Renders(bundle_path, digest, folder.absolute(), backend, videos)
+        if pending:
+            check_output(folder / "all.mp4", sum(frames.values()), config.width, config.height)
+            executor.check(work)
+        _print_work(mine, reasons)
+        if encoder is not None:
+            pending |= _encode(
+                [job for job in pending.values() if reasons[job.id] != "unfinished"],
+                encoder,
+                strict,
+            )
+        for job in pending.values():
+            add_job(folder, job, reasons[job.id], config, digest)
+        try:
+            if pending:
+                _render(executor, work, frames, received)
+        finally:
+            records = read_records(folder, file.jobs)
+            _write_results(jobs, folder, file.jobs, records)
     ended = [record for job in mine if (record := records.get(job.id)) and record.result]
     failed = [record for record in ended if record.result and record.result.error]
     for record in failed:
@@ -227,25 +212,21 @@ def _encode(jobs: list[BatchJob], encoder: Path, strict: bool) -> dict[str, Batc
     return {job.id: with_embeddings(job, embeddings) for job in jobs}
 
 
-def _share_machine(
-    bundle: Path,
-    folder: Path,
-    ids: tuple[str, ...],
-    backend: str,
-    gpus: int,
-    workers: int | None,
-    per_gpu: int | None,
-) -> list[Work]:
-    """Divide GPUs, or the threads of the CPU, among workers; no more of them than jobs."""
-    from packforcing.app.jobs.pool import Work
-    from packforcing.machine import cpu_cores
+def _render(executor: Executor, work: Renders, frames: dict[str, int], received: list[int]) -> None:
+    """Render jobs, whose frames are by ID; note the signal that ends it."""
+    from packforcing.app.jobs.deal import Stop
 
-    count = min(workers or gpus * (per_gpu or 1) or 1, len(ids))
-    threads = max(1, cpu_cores() // count) if count > 1 else None
-    return [
-        Work(bundle, folder, ids, backend, number % gpus if gpus else 0, threads)
-        for number in range(count)
-    ]
+    stop = Stop()
+
+    def end(number: int, frame: object) -> None:
+        for other, handler in handlers.items():  # of the program: they end it at once
+            signal.signal(other, handler)
+        received.append(number)
+        stop()
+
+    with batch_meter(frames, executor.size(len(frames))) as show, handle_signals(end) as handlers:
+        print_status(f"loading {work.bundle} ...", False)
+        executor.render(work, [*frames], show, stop)
 
 
 def _write_results(

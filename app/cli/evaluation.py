@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
+from packforcing.app.cli.executors import executor_options, open_executor
 from packforcing.app.cli.options import (
     FOLDER,
     NAMES,
@@ -98,6 +100,7 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
 )
 @seed_option
 @out_folder_option("out/compare")
+@executor_options
 @run_options
 @json_option
 def compare(
@@ -108,6 +111,9 @@ def compare(
     prompts: str,
     seed: int,
     out: Path,
+    workers: int | None,
+    per_gpu: int | None,
+    ray: str | None,
     threads: int | None,
     backend: str,
     as_json: bool,
@@ -130,6 +136,7 @@ def compare(
     with optional_imports("the comparison", "evaluate", "plot"):
         import matplotlib  # noqa: F401  # before hours of rendering
 
+        from packforcing.app.jobs.pairs import render_pairs_by
         from packforcing.app.reports import compare as report
         from packforcing.evaluation.compare import run_comparison
         from packforcing.evaluation.policies import comparison_policies
@@ -152,11 +159,16 @@ def compare(
         inputs = draw_prompts(config, int(prompts), seed)
     else:
         inputs = read_prompts(Path(prompts), seed)
-    with count_meter("comparing", "frames", quiet=as_json) as on_frame:
+    echo_error = partial(click.echo, err=True)
+    with (
+        open_executor(backend, workers, per_gpu, ray) as executor,
+        count_meter("comparing", "frames", quiet=as_json) as on_frame,
+    ):
         comparison = run_comparison(
-            directory, policies, inputs, seconds, out,
-            others={path.resolve().name: path for path in others},
+            directory.absolute(), policies, inputs, seconds, out.absolute(),
+            others={path.resolve().name: path.absolute() for path in others},
             backend=backend, threads=threads, progress=on_frame,
+            render=partial(render_pairs_by, executor, out, on_failure=echo_error),
         )  # fmt: skip
     page = report.write_report(out, comparison)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from packforcing.app.jobs.events import Ended, Event, Made
+from packforcing.app.jobs.events import Ended, Event, Made, Retired
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -157,6 +157,9 @@ def batch_meter(
 
         def show(worker: int, event: Event) -> None:
             nonlocal done
+            if isinstance(event, Retired):
+                whole.write(f"worker {worker + 1} has ended: {event.error}")
+                return
             job_frames = jobs[event.id]
             now = event.frames if isinstance(event, Made) else frames[event.id]
             if isinstance(event, Ended):

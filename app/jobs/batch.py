@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -24,9 +25,11 @@ from packforcing.app.jobs.records import (
 )
 from packforcing.config import Config
 from packforcing.embeddings import Embedding, load_embedding
-from packforcing.errors import OutputError, PackForcingError
+from packforcing.errors import OutputError, PackForcingError, RenderLocked
 from packforcing.files import write_file
 from packforcing.prompts import prompt_words
+from packforcing.runtime.render_lock import locked_folder
+from packforcing.runtime.render_record import RECORD
 from packforcing.runtime.resume import discard
 
 RESULTS = "results.jsonl"
@@ -83,7 +86,7 @@ def find_work(
 
 
 def add_job(folder: Path, job: BatchJob, reason: str, config: Config, bundle: str) -> None:
-    """Write the record of a job, unless it is there and unfinished.
+    """Write the record of a job, unless it is there, from before or by another run.
 
     Args:
         folder: Of the records.
@@ -101,6 +104,14 @@ def add_job(folder: Path, job: BatchJob, reason: str, config: Config, bundle: st
     if reason != "new":
         discard(video_path(folder, job.id))
         remove_files(folder, job.id)
+    with suppress(RenderLocked), locked_folder(video_path(folder, job.id)) as locked:
+        if not record_path(folder, job.id).exists():
+            _write_job(folder, job, config, bundle)
+        if not (locked.path / RECORD).exists():  # nothing to resume
+            locked.remove()
+
+
+def _write_job(folder: Path, job: BatchJob, config: Config, bundle: str) -> None:
     start = None
     if job.start is not None:
         try:

@@ -1,4 +1,4 @@
-"""What workers report while they render the jobs of a batch."""
+"""What workers report while they render."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ class Ended:
 
     id: str
     status: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A worker cannot work, like one whose GPU is gone; others may."""
+
     error: str
 
 
-Event = Began | Made | Ended
+Event = Began | Made | Ended | Retired

@@ -24,7 +24,7 @@ from packforcing.runtime.backends.onnxruntime import OnnxGraph, import_onnxrunti
 from packforcing.runtime.backends.tensorrt import Engines, matching_records
 from packforcing.runtime.buffers import Arrays
 from packforcing.runtime.bundle import GPU_GRAPHS, Manifest, check_files, contract, graph_file
-from packforcing.runtime.device import CudaDevice, HostDevice, count_gpus
+from packforcing.runtime.device import CudaDevice, HostDevice, VisibleGpu, list_gpus
 from packforcing.runtime.turns import CPU_TURNS, Turns
 
 MAX_THREADS = 1024
@@ -142,8 +142,8 @@ def open_backend(
     return opened
 
 
-def visible_gpus(name: str) -> int:
-    """Count the GPUs that a backend can use; 0 for one that runs on the CPU.
+def visible_gpus(name: str) -> list[VisibleGpu]:
+    """List the GPUs that a backend can use; none for one that runs on the CPU.
 
     Raises:
         BackendError: No such backend, or it needs a GPU and there is none.
@@ -151,8 +151,8 @@ def visible_gpus(name: str) -> int:
     """
     check_backend(name)
     if name == "onnxruntime":
-        return 0
-    return count_gpus("gpu" if name == "onnxruntime-cuda" else name)
+        return []
+    return list_gpus("gpu" if name == "onnxruntime-cuda" else name)
 
 
 def threads_of(identity: str) -> int | None:

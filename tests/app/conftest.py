@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from packforcing.runtime import demo_bundle
+from tests.batches import MANY, prepare, render_alone
+
 
 @pytest.fixture
 def bundle(tiny_bundle, tmp_path) -> Path:
@@ -18,3 +21,12 @@ def out(tmp_path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    """Two hundred videos of the demo model, by ID, rendered one after the other."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return render_alone(
+        demo_bundle(), prepare(folder / "jobs", demo_bundle(), MANY)[1], folder / "alone"
+    )

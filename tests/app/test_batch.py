@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing import active_children
 
@@ -16,20 +15,19 @@ import pytest
 from PIL import Image
 
 from packforcing.app.jobs import batch
-from packforcing.app.jobs.batch import add_job, share_of
+from packforcing.app.jobs.batch import share_of
 from packforcing.app.jobs.batch_file import BatchFile
+from packforcing.app.jobs.deal import Stop, render_here
 from packforcing.app.jobs.events import Began, Ended, Made
-from packforcing.app.jobs.pool import Stop, Work, render_here, render_in_processes
+from packforcing.app.jobs.processes import ThisMachine
 from packforcing.app.jobs.records import read_record, record_path, video_path
 from packforcing.embeddings import Embedding, save_embedding
 from packforcing.presets import policies
-from packforcing.runtime import Session, demo_bundle
-from packforcing.runtime.bundle import read_manifest
+from packforcing.runtime import Session
 from packforcing.runtime.render_lock import locked_folder
+from tests.batches import BLUE, RED, prepare, render_alone, render_under_kills
 from tests.helpers import TINY
 from tests.helpers import run as run_command
-
-RED, BLUE = "a red star over navy stripes", "a blue circle over sand dots"
 
 
 def run(*args):
@@ -192,37 +190,10 @@ def test_several_mistakes_are_shown_at_once_and_nothing_is_written(tiny_bundle, 
     assert stderr.splitlines()[-1].startswith("error: 2 lines of")
 
 
-def prepare(folder, bundle, seconds_by_id):
-    """Write jobs as the command does; the prompt and the seed differ."""
-    config = read_manifest(bundle).config
-    path = folder.parent / f"{folder.name}.jsonl"
-    rows = [
-        {"id": name, "prompt": (RED, BLUE)[number % 2], "seed": number, "seconds": seconds}
-        for number, (name, seconds) in enumerate(seconds_by_id.items())
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    file = BatchFile(
-        path, config, {}, seconds=1, seed=0, policy=None, encoding=False, one_policy=False
-    )
-    folder.mkdir()
-    for job in file.jobs:
-        add_job(folder, job, "new", config, "")
-    return file.jobs
-
-
-def render_alone(bundle, jobs, folder):
-    """Render jobs without any of this; return the bytes by ID."""
-    folder.mkdir()
-    with Session.open(bundle) as session:
-        for job in jobs:
-            session.render(job.prompts, job.seconds, folder / f"{job.id}.mp4", job.seed)
-    return {path.stem: path.read_bytes() for path in folder.glob("*.mp4")}
-
-
 def test_a_killed_worker_is_replaced_and_its_video_is_the_same(tiny_bundle, tmp_path):
     """Two processes on four jobs; one of them is killed inside a video, past its snapshot."""
     out = tmp_path / "out"
-    jobs = prepare(out, tiny_bundle, {"a": 24, "b": 24, "c": 1, "d": 1})
+    work, jobs = prepare(out, tiny_bundle, {"a": 24, "b": 24, "c": 1, "d": 1})
     alone = render_alone(tiny_bundle, jobs, tmp_path / "alone")
     events, killed = [], []
 
@@ -234,8 +205,7 @@ def test_a_killed_worker_is_replaced_and_its_video_is_the_same(tiny_bundle, tmp_
                     os.kill(child.pid, signal.SIGKILL)
                     killed.append(event.id)
 
-    work = Work(tiny_bundle, out, tuple(job.id for job in jobs), threads=1)
-    render_in_processes([work, work], note, Stop())
+    ThisMachine(2).render(work, [job.id for job in jobs], note, Stop())
     assert {path.stem: path.read_bytes() for path in out.glob("*.mp4")} == alone
     begun = [event.id for _, event in events if isinstance(event, Began)]
     assert sorted(begun) == sorted([*alone, *killed])  # each once, and the killed one again
@@ -247,7 +217,7 @@ def test_a_killed_worker_is_replaced_and_its_video_is_the_same(tiny_bundle, tmp_
 def test_jobs_of_another_run_are_waited_for_and_taken_over(tiny_bundle, tmp_path):
     """Here the other run is this test, which has the lock until the other job has ended."""
     out = tmp_path / "out"
-    prepare(out, tiny_bundle, {"a": 1, "b": 1})
+    work, _ = prepare(out, tiny_bundle, {"a": 1, "b": 1})
     order = []
     with locked_folder(video_path(out, "a")) as locked:
 
@@ -257,8 +227,35 @@ def test_jobs_of_another_run_are_waited_for_and_taken_over(tiny_bundle, tmp_path
                 if event.id == "b":
                     locked.remove()
 
-        render_here(Work(tiny_bundle, out, ("a", "b")), note, Stop())
+        render_here(work, ["a", "b"], note, Stop())
     assert order == ["b", "a"]
+
+
+def test_two_commands_on_one_folder_share_the_work(tiny_bundle, tmp_path):
+    """A video that was made twice would be another file than the one that was there first."""
+    jobs, out = tmp_path / "jobs.csv", tmp_path / "out"
+    names = [f"job-{number}" for number in range(8)]
+    lines = [f"{name},{(RED, BLUE)[n % 2]},{n}" for n, name in enumerate(names)]
+    jobs.write_text("\n".join(["id,prompt,seed", *lines]))
+    command = [
+        sys.executable, "-m", "packforcing.app.cli", "batch", str(jobs), "--out", str(out),
+        "--bundle", str(tiny_bundle), "--seconds", "6",
+    ]  # fmt: skip
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    files: dict[str, int] = {}
+    while any(run.poll() is None for run in runs):
+        for path in out.glob("*.mp4"):
+            files.setdefault(path.stem, path.stat().st_ino)
+        time.sleep(0.01)
+    printed = [run.communicate()[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], printed
+    assert {path.stem: path.stat().st_ino for path in out.glob("*.mp4")} == files
+    assert [*files] and {*files} == {*names} and [*out.glob("*.render")] == []
+    assert all(f"{name}: completed" in text for name in names for text in printed)
+    with Session.open(tiny_bundle) as session:
+        for number, name in enumerate(names):
+            session.render((RED, BLUE)[number % 2], 6, tmp_path / "alone.mp4", number)
+            assert video_path(out, name).read_bytes() == (tmp_path / "alone.mp4").read_bytes()
 
 
 def test_ctrl_c_ends_all_resumably(tiny_bundle, tmp_path):
@@ -269,7 +266,9 @@ def test_ctrl_c_ends_all_resumably(tiny_bundle, tmp_path):
         "--bundle", str(tiny_bundle), "--seconds", "600", "--workers", "2",
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not [*out.glob("*.render/latents*")] and process.poll() is None:
+    while process.poll() is None:
+        if any(name.startswith("latents") for _, _, names in os.walk(out) for name in names):
+            break
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, stderr = process.communicate(timeout=60)
@@ -279,38 +278,14 @@ def test_ctrl_c_ends_all_resumably(tiny_bundle, tmp_path):
 
 
 @pytest.mark.full
-def test_two_hundred_jobs_under_random_kills(tmp_path):
-    """The demo model; a worker dies about every four seconds, for four minutes at most."""
-    out = tmp_path / "out"
-    jobs = prepare(out, demo_bundle(), {f"job-{number:03}": 1 for number in range(200)})
+def test_two_hundred_jobs_under_random_kills(tmp_path, undisturbed):
+    """The demo model; a worker dies every fifteen blocks or so."""
     kills = random.Random(5)
-    done = threading.Event()
 
-    def kill():
-        while not done.wait(kills.uniform(2, 6)):
-            children = [child for child in active_children() if "packforcing" in child.name]
-            if children:
-                killed.append(kills.choice(children).pid)
-                os.kill(killed[-1], signal.SIGKILL)
+    def kill() -> int:
+        children = [child for child in active_children() if "packforcing" in child.name]
+        if children:
+            os.kill(kills.choice(children).pid, signal.SIGKILL)
+        return len(children) > 0
 
-    def note(worker, event):
-        if isinstance(event, Began):
-            begun.append(event.id)
-
-    killed: list[int] = []
-    begun: list[str] = []
-    began = time.monotonic()
-    timer, killer = threading.Timer(240, done.set), threading.Thread(target=kill)
-    timer.start()
-    killer.start()
-    try:
-        work = Work(demo_bundle(), out, tuple(job.id for job in jobs), threads=1)
-        render_in_processes([work, work], note, Stop())
-    finally:
-        timer.cancel()
-        done.set()
-        killer.join()
-    print(f"{len(jobs)} jobs, {len(killed)} kills, {time.monotonic() - began:.0f} s")
-    assert {*begun} == {job.id for job in jobs} and 0 < len(begun) - len(jobs) <= len(killed)
-    videos = {path.stem: path.read_bytes() for path in out.glob("*.mp4")}
-    assert videos == render_alone(demo_bundle(), jobs, tmp_path / "alone")
+    render_under_kills(ThisMachine(2), tmp_path / "out", kill, undisturbed)

@@ -21,7 +21,7 @@ from packforcing.app.cli import main
 from packforcing.app.reports.compare import MIN_PROMPTS, SAMPLES, write_report
 from packforcing.app.reports.plots import measure_plots
 from packforcing.errors import ConfigError
-from packforcing.evaluation import compare
+from packforcing.evaluation import compare, pairs
 from packforcing.evaluation.compare import Comparison, end_values, summarize
 from packforcing.evaluation.demo_judge import places
 from packforcing.evaluation.intervals import Estimate, estimate_mean
@@ -46,8 +46,9 @@ SECONDS = 2.5  # five blocks or six: mid blocks are read from the fifth on
 SHORT = 0.25  # one block
 
 
-def run(folder, seconds=SECONDS):
+def run(folder, seconds=SECONDS, *more):
     options = ["--policies", ",".join(NAMES), "--seconds", seconds, "--out", folder, "--threads", 1]
+    options += more
     return CliRunner().invoke(
         main, ["compare", *map(str, options), "--prompts", f"{folder}/prompts.txt"]
     )
@@ -77,6 +78,23 @@ def test_every_pair_is_what_render_and_evaluate_give(compared, tmp_path):
     assert again.values == pytest.approx(pair.evaluation.values, nan_ok=True)
     assert again.frames == pair.evaluation.frames == comparison.config.frames(SECONDS)
     assert evaluate_video(folder / pair.video, pair.prompt).segments == pair.evaluation.segments
+
+
+def test_workers_give_the_same_pairs(compared, tmp_path):
+    """Videos and measures are the same; the times and the memory of a process are its own."""
+    folder, comparison = compared
+    shutil.copy(folder / "prompts.txt", tmp_path)
+    for pair in comparison.pairs[::3]:  # the first and the last are there
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        for path in (folder / "videos").glob(f"{Path(pair.video).stem}.*"):
+            shutil.copy(path, tmp_path / "videos")
+    result = run(tmp_path, SECONDS, "--workers", 2)
+    assert result.exit_code == 0, result.output
+    shared = msgspec.json.decode((tmp_path / "compare.json").read_bytes(), type=Comparison)
+    for pair, other in zip(comparison.pairs, shared.pairs, strict=True):
+        assert (folder / pair.video).read_bytes() == (tmp_path / other.video).read_bytes()
+        assert pair.read == other.read and pair.video == other.video
+        assert other.evaluation.values == pytest.approx(pair.evaluation.values, nan_ok=True)
 
 
 def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkeypatch):
@@ -170,7 +188,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return evaluate_video(*args)
 
-    monkeypatch.setattr(compare, "evaluate_video", second)
+    monkeypatch.setattr(pairs, "evaluate_video", second)
     result = run(tmp_path, SHORT)
     assert result.exit_code == 130, result.output
     assert not (tmp_path / "compare.json").exists() and not list(tmp_path.rglob(".*"))

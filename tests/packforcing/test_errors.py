@@ -55,6 +55,13 @@ def test_every_error_survives_pickling_and_copying(kind):
     assert_same(copy.deepcopy(error), error)
 
 
+def test_every_error_survives_the_serialization_of_ray():
+    ray_pickle = pytest.importorskip("ray.cloudpickle", reason="Ray is not installed")
+    for kind in subclasses(PackForcingError):
+        error = make_error(kind)
+        assert_same(pickle.loads(ray_pickle.dumps(error)), error)
+
+
 def test_attributes_survive_pickling():
     assert pickle.loads(pickle.dumps(PlanError("too small", smallest=7))).smallest == 7
     missing = MissingDependency("install it", name="torch")
