@@ -17,7 +17,7 @@ from functools import partial
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packforcing.app.jobs.deal import (
     Gone,
@@ -96,7 +96,8 @@ class Processes:
 
     def __init__(self, work: Work, places: Sequence[Place]) -> None:
         self._work, self._places = work, places
-        self._members: dict[Connection, tuple[int, _Process]] = {}
+        # by their pipes, which on Windows are of another class than `Connection`
+        self._members: dict[Any, tuple[int, _Process]] = {}
         self.size = len(places)
 
     def start(self, number: int) -> _Process:
@@ -106,13 +107,12 @@ class Processes:
 
     def receive(self, seconds: float) -> Iterator[tuple[int, Message]]:
         for pipe in connection.wait([*self._members], seconds):
-            assert isinstance(pipe, Connection)
             number, member = self._members[pipe]
             try:
-                message = pipe.recv()
+                message = member.pipe.recv()
             except (EOFError, OSError, pickle.UnpicklingError):  # it has ended
                 del self._members[pipe]
-                pipe.close()
+                member.pipe.close()
                 member.process.join()
                 message = Gone(_exit_of(member.process))
             yield number, message
