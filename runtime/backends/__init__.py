@@ -33,9 +33,11 @@ BACKENDS = ("onnxruntime", "onnxruntime-cuda", *ENGINE_BACKENDS)
 
 
 class LoadedGraph(Protocol):
-    """A graph or engine that is ready to be bound; `seconds` adds up the time in its calls."""
+    """A graph or engine that is ready to be bound."""
 
-    seconds: float
+    @property
+    def seconds(self) -> float:
+        """The time in its calls so far."""
 
     def bind(self, arrays: Arrays) -> Callable[[], None]:
         """Fix inputs and outputs to arrays for good; return the call that runs the graph."""
