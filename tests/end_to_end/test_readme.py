@@ -21,7 +21,6 @@ NOT_RUN = {
     "make full": "these tests",
     "make docs": "its programs stay in the environment that the clone borrows from (checks.yml)",
     "make figures": "takes days",
-    "make bench": "measures for half an hour (test_benchmarks.py)",
     "packforcing compare": "renders for hours (test_compare.py)",
     "pytest -m gpu": "needs a GPU",
     'packforcing render "a red star" --bundle half --backend tensorrt-rtx --out star.mp4': (
