@@ -381,9 +381,9 @@ def second_moments(statistics: Statistics, layer: int, matrix: str) -> np.ndarra
     return sums / np.float32(statistics["tokens"].sum())
 
 
-def largest_input(statistics: Statistics, layer: int, matrix: str) -> float:
-    """Return the largest magnitude of a matrix's inputs, over all calls."""
-    return float(statistics[f"{SHARED_INPUTS.get(matrix, matrix)}.largest"][:, layer].max())
+def largest_inputs(statistics: Statistics, layer: int, matrix: str) -> np.ndarray:
+    """Return the largest magnitude of each of a matrix's inputs over all calls, [inputs]."""
+    return statistics[f"{SHARED_INPUTS.get(matrix, matrix)}.largest"][:, layer].max(0)
 
 
 class _ObservedDenoiser:

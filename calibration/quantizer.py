@@ -13,14 +13,15 @@ from onnx_ir.passes import common
 
 from packforcing.calibration.activations import load_statistics
 from packforcing.calibration.kv_cache import quantize_cache
-from packforcing.calibration.recipes import CACHE_RECIPES, SNR_FILE
+from packforcing.calibration.recipes import CACHE_RECIPES, INPUT_RECIPES, SNR_FILE
 from packforcing.calibration.scales import fit_cache_scales
 from packforcing.calibration.weights import quantize_matrices
 from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export.exporter import new_bundle, save_graph, write_bundle_manifest
 from packforcing.export.lint import lint
-from packforcing.geometry import quantized_layers
+from packforcing.geometry import layer_matrices, quantized_layers
 from packforcing.runtime.bundle import check_files, contract, graph_file, read_manifest
+from packforcing.runtime.estimate import weight_block
 
 DENOISER = graph_file("denoiser")
 
@@ -48,7 +49,7 @@ class Quantized(msgspec.Struct, frozen=True, kw_only=True):
 def quantize_bundle(
     source: str | Path,
     directory: str | Path,
-    weights: Literal["int8", "int4", "fp8"] | None = None,
+    weights: Literal["int8", "w8a8", "int4", "fp8", "nvfp4"] | None = None,
     cache: Literal["int8", "fp8"] | None = None,
     calibration: str | Path | None = None,
     on_matrix: Callable[[int, int], None] | None = None,
@@ -60,8 +61,9 @@ def quantize_bundle(
         directory: The folder to write; it changes once the bundle is complete.
         weights: dtype of the matrices of all layers but the first and the last.
         cache: dtype of keys and values.
-        calibration: A file of activation statistics that `calibrate` wrote of `source`. A cache
-            and fp8 weights need it; the scales of other weights are fitted to it.
+        calibration: A file of activation statistics that `calibrate` wrote of `source`. A cache,
+            and weights that are multiplied in their own dtype, need it; the scales of other
+            weights are fitted to it.
         on_matrix: Called with the number of matrices that are done and that of all.
 
     Returns:
@@ -86,9 +88,9 @@ def quantize_bundle(
                 f"{source} has {part} in {getattr(config.precision, part)} already; name the "
                 "bundle that it was made from"
             )
-    if calibration is None and (cache or weights == "fp8"):
+    if calibration is None and (cache or weights in INPUT_RECIPES):
         raise CalibrationError(
-            f"{'a quantized cache' if cache else 'fp8'} needs activation statistics: make a file "
+            f"{'a quantized cache' if cache else weights} needs activation statistics: make a file "
             "with 'packforcing calibrate' and name it with --calibration"
         )
     if Path(directory).resolve() == source.resolve():
@@ -99,6 +101,12 @@ def quantize_bundle(
     )
     if weights and not quantized_layers(config):
         raise ConfigError(f"{config.name} has no layer between its first and its last")
+    for inputs, outputs in layer_matrices(config):
+        if weights and inputs % weight_block(weights, inputs, outputs):
+            raise ConfigError(
+                f"{config.name} has matrices of {inputs} rows, which {weights} cannot divide into "
+                f"blocks of {weight_block(weights, inputs, outputs)}; choose another dtype"
+            )
     check_files(source, manifest)
     config = msgspec.structs.replace(
         config, precision=msgspec.structs.replace(config.precision, **dtypes)
@@ -111,7 +119,7 @@ def quantize_bundle(
         snr: dict[str, float] = {}
         if weights:
             try:
-                snr = quantize_matrices(model.graph, config, weights, statistics, on_matrix)
+                snr = quantize_matrices(model, config, weights, statistics, on_matrix)
             except ValueError as error:
                 raise BundleError(f"{source / DENOISER}: {error}") from error
         if cache:

@@ -6,6 +6,7 @@ import math
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
 from packforcing.calibration.activations import BIN_MAGNITUDES, Statistics
 from packforcing.calibration.recipes import Recipe
@@ -14,6 +15,7 @@ from packforcing.errors import CalibrationError
 # Keys are divided by their scales in fp16, which ends at 65,504. So even in the head's smallest
 # channel a key may be 4 times as large as the largest observed in any, for int8; twice for fp8.
 MAX_SCALE_RATIO = 64
+ONE = np.float32(1)
 
 
 def fit_weight_scales(
@@ -23,6 +25,7 @@ def fit_weight_scales(
     dtype: np.dtype,
     name: str,
     moments: np.ndarray | None = None,
+    unit: np.float32 = ONE,
 ) -> tuple[np.ndarray, float]:
     """Fit the scales of a matrix.
 
@@ -38,10 +41,11 @@ def fit_weight_scales(
         moments: Second moments of every two inputs of a group, [groups, width, width]; different
             groups count as uncorrelated. `width` is `group` where the recipe has several clips.
             None: minimize the error of the weights.
+        unit: Scales are stored as multiples of it.
 
     Returns:
-        The scales, [inputs / group, outputs], and the SQNR in dB: of the outputs with `moments`,
-        otherwise of the weights.
+        The scales in units, [inputs / group, outputs], and the SQNR in dB: of the outputs with
+        `moments`, otherwise of the weights.
 
     Raises:
         ValueError: A weight is NaN or infinite.
@@ -58,12 +62,14 @@ def fit_weight_scales(
     largest = np.abs(groups).max(1)
     if not np.isfinite(largest).all():
         raise ValueError(f"{name} has weights that are NaN or infinite; export sound weights")
-    smallest = np.finfo(dtype).smallest_subnormal  # a group of zeros has a scale too
+    smallest = ml_dtypes.finfo(dtype).smallest_subnormal  # a group of zeros has a scale too
     scale = error = np.empty(0)
     for clip in recipe.clips:
-        candidate = np.maximum((largest * np.float32(clip / recipe.high)).astype(dtype), smallest)
-        difference = round_to_scales(matrix, group, candidate, recipe)
-        difference *= candidate[:, None].astype(np.float32)
+        candidate = (largest * np.float32(clip / recipe.high) / unit).astype(dtype)
+        candidate = np.maximum(candidate, smallest)
+        steps = candidate.astype(np.float32) * unit
+        difference = round_to_scales(matrix, group, steps, recipe)
+        difference *= steps[:, None]
         difference -= groups
         candidate_error = power(difference)
         if scale.size:
@@ -93,7 +99,7 @@ def round_to_scales(
     np.clip(groups, recipe.low, recipe.high, out=groups)
     if recipe.dtype.startswith("INT"):
         return np.rint(groups, out=groups)
-    return groups.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return groups.astype(ir.DataType[recipe.dtype].numpy()).astype(np.float32)
 
 
 def fit_cache_scales(statistics: Statistics, recipe: Recipe) -> dict[str, np.ndarray]:

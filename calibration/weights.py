@@ -3,20 +3,23 @@
 A weight [inputs, outputs] becomes int8, int4 or fp8, with a scale per output channel [outputs] or
 per group [inputs / group, outputs], and a DequantizeLinear before its MatMul. Quantized values are
 computed while the file is written, and no weight is read before, so memory stays small whatever the
-size of the model. With int4 weights, each feed-forward layer becomes a sum of two. With fp8
-weights, inputs are quantized to fp8 as well, with one static scale per tensor, so that the product
-can run in fp8.
+size of the model. With int4 weights, each feed-forward layer becomes a sum of two.
+
+With w8a8, fp8 and nvfp4, inputs are quantized to the dtype of the weights, so that the product can
+run in it: with one static scale per tensor, and in nvfp4 with a dynamic one per block besides
+(`packforcing.export.nvfp4`). int8 has few values for inputs whose channels differ in size, so with
+w8a8 a part of that difference moves into the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from packforcing.calibration.activations import Statistics, largest_input, second_moments
+from packforcing.calibration.activations import Statistics, largest_inputs, second_moments
 from packforcing.calibration.matmuls import (
     SHARED_INPUTS,
     add_initializer,
@@ -27,18 +30,21 @@ from packforcing.calibration.matmuls import (
 )
 from packforcing.calibration.recipes import (
     INPUT_RECIPES,
+    MIGRATION_STRENGTHS,
     WEIGHT_RECIPES,
-    Recipe,
 )
-from packforcing.calibration.scales import fit_weight_scales, round_to_scales
+from packforcing.calibration.scales import ONE, fit_weight_scales, round_to_scales
 from packforcing.config import Config
 from packforcing.errors import CalibrationError
+from packforcing.export import nvfp4
 from packforcing.geometry import quantized_layers
 from packforcing.runtime.estimate import INT4_BLOCK, weight_block
 
+SMALLEST_SHARE = 1e-3  # of the largest channel; a smaller one counts as that large
+
 
 def quantize_matrices(
-    graph: ir.Graph,
+    model: ir.Model,
     config: Config,
     dtype: str,
     statistics: Statistics | None = None,
@@ -47,10 +53,11 @@ def quantize_matrices(
     """Quantize the matrices of a denoiser's layers, all but the first and the last.
 
     Args:
-        graph: The denoiser, changed in place.
-        config: Its model.
+        model: The denoiser, changed in place.
+        config: Its config.
         dtype: A key of `WEIGHT_RECIPES`.
-        statistics: Activation statistics, needed for fp8. None: fit scales to the weights alone.
+        statistics: Activation statistics, needed for a key of `INPUT_RECIPES`. None: fit scales
+            to the weights alone.
         on_matrix: Called with the number of matrices that are done and that of all.
 
     Returns:
@@ -62,18 +69,50 @@ def quantize_matrices(
         CalibrationError: An input was zero throughout.
         ValueError: A weight is NaN or infinite.
     """
-    matmuls = layer_matmuls(graph, config, quantized_layers(config))
+    matmuls = layer_matmuls(model.graph, config, quantized_layers(config))
     if dtype == "int4":
         matmuls = split_feed_forward(matmuls)
-    snr = {}
+    snr = quantize_products(model, matmuls, dtype, statistics, on_matrix)
+    return dict(sorted(snr.items(), key=lambda item: item[1]))
+
+
+def quantize_products(
+    model: ir.Model,
+    matmuls: dict[str, ir.Node],
+    dtype: str,
+    statistics: Statistics | None = None,
+    on_matrix: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Quantize some matrices, and their inputs where products run in the dtype of the weights.
+
+    Args:
+        model: The denoiser, changed in place.
+        matmuls: Its nodes by the name of their matrix.
+        dtype: As in `quantize_matrices`.
+        statistics: As there.
+        on_matrix: As there.
+
+    Returns:
+        The SQNR of each matrix in dB.
+
+    Raises:
+        CalibrationError: An input was zero throughout.
+        ValueError: A weight is NaN or infinite.
+    """
+    factors: dict[str, np.ndarray] = {}
+    if dtype in MIGRATION_STRENGTHS and statistics:
+        factors = input_factors(matmuls, statistics, dtype)
+    snr: dict[str, float] = {}
     for index, (name, matmul) in enumerate(matmuls.items()):
         moments = input_moments(statistics, name, matmul) if statistics else None
-        snr[name] = quantize_matmul(matmul, name, dtype, moments)
+        snr[name] = quantize_matmul(matmul, name, dtype, moments, factors.get(input_name(name)))
         if on_matrix:
             on_matrix(index + 1, len(matmuls))
     if dtype in INPUT_RECIPES and statistics:
-        quantize_inputs(matmuls, statistics, INPUT_RECIPES[dtype])
-    return dict(sorted(snr.items(), key=lambda item: item[1]))
+        quantize_inputs(matmuls, statistics, dtype, factors)
+    if dtype == "nvfp4":
+        nvfp4.add_functions(model)
+    return snr
 
 
 def input_moments(statistics: Statistics, name: str, matmul: ir.Node) -> np.ndarray:
@@ -173,8 +212,86 @@ def slice_constant(tensor: ir.TensorProtocol, index: Any, dtype: ir.DataType) ->
     return ir.LazyTensor(read, dtype, ir.Shape(shape))
 
 
+def input_name(name: str) -> str:
+    """Return the name of a matrix's input, which those of queries, keys and values share."""
+    _, layer, matrix = name.split(".", 2)
+    return f"blocks.{layer}.{SHARED_INPUTS.get(matrix, matrix)}.input"
+
+
+def input_factors(
+    matmuls: dict[str, ir.Node], statistics: Statistics, dtype: str
+) -> dict[str, np.ndarray]:
+    """Choose what to multiply inputs by, so that their channels differ less in size.
+
+    Weights are divided by the same. Channel j has the factor max|W_j|^(1 - a) / max|X_j|^a, where X
+    are the inputs and W the weights (SmoothQuant, arXiv 2211.10438, equation 4, whose s_j it
+    inverts), rounded to a power of two, so that the product is exact. Of several strengths a, and
+    of none, the one with the least error of the outputs counts.
+
+    Args:
+        matmuls: Nodes by the name of their matrix.
+        statistics: Of the model.
+        dtype: A key of `MIGRATION_STRENGTHS`.
+
+    Returns:
+        float32 [inputs] by the name of the input; those that are better as they are have none.
+    """
+    names: dict[str, list[str]] = {}
+    for name in matmuls:
+        names.setdefault(input_name(name), []).append(name)
+    factors: dict[str, np.ndarray] = {}
+    for key, sharing in names.items():
+        _, layer, matrix = sharing[0].split(".", 2)
+        weights = np.concatenate(
+            [not_none(stored_weight(matmuls[name]).const_value).numpy() for name in sharing], 1
+        ).astype(np.float32)
+        largest = largest_inputs(statistics, int(layer), matrix)
+        powers = second_moments(statistics, int(layer), matrix).diagonal(0, 1, 2).ravel()
+        sizes = [
+            np.log2(np.maximum(values, values.max() * SMALLEST_SHARE))
+            for values in (np.abs(weights).max(1), largest)
+        ]
+        least = product_error(weights, largest, powers, dtype)
+        for strength in MIGRATION_STRENGTHS[dtype]:
+            exponents = (1 - strength) * sizes[0] - strength * sizes[1]
+            candidate = np.exp2(np.rint(exponents - np.median(exponents)))
+            error = product_error(
+                weights / candidate[:, None], largest * candidate, powers * candidate**2, dtype
+            )
+            if error < least:
+                factors[key], least = candidate, error
+    return factors
+
+
+def product_error(
+    weights: np.ndarray, largest: np.ndarray, powers: np.ndarray, dtype: str
+) -> float:
+    """Predict the error of the outputs of a product in integers.
+
+    Rounding to multiples of a step is off by step^2 / 12 in the mean square. The error of an input
+    reaches each output by its weight, that of a weight by the mean square of its input.
+
+    Args:
+        weights: [inputs, outputs].
+        largest: Largest magnitude of each input, [inputs].
+        powers: Mean square of each input, [inputs].
+        dtype: A key of `WEIGHT_RECIPES`, of integers.
+
+    Returns:
+        The sum of the mean squared errors of all outputs.
+    """
+    input_step = largest.max() / INPUT_RECIPES[dtype].high
+    weight_steps = np.abs(weights).max(0) / WEIGHT_RECIPES[dtype].high
+    of_inputs = input_step**2 * np.square(weights).sum(dtype=np.float64)
+    return float(of_inputs + np.square(weight_steps).sum() * powers.sum()) / 12
+
+
 def quantize_matmul(
-    matmul: ir.Node, name: str, dtype: str, moments: np.ndarray | None = None
+    matmul: ir.Node,
+    name: str,
+    dtype: str,
+    moments: np.ndarray | None = None,
+    factors: np.ndarray | None = None,
 ) -> float:
     """Quantize the matrix of a MatMul in its graph.
 
@@ -183,6 +300,7 @@ def quantize_matmul(
         name: The matrix.
         dtype: A key of `WEIGHT_RECIPES`.
         moments: Second moments of its inputs, as `fit_weight_scales` takes them.
+        factors: What its inputs will be multiplied by, [inputs]; None: nothing.
 
     Returns:
         The SQNR in dB.
@@ -191,70 +309,120 @@ def quantize_matmul(
         ValueError: A weight is NaN or infinite.
     """
     graph, weight = not_none(matmul.graph), not_none(matmul.inputs[1])
-    recipe, quantized_dtype = WEIGHT_RECIPES[dtype], ir.DataType[WEIGHT_RECIPES[dtype].dtype]
+    recipe, compute_dtype = WEIGHT_RECIPES[dtype], not_none(weight.dtype)
     tensor = not_none(stored_weight(matmul).const_value)
     inputs, outputs = shape = tensor.shape.numpy()
     group = weight_block(dtype, inputs, outputs)
-    matrix = tensor.numpy().astype(np.float32)
-    scale, snr = fit_weight_scales(
-        matrix, group, recipe, not_none(weight.dtype).numpy(), name, moments
-    )
+    is_nvfp4 = dtype == "nvfp4"
+
+    def read() -> np.ndarray:
+        matrix = tensor.numpy().astype(np.float32)
+        return matrix if factors is None else matrix / factors[:, None]
+
+    matrix = read()
+    unit = nvfp4.tensor_scale(np.abs(matrix).max() * max(recipe.clips)) if is_nvfp4 else ONE
+    scale_dtype = ir.DataType.FLOAT8E4M3FN if is_nvfp4 else compute_dtype
+    if moments is not None and factors is not None:
+        by_group = factors.reshape(len(moments), -1)
+        moments = moments * by_group[:, None] * by_group[:, :, None]
+    if moments is not None and len(recipe.clips) > 1:
+        moments = diagonal_blocks(moments, group)
+    scale, snr = fit_weight_scales(matrix, group, recipe, scale_dtype.numpy(), name, moments, unit)
 
     def quantize() -> ir.TensorProtocol:
-        values = round_to_scales(tensor.numpy().astype(np.float32), group, scale, recipe)
-        return ir.tensor(values.reshape(shape).astype(quantized_dtype.numpy()))
+        values = round_to_scales(read(), group, scale.astype(np.float32) * unit, recipe)
+        values = values.reshape(shape).astype(ir.DataType[recipe.dtype].numpy())
+        return ir.tensor(nvfp4.encode(values) if is_nvfp4 else values)
 
-    quantized = ir.LazyTensor(quantize, quantized_dtype, ir.Shape(shape))
-    if group == inputs:
-        scale_in_graph, axes = scale[0], {"axis": 1}
+    stored_dtype = ir.DataType.UINT4 if is_nvfp4 else ir.DataType[recipe.dtype]
+    quantized = ir.LazyTensor(quantize, stored_dtype, ir.Shape(shape))
+    arguments = [
+        add_initializer(graph, f"{name}.{dtype}", quantized),
+        add_initializer(graph, f"{name}.scale", ir.tensor(scale[0] if group == inputs else scale)),
+    ]
+    if is_nvfp4:
+        arguments.append(add_initializer(graph, f"{name}.unit", ir.tensor(np.asarray(unit))))
+        options = {"dtype": int(compute_dtype)}
+        dequantize = ir.node(nvfp4.DEQUANTIZE, arguments, options, domain=nvfp4.DOMAIN)
     else:
-        scale_in_graph, axes = scale, {"axis": 0, "block_size": group}
-    dequantize = ir.node(
-        "DequantizeLinear",
-        [
-            add_initializer(graph, f"{name}.{dtype}", quantized),
-            add_initializer(graph, f"{name}.scale", ir.tensor(scale_in_graph)),
-        ],
-        attributes=axes,
-    )
+        options = {"axis": 1} if group == inputs else {"axis": 0, "block_size": group}
+        dequantize = ir.node("DequantizeLinear", arguments, options)
     (value,) = dequantize.outputs
     value.name, value.shape = f"{name}.read", weight.shape
-    value.dtype = not_none(weight.dtype)
+    value.dtype = compute_dtype
     graph.insert_before(matmul, dequantize)
     matmul.replace_input_with(1, value)
     return snr
 
 
-def quantize_inputs(matmuls: dict[str, ir.Node], statistics: Statistics, recipe: Recipe) -> None:
+def diagonal_blocks(moments: np.ndarray, width: int) -> np.ndarray:
+    """Return the moments of smaller groups, [groups, width, width], of those of larger ones."""
+    groups, size, _ = moments.shape
+    parts = moments.reshape(groups, size // width, width, size // width, width)
+    return np.einsum("gibic->gibc", parts).reshape(-1, width, width)
+
+
+def quantize_inputs(
+    matmuls: dict[str, ir.Node],
+    statistics: Statistics,
+    dtype: str,
+    factors: Mapping[str, np.ndarray],
+) -> None:
     """Quantize the inputs of MatMuls in their graph, up to the largest magnitude observed.
 
     Args:
         matmuls: Nodes by the name of their matrix, changed in place.
         statistics: Of the model.
-        recipe: Of the inputs.
+        dtype: A key of `INPUT_RECIPES`.
+        factors: Of `input_factors`; an input without any is not multiplied.
     """
-    quantized_dtype = ir.DataType[recipe.dtype]
     dequantized: dict[str, ir.Value] = {}
     for name, matmul in matmuls.items():
         _, layer, matrix = name.split(".", 2)
-        input_name = f"blocks.{layer}.{SHARED_INPUTS.get(matrix, matrix)}.input"
-        if input_name not in dequantized:
-            graph, exact = not_none(matmul.graph), not_none(matmul.inputs[0])
-            dtype = not_none(exact.dtype)
-            value = np.asarray(largest_input(statistics, int(layer), matrix) / recipe.high)
-            smallest = np.finfo(dtype.numpy()).smallest_subnormal
-            value = np.maximum(value.astype(dtype.numpy()), smallest)
-            scale = add_initializer(graph, f"{input_name}.scale", ir.tensor(value))
-            options = {"output_dtype": int(quantized_dtype)}
-            quantize = ir.node("QuantizeLinear", [exact, scale], options)
-            dequantize = ir.node("DequantizeLinear", [*quantize.outputs, scale])
-            for node, suffix, output_dtype in (
-                (quantize, "rounded", quantized_dtype),
-                (dequantize, "read", dtype),
-            ):
-                (output,) = node.outputs
-                output.name, output.shape = f"{input_name}.{suffix}", exact.shape
-                output.dtype = output_dtype
-            graph.insert_before(matmul, [quantize, dequantize])
-            dequantized[input_name] = dequantize.outputs[0]
-        matmul.replace_input_with(0, dequantized[input_name])
+        key = input_name(name)
+        if key not in dequantized:
+            largest = largest_inputs(statistics, int(layer), matrix)
+            dequantized[key] = quantize_input(matmul, key, dtype, largest, factors.get(key))
+        matmul.replace_input_with(0, dequantized[key])
+
+
+def quantize_input(
+    matmul: ir.Node, name: str, dtype: str, largest: np.ndarray, factors: np.ndarray | None
+) -> ir.Value:
+    """Quantize the input of a MatMul in its graph.
+
+    Args:
+        matmul: The node.
+        name: The input.
+        dtype: A key of `INPUT_RECIPES`.
+        largest: Largest magnitude of each channel, [inputs].
+        factors: What to multiply each channel by first; None: nothing.
+
+    Returns:
+        The dequantized input.
+    """
+    graph, value, recipe = not_none(matmul.graph), not_none(matmul.inputs[0]), INPUT_RECIPES[dtype]
+    compute_dtype, shape = not_none(value.dtype), value.shape
+    quantized_dtype = ir.DataType[recipe.dtype]
+
+    def add(node: ir.Node, suffix: str, dtype: ir.DataType) -> ir.Value:
+        (output,) = node.outputs
+        output.name, output.shape, output.dtype = f"{name}.{suffix}", shape, dtype
+        graph.insert_before(matmul, node)
+        return output
+
+    if factors is not None:
+        multiplier = ir.tensor(factors.astype(compute_dtype.numpy()))
+        node = ir.node("Mul", [value, add_initializer(graph, f"{name}.factors", multiplier)])
+        value, largest = add(node, "balanced", compute_dtype), largest * factors
+    if dtype == "nvfp4":
+        unit = np.asarray(nvfp4.tensor_scale(largest.max()))
+        scale = add_initializer(graph, f"{name}.scale", ir.tensor(unit))
+        node = ir.node(nvfp4.ROUND, [value, scale], domain=nvfp4.DOMAIN)
+        return add(node, "read", compute_dtype)
+    step = np.asarray(largest.max() / recipe.high).astype(compute_dtype.numpy())
+    step = np.maximum(step, np.finfo(step.dtype).smallest_subnormal)
+    scale = add_initializer(graph, f"{name}.scale", ir.tensor(step))
+    options = {"output_dtype": int(quantized_dtype)}
+    value = add(ir.node("QuantizeLinear", [value, scale], options), "rounded", quantized_dtype)
+    return add(ir.node("DequantizeLinear", [value, scale]), "read", compute_dtype)

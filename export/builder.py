@@ -111,12 +111,15 @@ def build_engine(
         BackendError: TensorRT refuses the graph, leaves an input out, runs attention or products
             in another type than the recipe's, or the file cannot be written.
     """
+    from packforcing.export.nvfp4 import tensorrt_model  # imports ONNX
+
     trt = importlib.import_module(MODULES[job.backend])
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(job.graph):
+    fp4_model = tensorrt_model(Path(job.graph))
+    if not (parser.parse(fp4_model, job.graph) if fp4_model else parser.parse_from_file(job.graph)):
         raise log.refusal()
     if job.length:
         set_context_length(trt, network, job)

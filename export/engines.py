@@ -75,7 +75,7 @@ MEMORY = (2.6, 512 << 20)
 DISK = (1.05, 32 << 20)
 # dtypes by their names in ONNX: of every target, and those that `TARGETS` lists
 COMMON_DTYPES = {"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL"}
-QUANTIZED_DTYPES = {"INT8": "int8", "INT4": "int4", "FLOAT8E4M3FN": "fp8"}
+QUANTIZED_DTYPES = {"INT8": "int8", "INT4": "int4", "FLOAT8E4M3FN": "fp8", "UINT4": "nvfp4"}
 
 OnEngine = Callable[[str, str], None]  # graph, what happens with its engine and why
 OnStep = Callable[[str, str, float], None]  # graph, phase of the builder, share done

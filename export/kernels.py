@@ -90,7 +90,7 @@ def read_kernels(text: str, calls: Sequence[str]) -> tuple[Kernels, ...]:
                 continue
             activations, matrix = operands
             key = (call, "product", (activations.dtype, matrix.dtype))
-            weights[key] += math.prod(matrix.shape[-2:])
+            weights[key] += math.prod(matrix.shape)  # several of one input may be a batch
         else:
             continue
         counts[key] += 1

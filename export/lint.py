@@ -26,7 +26,8 @@ def lint(name: str, model: ir.Model, spec: GraphSpec) -> None:
     """Check a graph against the contract.
 
     Names, order, shapes and dtypes of inputs and outputs are the contract's, with its symbolic
-    axes; every input is read; every op is in `OPS`; no size of a symbolic axis is a constant.
+    axes; every input is read; every op is in `OPS` or a function of the model; no size of a
+    symbolic axis is a constant.
 
     Args:
         name: The graph's name in the contract.
@@ -43,7 +44,8 @@ def lint(name: str, model: ir.Model, spec: GraphSpec) -> None:
     if unread:
         raise ExportError(f"graph '{name}': nothing reads input {', '.join(unread)}")
     foreign = sorted({f"{node.domain}::{node.op_type}" if node.domain else node.op_type
-                      for node in graph if node.domain or node.op_type not in OPS})  # fmt: skip
+                      for node in graph if node.op_identifier() not in model.functions
+                      and (node.domain or node.op_type not in OPS)})  # fmt: skip
     if foreign:
         raise ExportError(f"graph '{name}' uses ops outside the list: {', '.join(foreign)}")
     constant_sizes = _constant_sizes(graph)

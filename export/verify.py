@@ -83,14 +83,18 @@ class ErrorLimit(msgspec.Struct, frozen=True):
 # bundles, of 2 to 30 layers. There, rounding every result to fp16 (by up to 2^-11 of it) gives
 # 1.6e-2 and 1.8e-3; fp32 sums in another order give 2e-5 and 7e-7. A fault gives far more.
 #
-# fp8 products round their inputs to one of 8 values per octave, and the last bit of an input
-# decides between two. After a few layers two sound implementations have nothing in common but the
-# size of the noise: 0.24 and 3.8e-2 on a sound bundle, in the flow at t = 0.
+# Products in int8, fp8 or fp4 round their inputs to few values, in fp8 to 8 per octave, and the
+# last bit of an input decides between two. After a few layers two sound implementations share
+# nothing but the size of the noise. On sound bundles that is 0.06 and 1.6e-2 in int8, 0.24 and
+# 3.8e-2 in fp8, 0.67 and 8.8e-2 in fp4.
 LIMITS = {
     "fp32": ErrorLimit(6e-5, 2e-6),
     "fp16": ErrorLimit(5e-2, 5e-3),
     "fp8": ErrorLimit(0.75, 0.12),
+    "int8": ErrorLimit(0.2, 0.05),
+    "nvfp4": ErrorLimit(2.0, 0.27),
 }
+QUANTIZED_PRODUCTS = LIMITS.keys() - {"fp32", "fp16"}
 # What rounding to a quantized dtype adds, in units of its spacing: now and then the next value
 QUANTIZED_LIMIT = ErrorLimit(1.0, 1e-3)
 # Bytes of memory for each byte of the largest graph, and bytes besides
@@ -484,8 +488,8 @@ def output_limit(limit: ErrorLimit, scale: float, expected: np.ndarray) -> Error
 
 def compute_dtype(graph: str, spec: GraphSpec, config: Config) -> str:
     """Return the dtype that a graph computes in, a key of `LIMITS`; host graphs stay in fp32."""
-    if graph == "denoiser" and config.precision.weights == "fp8":
-        return "fp8"
+    if graph == "denoiser" and config.precision.products in QUANTIZED_PRODUCTS:
+        return config.precision.products
     return "fp16" if is_fp16(spec) else "fp32"
 
 

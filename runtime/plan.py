@@ -57,11 +57,11 @@ IN_WORDS = {  # autoencoders
 # dtypes beyond fp32 and fp16 that engines for a target may have (TensorRT-RTX 1.7)
 TARGETS: dict[str, tuple[str, ...]] = {
     "sm75": (),
-    "sm80": ("int8", "int4"),
-    "sm86": ("int8", "int4"),
-    "sm89": ("int8", "int4", "fp8"),
-    "sm120": ("int8", "int4", "fp8"),
-    "sm121": ("int8", "int4", "fp8"),
+    "sm80": ("int8", "int4", "w8a8"),
+    "sm86": ("int8", "int4", "w8a8"),
+    "sm89": ("int8", "int4", "w8a8", "fp8"),
+    "sm120": ("int8", "int4", "w8a8", "fp8", "nvfp4"),
+    "sm121": ("int8", "int4", "w8a8", "fp8", "nvfp4"),
 }
 
 

@@ -309,22 +309,35 @@ def is_close_estimate(name: str, estimate: float, built: float, below: int) -> b
 
 
 def quantized_matrices(bundle: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Dequantize the layers' matrices of a bundle by DequantizeLinear's definition.
+    """Dequantize the layers' matrices of a bundle by the definition of each format.
 
     Returns:
         By name, the matrix and the scale of each weight, float32 [inputs, outputs]. Halves of
         feed-forward layers are joined.
     """
+    import ml_dtypes
     import onnx_ir as ir
 
+    from packforcing.calibration.weights import input_name
+
+    graph = ir.load(bundle / "denoiser.onnx").graph
     parts: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for node in ir.load(bundle / "denoiser.onnx").graph:
-        if node.op_type != "DequantizeLinear" or node.inputs[0].const_value is None:
+    for node in graph:
+        is_matrix = node.op_type in ("DequantizeLinear", "Nvfp4Dequantize")
+        if not is_matrix or node.inputs[0].const_value is None:
             continue
-        values, scale = (value.const_value.numpy().astype(np.float32) for value in node.inputs)
-        if node.attributes["axis"].as_int() == 0:
+        values, *scales = (value.const_value.numpy() for value in node.inputs)
+        if node.op_type == "Nvfp4Dequantize":
+            values = values.astype(np.uint8).view(ml_dtypes.float4_e2m1fn)
+        values, scale, *unit = (array.astype(np.float32) for array in (values, *scales))
+        if unit:
+            scale = np.repeat(scale * unit[0], 16, axis=0)
+        elif node.attributes["axis"].as_int() == 0:
             scale = np.repeat(scale, node.attributes["block_size"].as_int(), axis=0)
         name, _, half = str(node.inputs[0].name).rpartition(".")[0].partition(".half")
+        factors = graph.initializers.get(f"{input_name(name)}.factors")
+        if factors is not None:
+            scale = scale * factors.const_value.numpy().astype(np.float32)[:, None]
         parts.setdefault(name, {})[half] = values * scale, scale + 0 * values
     matrices = {}
     for name, halves in parts.items():
@@ -335,6 +348,21 @@ def quantized_matrices(bundle: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]
     return matrices
 
 
+def random_statistics(config: Config) -> dict[str, np.ndarray]:
+    """Return random activation statistics of a model."""
+    from packforcing.calibration.activations import array_specs
+
+    rng = np.random.default_rng(0)
+    statistics = {
+        name: rng.uniform(1, 4, shape).astype(dtype)
+        for name, (shape, dtype) in array_specs(config).items()
+    }
+    for name, array in statistics.items():
+        if name.endswith(".moments"):  # positive semidefinite, as moments of any inputs are
+            statistics[name] = array @ array.swapaxes(-1, -2)
+    return statistics
+
+
 def invent_statistics(bundle: Path, path: Path) -> Path:
     """Write random statistics of a model that is too large to be rolled out in a test."""
     from safetensors.numpy import save_file
@@ -342,13 +370,12 @@ def invent_statistics(bundle: Path, path: Path) -> Path:
     from packforcing.calibration.activations import (
         SOURCE_KEY,
         StatisticsSource,
-        array_specs,
         call_names,
     )
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.engine_records import graph_files
 
-    manifest, rng = read_manifest(bundle), np.random.default_rng(0)
+    manifest = read_manifest(bundle)
     source = StatisticsSource(
         model=manifest.config.name,
         denoiser=graph_files(manifest, "denoiser"),
@@ -358,12 +385,6 @@ def invent_statistics(bundle: Path, path: Path) -> Path:
         calls=call_names(manifest.config),
         done=1,
     )
-    statistics = {
-        name: rng.uniform(1, 4, shape).astype(dtype)
-        for name, (shape, dtype) in array_specs(manifest.config).items()
-    }
-    for name, array in statistics.items():
-        if name.endswith(".moments"):  # positive semidefinite, as moments of any inputs are
-            statistics[name] = array @ array.swapaxes(-1, -2)
+    statistics = random_statistics(manifest.config)
     save_file(statistics, path, {SOURCE_KEY: msgspec.json.encode(source).decode()})
     return path

@@ -12,6 +12,7 @@ from packforcing.app.cli.options import (
     COMPUTE_DTYPES,
     FILE,
     PATH,
+    QUANTIZED_WEIGHT_DTYPES,
     argument_for,
     bundle_option,
     json_option,
@@ -196,7 +197,7 @@ def calibrate(
 @option(
     "--weight-dtype",
     aliases=["--weights"],
-    type=click.Choice(["int8", "int4", "fp8"]),
+    type=click.Choice(QUANTIZED_WEIGHT_DTYPES),
     help="Dtype of the matrices in all transformer layers but the first and last.",
 )
 @option(
@@ -209,14 +210,14 @@ def calibrate(
     "--calibration",
     type=FILE,
     metavar="FILE",
-    help="Statistics that `calibrate` wrote for this bundle. Required for --cache-dtype and fp8 "
-    "weights; int4 weights are more exact with it.",
+    help="Statistics that `calibrate` wrote for this bundle. Required for --cache-dtype and for "
+    "w8a8, fp8 and nvfp4 weights; int4 weights are more exact with it.",
 )
 @option("--out", metavar="DIR", required=True, help="Folder for the quantized bundle.")
 @json_option
 def quantize(
     bundle: Path,
-    weight_dtype: Literal["int8", "int4", "fp8"] | None,
+    weight_dtype: Literal["int8", "w8a8", "int4", "fp8", "nvfp4"] | None,
     cache_dtype: Literal["int8", "fp8"] | None,
     calibration: Path | None,
     out: str,
@@ -224,9 +225,13 @@ def quantize(
 ) -> None:
     """Quantize the weights or the KV cache of a bundle.
 
-    Weights are stored as integers or fp8 with scales, in standard ONNX. They take half (int8, fp8)
-    or a quarter (int4) of their fp16 size. An 8-bit cache halves the KV cache and its archive. All
-    else is copied. fp8 also quantizes activations, and needs an RTX 40 or later.
+    Weights are stored as integers, fp8 or fp4 with scales, in standard ONNX. They take half (int8,
+    w8a8, fp8) or about a quarter (int4, nvfp4) of their fp16 size. An 8-bit cache halves the KV
+    cache and its archive. All else is copied.
+
+    w8a8 (int8 products, RTX 30 or later), fp8 (RTX 40 or later) and nvfp4 (RTX 50) quantize
+    activations as well, so that products run in that dtype. int8 and int4 weights are multiplied in
+    fp16.
 
     Needs `pip install "packforcing[calibration]"`; rendering does not.
 

@@ -265,7 +265,8 @@ def _integers(text: str, separator: str, count: int) -> list[int] | None:
 
 
 COMPUTE_DTYPES = ("fp32", "fp16")
-WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4", "fp8")
+QUANTIZED_WEIGHT_DTYPES = ("int8", "w8a8", "int4", "fp8", "nvfp4")
+WEIGHT_DTYPES = ("fp32", "fp16", *QUANTIZED_WEIGHT_DTYPES)
 CACHE_DTYPES = ("fp32", "fp16", "int8", "fp8")
 ATTENTION_DTYPES = ("fp8",)
 SIZE, HISTORY, BUDGETS, NAMES = SizeType(), HistoryType(), BudgetsType(), NamesType()

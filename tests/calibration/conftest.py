@@ -7,7 +7,7 @@ import pytest
 
 from packforcing.calibration.activations import calibrate
 from packforcing.calibration.quantizer import quantize_bundle
-from packforcing.calibration.recipes import CACHE_RECIPES, WEIGHT_RECIPES
+from packforcing.calibration.recipes import CACHE_RECIPES, INPUT_RECIPES, WEIGHT_RECIPES
 from packforcing.config import Precision
 from packforcing.export import export_bundle
 from packforcing.model import random_weights
@@ -34,9 +34,10 @@ def calibrated(half_bundle, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="package", params=WEIGHT_RECIPES)
 def quantized(request, half_bundle, calibrated, tmp_path_factory) -> Path:
-    """Bundles with quantized weights; scales are fitted to statistics where fp8 needs it."""
+    """Bundles with quantized weights, fitted to statistics where inputs are quantized too."""
     directory, dtype = tmp_path_factory.mktemp("bundles") / request.param, request.param
-    quantize_bundle(half_bundle, directory, dtype, None, calibrated if dtype == "fp8" else None)
+    statistics = calibrated if dtype in INPUT_RECIPES else None
+    quantize_bundle(half_bundle, directory, dtype, None, statistics)
     return directory
 
 

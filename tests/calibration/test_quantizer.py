@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,36 +15,50 @@ from packforcing.app.reports.verify import write_reports
 from packforcing.calibration.activations import calibrate
 from packforcing.calibration.matmuls import layer_matmuls, stored_weight
 from packforcing.calibration.quantizer import DENOISER, quantize_bundle
-from packforcing.calibration.recipes import WEIGHT_RECIPES
-from packforcing.config import Precision
+from packforcing.calibration.recipes import INPUT_RECIPES, WEIGHT_RECIPES
+from packforcing.calibration.weights import quantize_matrices
+from packforcing.config import Config, Precision
 from packforcing.errors import BundleError, CalibrationError, ConfigError
 from packforcing.export import export_bundle
+from packforcing.export.exporter import save_graph
+from packforcing.export.graphs import export_graph
 from packforcing.export.verify import verify_bundle
 from packforcing.files import file_record
 from packforcing.geometry import layer_matrices, quantized_layers
 from packforcing.model import random_weights
 from packforcing.runtime import Session, demo_bundle
 from packforcing.runtime.bundle import read_manifest, write_manifest
-from packforcing.runtime.plan import choose_plan, make_plan
+from packforcing.runtime.plan import TARGETS, choose_plan, make_plan
 from packforcing.units import GIB
-from tests.helpers import CALIBRATION_PROMPTS, DEEP, invent_statistics, run, run_measured
+from tests.helpers import (
+    CALIBRATION_PROMPTS,
+    DEEP,
+    builder_job,
+    invent_statistics,
+    random_statistics,
+    run,
+    run_measured,
+)
 
 
-@pytest.mark.parametrize(("dtype", "least_psnr"), [("int8", 35), ("int4", 15), ("fp8", 25)])
+@pytest.mark.parametrize(
+    ("dtype", "least_psnr"),
+    [("int8", 35), ("w8a8", 25), ("int4", 15), ("fp8", 25), ("nvfp4", 13)],
+)
 def test_the_demo_model_renders_with_quantized_weights(dtype, least_psnr, tmp_path):
     out, prompts, statistics = (tmp_path / name for name in (dtype, "prompts", "s.safetensors"))
     options = ["--weights", dtype, "--out", out, "--json"]
-    if dtype == "fp8":
+    if dtype in INPUT_RECIPES:
         prompts.write_text("a red star over navy stripes\n")
         calibration = "--prompts", prompts, "--seconds", "1", "--out", statistics
         result = run("calibrate", demo_bundle(), *calibration)
         assert result.exit_code == 0, result.output
-        options += ["--calibration", statistics, "--cache", dtype]
+        options += ["--calibration", statistics]
     result = run("quantize", demo_bundle(), *options)
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     ratios = list(answer["snr"].values())
-    assert ratios == sorted(ratios) and len(ratios) == {"int8": 32, "int4": 40, "fp8": 32}[dtype]
+    assert ratios == sorted(ratios) and len(ratios) == (40 if dtype == "int4" else 32)
     assert answer["after"] < answer["before"]
     videos = []
     for bundle in (demo_bundle(), out):
@@ -54,7 +69,10 @@ def test_the_demo_model_renders_with_quantized_weights(dtype, least_psnr, tmp_pa
     assert least_psnr < 10 * math.log10(255**2 / noise) < 80
 
 
-@pytest.mark.parametrize(("weights", "cache"), [("int4", "int8"), ("int8", "fp8"), ("fp8", "fp8")])
+@pytest.mark.parametrize(
+    ("weights", "cache"),
+    [("int4", "int8"), ("int8", "fp8"), ("fp8", "fp8"), ("w8a8", "int8"), ("nvfp4", "fp8")],
+)
 def test_quantized_weights_and_cache_combine(weights, cache, half_bundle, calibrated, tmp_path):
     quantize_bundle(half_bundle, tmp_path / "both", weights, cache, calibrated)
     verification = verify_bundle(tmp_path / "both")
@@ -145,6 +163,45 @@ def test_fp8_is_built_for_gpus_that_have_it_and_refused_for_others(
     assert built["denoiser"].key.targets == ("sm89", "sm120")
 
 
+@pytest.fixture(scope="module")
+def wide_denoiser(tmp_path_factory) -> tuple[Config, Path]:
+    """A denoiser in fp16, wide enough for every kind of product; random weights."""
+    half = Precision(compute="fp16", weights="fp16", cache="fp16")
+    sizes = {"dim": 128, "heads": 2, "ffn_dim": 256, "layers": 3}
+    config = msgspec.structs.replace(DEEP, precision=half, **sizes)
+    path = tmp_path_factory.mktemp("wide") / DENOISER
+    save_graph(export_graph(config, random_weights(config), "denoiser"), path)
+    return config, path
+
+
+@pytest.mark.parametrize(("dtype", "target"), [("w8a8", "sm86"), ("nvfp4", "sm120")])
+def test_products_run_in_the_dtype_of_the_weights(dtype, target, wide_denoiser, tmp_path):
+    """All of them, by the builder's list, and no other products do."""
+    pytest.importorskip("tensorrt_rtx")
+    from packforcing.export.builder import build_engine
+    from packforcing.export.engines import kernel_types
+
+    config, exact = wide_denoiser
+    precision = msgspec.structs.replace(config.precision, weights=dtype)
+    config = msgspec.structs.replace(config, precision=precision)
+    model = ir.load(exact)
+    quantize_matrices(model, config, dtype, random_statistics(config))
+    save_graph(model, tmp_path / DENOISER)
+    job = builder_job(config, tmp_path / DENOISER, "denoiser")
+    types = kernel_types(config)
+    job = msgspec.structs.replace(job, targets=(target,), kernel_types=types)
+    built = build_engine(job)
+    products = precision.products
+    count = sum(map(math.prod, layer_matrices(config)))
+    for call in job.calls:
+        amounts = {
+            kernels.operands: kernels.weights
+            for kernels in built.kernels
+            if kernels.call == call and products in kernels.operands
+        }
+        assert amounts == {(products, products): count}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("layers", [4, 30])
 def test_an_engine_takes_a_byte_or_half_of_one_per_quantized_weight(layers, tmp_path, capsys):
@@ -153,13 +210,13 @@ def test_an_engine_takes_a_byte_or_half_of_one_per_quantized_weight(layers, tmp_
     that is asserted for the whole model alone. Quantizing takes 6 GB of memory at most; its time
     is printed."""
     pytest.importorskip("tensorrt_rtx")
-    from packforcing.export.engines import build_engines
+    from packforcing.export.engines import RTX_TARGETS, build_engines
 
     config = msgspec.structs.replace(MODELS["wan-1.3b"], layers=layers)
     export_bundle(config, random_weights(config), tmp_path / "fp16")
     statistics = invent_statistics(tmp_path / "fp16", tmp_path / "s.safetensors")
     built, lines = {}, []
-    cached = (None, "int8"), ("int8", "int8"), ("int4", "int8"), ("fp8", "fp8")
+    cached = (None, "int8"), ("int8", "int8"), ("int4", "int8"), ("fp8", "fp8"), ("nvfp4", "fp8")
     weights_alone = ((weights, None) for weights in WEIGHT_RECIPES)
     for weights, cache in ((None, None), *weights_alone, *cached):
         kind = ", ".join(filter(None, (weights, cache and f"cache {cache}"))) or "fp16"
@@ -173,7 +230,8 @@ def test_an_engine_takes_a_byte_or_half_of_one_per_quantized_weight(layers, tmp_
             _, seconds, peak = run_measured("quantize", tmp_path / "fp16", *options)
             lines.append(f"quantize to {kind}: {seconds:.0f} s, {peak / 1e9:.2f} GB of memory")
             assert peak <= 6e9
-        targets = ["sm89", "sm120"] if "fp8" in kind else None  # sm86 has no fp8
+        needed = {dtype for dtype in (weights, cache) if dtype}
+        targets = [target for target in RTX_TARGETS if needed <= {*TARGETS[target]}]
         built[kind] = build_engines(tmp_path / kind, targets)["denoiser"]
     count = sum(map(math.prod, layer_matrices(config))) * (layers - 2)
     rest = built["fp16"].weights - 2 * count
@@ -183,8 +241,9 @@ def test_an_engine_takes_a_byte_or_half_of_one_per_quantized_weight(layers, tmp_
         print("", *lines, sep="\n")
         print(f"{layers} layers: bytes per quantized weight {bytes_each}, scratch {scratch}")
         print("weights", {kind: record.weights for kind, record in built.items()})
-    assert bytes_each["int8"] == pytest.approx(1, rel=0.02)
-    assert bytes_each["fp8"] == pytest.approx(1, rel=0.02)
+    for dtype in ("int8", "w8a8", "fp8"):
+        assert bytes_each[dtype] == pytest.approx(1, rel=0.02)
+    assert bytes_each["nvfp4"] <= 0.57
     assert bytes_each["int4"] == pytest.approx(0.52, rel=0.02)
     with_cache = {kind: scratch.pop(kind) for kind in list(scratch) if "cache" in kind}
     assert max(scratch.values()) == scratch["fp16"]

@@ -14,6 +14,7 @@ from packforcing.calibration.matmuls import layer_matmuls, stored_weight
 from packforcing.calibration.quantizer import DENOISER, quantize_bundle
 from packforcing.calibration.recipes import WEIGHT_RECIPES
 from packforcing.calibration.scales import fit_weight_scales, round_to_scales
+from packforcing.calibration.weights import input_factors, product_error
 from packforcing.export.oracle import Oracle, oracle_config, record_calls
 from packforcing.export.verify import verify_bundle
 from packforcing.geometry import quantized_layers
@@ -31,7 +32,8 @@ def exact_matrices(bundle):
 
 
 def test_weights_are_off_by_half_a_scale_at_most_unless_int4_clips_them(half_bundle, quantized):
-    """The spacing of fp8 values is an eighth of the power of two below the value."""
+    """The spacing of fp8 values is an eighth of the power of two below the value; of fp4, half of
+    it. A block of fp4 whose scale was rounded down clips its largest value."""
     dtype = read_manifest(quantized).config.precision.weights
     exact, matrices = exact_matrices(half_bundle), quantized_matrices(quantized)
     assert exact.keys() == matrices.keys() and len(exact) == 8 * (DEEP.layers - 2)
@@ -41,12 +43,18 @@ def test_weights_are_off_by_half_a_scale_at_most_unless_int4_clips_them(half_bun
         if dtype == "fp8":
             _, exponent = np.frexp(matrix / spacing)
             spacing = spacing * np.maximum(2.0 ** (exponent - 4), 2**-9)
+        scale = spacing
+        if dtype == "nvfp4":
+            sizes = np.abs(matrix / scale)
+            spacing = scale * np.select([sizes < 2, sizes < 4], [0.5, 1], 2)
         is_close = np.abs(rounded - matrix) <= spacing * 0.501
         if dtype == "int4":
             recipe = WEIGHT_RECIPES[dtype]
             values = np.rint(rounded / spacing)
             is_close |= (values == recipe.high) & (matrix > rounded)
             is_close |= (values == recipe.low) & (matrix < rounded)
+        if dtype == "nvfp4":
+            is_close |= (np.abs(np.rint(rounded / scale)) == 6) & (np.abs(matrix) > np.abs(rounded))
         assert is_close.all(), name
 
 
@@ -158,8 +166,44 @@ def test_scales_fitted_to_second_moments_lower_the_error_of_outputs(correlation)
     assert snr == pytest.approx(10 * math.log10(signal / noise["moments"]), abs=0.5)
 
 
+@pytest.mark.parametrize(("outlier", "gain"), [(1, 1.02), (60, 0.3)])
+def test_the_range_of_outlying_inputs_moves_into_the_weights(outlier, gain):
+    """Where that lowers the error of the product in int8, on the inputs that the statistics are
+    of. The predicted error, which chooses, is the measured one."""
+    rng = np.random.default_rng(0)
+    inputs = rng.uniform(-1, 1, (4000, 64)).astype(np.float32)
+    inputs[:, ::16] *= outlier
+    matrix = rng.standard_normal((64, 32)).astype(np.float32)
+    largest, powers = np.abs(inputs).max(0), np.square(inputs).mean(0)
+    moments = inputs.T @ inputs
+    statistics = {
+        "tokens": np.array([4000]),
+        "ffn.0.largest": largest[None, None],
+        "ffn.0.moments": moments[None, None],
+    }
+    weight = ir.Value(name="w", const_value=ir.tensor(matrix))
+    matmul = ir.node("MatMul", [ir.Value(name="x"), weight])
+    factors = input_factors({"blocks.0.ffn.0": matmul}, statistics, "w8a8")
+    chosen = factors.get("blocks.0.ffn.0.input", np.ones(64, np.float32))
+    assert np.array_equal(np.log2(chosen), np.rint(np.log2(chosen)))  # products are exact
+
+    def rounded(values, step):
+        return np.rint(values / step) * step
+
+    def measured_error(factors):
+        x, w = inputs * factors, matrix / factors[:, None]
+        product = rounded(x, np.abs(x).max() / 127) @ rounded(w, np.abs(w).max(0) / 127)
+        return np.square(product - inputs @ matrix).mean(0).sum()
+
+    exact = measured_error(np.ones(64, np.float32))
+    assert measured_error(chosen) <= gain * exact
+    assert product_error(matrix, largest, powers, "w8a8") == pytest.approx(exact, rel=0.15)
+
+
 def test_groups_that_share_a_scale_divide_the_inputs():
     assert [weight_block("int4", *shape) for shape in ((192, 640), (640, 192))] == [64, 128]
     assert [weight_block("int4", *shape) for shape in ((1536, 8960), (8960, 1536))] == [128, 128]
     assert [weight_block("int8", *shape) for shape in ((192, 640), (640, 192))] == [96, 640]
-    assert [weight_block("fp8", *shape) for shape in ((192, 640), (640, 192))] == [192, 640]
+    for dtype in ("fp8", "w8a8"):
+        assert [weight_block(dtype, *shape) for shape in ((192, 640), (640, 192))] == [192, 640]
+    assert [weight_block("nvfp4", *shape) for shape in ((192, 640), (640, 192))] == [16, 16]

@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.ablate_cache import SCHEMES, Scheme, measure_schemes
-from benchmarks.ablate_layers import measure_parts
+from benchmarks.ablate_layers import measure_parts, measure_products
 from benchmarks.against import time_against
 from benchmarks.compare_quantizers import measure_tools
+from packforcing.calibration.activations import calibrate
+from packforcing.geometry import quantized_layers
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import read_manifest
+from tests.helpers import CALIBRATION_PROMPTS
 
 
 @pytest.mark.full
@@ -34,6 +37,16 @@ def test_every_part_with_matrices_loses_more_in_4_bits():
     parts = {"time_embedding", "time_projection", "head", *(f"blocks.{n}" for n in range(layers))}
     assert {cost.part for cost in costs} == parts
     assert all(0 < cost.errors["int8"] < cost.errors["int4"] / 4 for cost in costs)
+
+
+@pytest.mark.full
+def test_every_product_loses_more_in_fp4_than_in_int8(tmp_path):
+    statistics = tmp_path / "s.safetensors"
+    calibrate(demo_bundle(), CALIBRATION_PROMPTS, statistics, seconds=1)
+    costs = measure_products(demo_bundle(), statistics)
+    inner = quantized_layers(read_manifest(demo_bundle()).config)
+    assert [cost.matrices for cost in costs] == [8] * len(inner) + [len(inner)] * 8
+    assert all(0 < cost.errors["w8a8"] < cost.errors["nvfp4"] for cost in costs)
 
 
 def test_our_weights_are_no_worse_than_onnxruntimes():

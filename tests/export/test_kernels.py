@@ -55,6 +55,13 @@ def test_attention_is_counted_by_call_and_dtype():
             [tensor(1, 1536, 4608), tensor(1, dtype="Float"), tensor(1, dtype="Float")],
             ("fp16", "fp16", 1536 * 4608),
         ),
+        (  # a batch of three, their block scales, and two factors
+            "node_1+node_2+node_3_myl0_45", "gemm",
+            [tensor(1, 6240, 1536, dtype="FP4E2M1"), tensor(1, 49, 4, 32, 24, 4, dtype="FP8")],
+            [tensor(3, 1536, 1536, dtype="FP4E2M1"), tensor(1, dtype="Float"),
+             tensor(1, dtype="Float"), tensor(3, 12, 4, 24, 4, 32, dtype="FP8")],
+            ("nvfp4", "nvfp4", 3 * 1536 * 1536),
+        ),
         (  # fused with a bias, a gate and what is added
             "__myl_FcAddMulAdd_myl0_22", "runtime_fusion",
             [tensor(1, 1, 1536), tensor(1, 6240, 1536), tensor(1, 6240, 8960, dtype="FP8")],
