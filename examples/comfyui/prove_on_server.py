@@ -42,7 +42,7 @@ SCHEDULE = [
     Switch(1, "a blue circle over sand dots", "recompute", 2),
 ]
 SECONDS, SEED = 3.0, 7
-START_SECONDS = 120.0  # that the server may take to start
+START_SECONDS = 600.0  # that the server may take to start
 
 
 class Server:
