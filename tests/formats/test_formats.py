@@ -46,7 +46,14 @@ FORMATS = {
 
 def files_of(kind: str) -> list[Path]:
     """The fixtures of a kind, those of the newest version last."""
-    return sorted(HERE.glob("bundle-*/engines" if kind == "engines" else f"{kind}-*"))
+    paths = sorted(HERE.glob("bundle-*/engines" if kind == "engines" else f"{kind}-*"))
+    return sorted(paths, key=engine_version) if kind == "engines" else paths
+
+
+def engine_version(engines: Path) -> int:
+    """The version of engine records; a newer bundle may have older ones."""
+    record = engines / "tensorrt-rtx" / "denoiser.json"
+    return json.loads(unseal_json("engine", record.read_bytes())).get("version", 1)
 
 
 def each(kind: str):
@@ -220,7 +227,8 @@ def denoiser_record(path: Path) -> engine_records.EngineRecord:
 def case(request, tmp_path):
     """A kind, its module, the names there, its version and a copy of its newest files."""
     kind = request.param
-    newest = files_of("bundle" if kind == "engines" else kind)[-1]
+    newest = files_of(kind)[-1]
+    newest = newest.parent if kind == "engines" else newest
     path = tmp_path / "film.mp4"
     shutil.copytree(newest, f"{path}.render" if kind == "render" else path)
     if kind == "render":
