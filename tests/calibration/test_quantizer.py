@@ -252,12 +252,21 @@ def test_an_engine_takes_a_byte_or_half_of_one_per_quantized_weight(layers, tmp_
 
 
 @pytest.mark.full
-def test_the_whole_history_of_the_full_model_fits_into_4_gib_as_built(tmp_path, capsys):
-    """In the precision and with the autoencoder that the plan for 4 GiB names."""
+@pytest.mark.parametrize(
+    ("targets", "requested"),
+    [
+        (("sm86", "sm89", "sm120"), None),
+        (("sm120",), Precision(compute="fp16", weights="nvfp4", cache="fp8")),
+    ],
+)
+def test_the_whole_history_of_the_full_model_fits_into_4_gib_as_built(
+    targets, requested, tmp_path, capsys
+):
+    """In the precision and with the autoencoder that the plan for 4 GiB names, and in nvfp4."""
     pytest.importorskip("tensorrt_rtx")
     from packforcing.export.engines import build_engines
 
-    planned = choose_plan(MODELS["wan-1.3b"], "sm86", 4 * GIB)
+    planned = choose_plan(MODELS["wan-1.3b"], targets[0], 4 * GIB, precision=requested)
     config, precision = planned.config, planned.config.precision
     assert config.policy == MODELS["wan-1.3b"].policy and not planned.streamed
     half = Precision(compute="fp16", weights="fp16", cache="fp16")
@@ -266,14 +275,14 @@ def test_the_whole_history_of_the_full_model_fits_into_4_gib_as_built(tmp_path, 
     statistics = invent_statistics(tmp_path / "fp16", tmp_path / "s.safetensors")
     small = tmp_path / "small"
     quantize_bundle(tmp_path / "fp16", small, precision.weights, precision.cache, statistics)
-    records = build_engines(small, ["sm86", "sm89", "sm120"])
+    records = build_engines(small, targets)
     built = {name: size for record in records.values() for name, size in record.figures.items()}
     scratch = max(records["denoiser"].scratch.values()) / 1e6
     lines = [
         f"{precision.weights} weights, {precision.cache} cache: {scratch:.1f} MB of scratch, "
         "GiB by the built figures"
     ]
-    for target in ("sm86", "sm89", "sm120"):
+    for target in targets:
         total = make_plan(config, target, built=built).total
         lines.append(f"{target}: {total / GIB:.3f} (planned {planned.total / GIB:.3f})")
         assert total <= 4 * GIB
