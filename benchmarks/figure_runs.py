@@ -131,6 +131,14 @@ RUNS = {
             "docs/results/tours.png": pictures.draw_tours,
         },
     ),
+    "last-step": Run(
+        (packforcing(
+            "compare --seconds 120 --prompts 3 --threads 1 --out {out} --policy "
+            "packforcing,packforcing-last-step"
+        ),),
+        15,
+        values.last_step_values,
+    ),
     "spans": Run(
         (packforcing(
             "compare --seconds 120 --prompts 8 --threads 1 --out {out} --policy "
@@ -151,6 +159,10 @@ RUNS = {
     ),
     "reference": Run(
         (full_test("tests/evaluation -k reference_measures"),), 15, values.reference_values
+    ),
+    "filters": Run(
+        (benchmark("compare_filters --prompts 8 --seconds 2 --json {out}/filters.json"),), 5,
+        values.filter_values,
     ),
     "bundles": Run(
         (

@@ -132,12 +132,27 @@ def _number(change: Estimate | None) -> str:
     return NUMBERS[count] if count < len(NUMBERS) else str(count)
 
 
-def policy_values(results: Results) -> dict[str, str]:
-    result, columns = results.comparison(), POLICY_COLUMNS.values()
+def _policy_table(result: Comparison) -> str:
+    columns = POLICY_COLUMNS.values()
     rows = [
         [policy, *(f"{_mean(result, policy, *column):{form}}" for *column, form in columns)]
         for policy in result.end
     ]
+    return table(["", *POLICY_COLUMNS], rows).replace(" nan ", " - ")
+
+
+def last_step_values(results: Results) -> dict[str, str]:
+    result = results.comparison()
+    gaps = {
+        "speed": ("packforcing-last-step", "speed", 1, 1),
+        "returns": ("packforcing-last-step", "returns", 1, 1),
+        "drift": ("packforcing-last-step", "color drift", 1, 1),
+    }
+    return {"table": _policy_table(result), **_gaps(result, gaps)}
+
+
+def policy_values(results: Results) -> dict[str, str]:
+    result = results.comparison()
     own, window = (result.costs[name] for name in ("packforcing", "sliding-window"))
     peaks = sorted(cost.host_peak / 1e6 for cost in result.costs.values())
     compared = (
@@ -146,7 +161,7 @@ def policy_values(results: Results) -> dict[str, str]:
     )
     window_tours, sink_tours = (_number(change) for change in compared)
     return {
-        "table": table(["", *POLICY_COLUMNS], rows),
+        "table": _policy_table(result),
         "color": f"{_mean(result, 'packforcing', 'color'):.1%}",
         "shape": f"{_mean(result, 'packforcing', 'shape'):.0%}",
         "ground": f"{_mean(result, 'packforcing', 'ground'):.0%}",
@@ -335,6 +350,24 @@ def quantizer_values(results: Results) -> dict[str, str]:
         row += [f"{error[name]:.2f}" for name in ("mean", "worst")]
     heads = ["", "int8: mean", "int8: worst", "int4: mean", "int4: worst"]
     return {"table": table(heads, list(rows.values()))}
+
+
+FILTER_COLUMNS = {
+    "PSNR, dB": ("psnr", ".1f"), "SSIM": ("ssim", ".3f"), "GMSD": ("gmsd", ".3f"),
+    "color": ("color", ".3f"), "shape": ("shape", ".3f"), "ground": ("ground", ".3f"),
+    "smoothness": ("smoothness", ".4f"), "flicker": ("flicker", ".2f"),
+}  # fmt: skip
+
+
+def filter_values(results: Results) -> dict[str, str]:
+    def cell(row: dict[str, float], key: str, form: str) -> str:
+        return f"{row[key]:{form}}" if key in row else ""
+
+    rows = [
+        [way, *(cell(row, *column) for column in FILTER_COLUMNS.values())]
+        for way, row in results.json("filters.json").items()
+    ]
+    return {"table": table(["", *FILTER_COLUMNS], rows)}
 
 
 # Time and memory of the demo model

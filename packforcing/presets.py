@@ -155,9 +155,41 @@ def with_autoencoder(config: Config, name: str) -> Config:
     return msgspec.structs.replace(config, vae=name, **AUTOENCODERS[name])
 
 
-# What a planner may choose for `Policy.commit` without being told to. "last-step" joins when
-# docs/results/2026-11-policies.md shows that two minutes of video hold under it.
+# What a planner may choose for `Policy.commit` without being told to. Under "last-step" the demo's
+# videos lose almost half of their motion in two minutes (docs/results/2026-11-policies.md).
 PLANNED_COMMITS: tuple[Literal["clean", "last-step"], ...] = ("clean",)
+
+
+def trained_timesteps(config: Config, count: int) -> tuple[float, ...]:
+    """Return the timesteps of so many steps that a model's weights were trained for.
+
+    Args:
+        config: The model.
+        count: Steps of a block.
+
+    Raises:
+        ConfigError: They were trained for another number. Names models of the same sizes whose
+            published weights were trained for this one.
+    """
+    if len(config.timesteps) == count:
+        return config.timesteps
+
+    def sizes(model: Config) -> tuple[int, ...]:
+        return model.dim, model.layers, model.ffn_dim, model.latent_channels, model.block_frames
+
+    others = [
+        name
+        for name, model in MODELS.items()
+        if len(model.timesteps) == count and sizes(model) == sizes(config)
+    ]
+    remedy = "no published weights of these sizes were trained for that many"
+    if others:
+        remedy = f"published weights that were: {', '.join(others)} (packforcing fetch NAME)"
+    raise ConfigError(
+        f"{config.name} takes {len(config.timesteps)} steps, and its weights were trained for "
+        f"these alone, not for {count}: {remedy}. A list of steps is followed untrained, like "
+        "--steps 1000,500"
+    )
 
 
 def policies(config: Config) -> dict[str, Policy]:

@@ -26,6 +26,7 @@ from packforcing.prompts import History, Timeline, prompt_words
 from packforcing.runtime.bundle import Manifest
 from packforcing.runtime.encoders import COMMENT, frame_file
 from packforcing.runtime.request import VideoRequest, frames_before
+from packforcing.runtime.video_filters import NO_FILTERS, VideoFilters
 from packforcing.sampler import describe_steps
 
 
@@ -61,6 +62,7 @@ class VideoMetadata(msgspec.Struct, frozen=True, kw_only=True):
         prompts: Each prompt and when the video begins to follow it.
         seed: Of the noise.
         started: Whether it begins with a picture or a clip that was not generated.
+        filters: What happened to the frames after the decoder, in words; empty: nothing.
     """
 
     packforcing: str
@@ -72,15 +74,19 @@ class VideoMetadata(msgspec.Struct, frozen=True, kw_only=True):
     prompts: tuple[SwitchInfo, ...]
     seed: int
     started: bool = False
+    filters: str = ""
 
 
-def describe_video(manifest: Manifest, config: Config, request: VideoRequest) -> VideoMetadata:
+def describe_video(
+    manifest: Manifest, config: Config, request: VideoRequest, filters: VideoFilters = NO_FILTERS
+) -> VideoMetadata:
     """Say how a video is made.
 
     Args:
         manifest: Of the bundle.
         config: Of the video: the bundle's, with its policy and steps.
         request: What the video is asked to be.
+        filters: What happens to its frames.
     """
     from packforcing import __version__
 
@@ -94,6 +100,7 @@ def describe_video(manifest: Manifest, config: Config, request: VideoRequest) ->
         prompts=tuple(switch_infos(request.timeline, config)),
         seed=request.seed,
         started=request.start is not None,
+        filters=str(filters),
     )
 
 

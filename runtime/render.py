@@ -39,6 +39,7 @@ from packforcing.runtime.resume import (
     unfinished_record,
 )
 from packforcing.runtime.video import Video, stream_video
+from packforcing.runtime.video_filters import NO_FILTERS, VideoFilters
 from packforcing.sampler import describe_steps
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def render_video(
     checkpoint_seconds: float = SNAPSHOT_SECONDS,
     locked: LockedFolder | None = None,
     metadata: bool = True,
+    filters: VideoFilters = NO_FILTERS,
 ) -> RenderSummary:
     """Render a video into a file; `Session.render` describes arguments and errors.
 
@@ -162,6 +164,7 @@ def render_video(
         checkpoint_seconds: Seconds of video between two snapshots.
         locked: The folder of the render, where the caller has locked it; the output is not there.
         metadata: Whether the file says how it was made.
+        filters: What happens to the frames on their way to the file.
     """
     from packforcing.runtime.video_files import check_output
     from packforcing.runtime.video_forms import STREAM, output_target
@@ -178,19 +181,20 @@ def render_video(
         "checkpoint_seconds", checkpoint_seconds, LONGEST, f"above 0 and at most {LONGEST:.0f}"
     )
     interval = snapshot_interval(config, checkpoint_seconds)
-    fields = _request_fields(session, video, path, interval)
-    made = describe_video(session.manifest, config, request)
+    fields = _request_fields(session, video, path, interval, filters)
+    made = describe_video(session.manifest, config, request, filters)
     comment = encode_metadata(made) if metadata else ""
     frames_resumed = request.frames
     if streamed:
         frames_resumed = 0
         stream = stream_video(video, on_block, on_frames)
-        _write_stream(path, config, stream, stopwatch, comment)
+        _write_stream(path, config, stream, stopwatch, comment, filters)
     elif locked or not (resume and remove_leftovers(path, fields)):
-        check_output(path, request.frames, config.width, config.height)
+        size = filters.size(config.width, config.height)
+        check_output(path, filters.rate(request.frames), *size)
         length = request.frames, timeline.blocks
         limit = request.archive_limit
-        with render_folder(path, config, fields, *length, resume, locked, limit) as render:
+        with render_folder(path, config, fields, *length, resume, locked, limit, filters) as render:
             frames_resumed = frames_before(render.record.block, timeline, config)
             video.record(_FolderRecorder(render))
             try:
@@ -198,7 +202,7 @@ def render_video(
             except RenderStopped as error:
                 raise RenderStopped(f"{error}; {render.remedy}") from None
             stopwatch.seconds_video += _join_segments(
-                render, path, config, timeline.blocks, comment
+                render, path, config, timeline.blocks, comment, filters
             )
             render.remove()
     return RenderSummary(
@@ -224,13 +228,15 @@ def _write_stream(
     stream: Iterator[np.ndarray],
     stopwatch: _Stopwatch,
     comment: str,
+    filters: VideoFilters,
 ) -> None:
     """Write a video to standard output as it is made."""
     from packforcing.runtime.video_files import open_video
 
     then = "a video on standard output cannot be resumed"
-    with open_video(path, config.width, config.height, config.fps, then, comment) as file:
-        for frames in stream:
+    size, fps = filters.size(config.width, config.height), filters.rate(config.fps)
+    with open_video(path, *size, fps, then, comment) as file:
+        for frames in filters.apply(stream):
             began = time.perf_counter()
             file.write(frames)
             stopwatch.seconds_video += time.perf_counter() - began
@@ -276,18 +282,24 @@ def _join_segments(
     config: Config,
     blocks: int,
     comment: str,
+    filters: VideoFilters,
 ) -> float:
     """Join the segments and give the video its name; return the seconds it took."""
     from packforcing.runtime.video_files import join_segments
 
     began = time.perf_counter()
     size, segments = (config.width, config.height, config.fps), render.segments(blocks)
-    render.place(join_segments(segments, path, render.path, *size, render.remedy, comment))
+    joined = join_segments(segments, path, render.path, *size, render.remedy, comment, filters)
+    render.place(joined)
     return time.perf_counter() - began
 
 
 def _request_fields(
-    session: Session, video: Video, path: str | os.PathLike[str], interval: int
+    session: Session,
+    video: Video,
+    path: str | os.PathLike[str],
+    interval: int,
+    filters: VideoFilters,
 ) -> dict[str, str]:
     """Describe all that decides about the frames and their encoding, by name."""
     import av
@@ -301,7 +313,8 @@ def _request_fields(
     limit = request.archive_limit
     return {
         **({} if limit is None else {"archive": f"{limit} blocks"}),
-        "output": segment_suffix(path),
+        **({"filters": str(filters)} if filters else {}),
+        "output": segment_suffix(path, lossless=bool(filters)),
         "frames": str(request.frames),
         "seed": str(request.seed),
         "prompts": _digest_prompts(request.timeline),

@@ -67,6 +67,7 @@ from packforcing.runtime.snapshot import (
     write_part,
 )
 from packforcing.runtime.video_files import JOINED, output_errors, place_video, video_bytes
+from packforcing.runtime.video_filters import NO_FILTERS, VideoFilters
 from packforcing.runtime.video_forms import FILE_SUFFIXES, FORMS, output_target
 from packforcing.units import format_file_size
 
@@ -102,6 +103,7 @@ def render_folder(
     resume: bool,
     locked: LockedFolder | None = None,
     archive_limit: int | None = None,
+    filters: VideoFilters = NO_FILTERS,
 ) -> Iterator[RenderFolder]:
     """Open the folder beside `path` for a render, locked and with room on its disk.
 
@@ -117,12 +119,13 @@ def render_folder(
             way.
         locked: The folder, where the caller has locked it.
         archive_limit: Blocks that the archive holds at most; None: all.
+        filters: What happens to the frames when the segments are joined.
 
     Raises:
         OutputError: The folder cannot be written, is locked or has an unfinished render.
         ResumeError: The unfinished render is damaged or of another request.
     """
-    _, target = output_target(path)
+    form, target = output_target(path)
     if target.is_dir() and not _replaceable(target):
         raise OutputError(
             f"cannot write PNG files to {target}: it is a link, a mount point or the current "
@@ -131,7 +134,9 @@ def render_folder(
     with nullcontext(locked) if locked else locked_folder(path) as folder:
         render = _open(folder, config, dict(request), resume)
         try:
-            render.check(frames, blocks, archive_limit)
+            size = filters.size(config.width, config.height)
+            joined_bytes = video_bytes(form, filters.rate(frames), *size)
+            render.check(frames, blocks, archive_limit, joined_bytes)
             yield render
         finally:
             if not (render.record.block or is_plain_file(render.latents)):
@@ -363,13 +368,14 @@ class RenderFolder:
                     if path.is_symlink():
                         raise
 
-    def check(self, frames: int, blocks: int, archive_limit: int | None) -> None:
+    def check(self, frames: int, blocks: int, archive_limit: int | None, joined_bytes: int) -> None:
         """Check every file of the record, and the disk's room for the rest of the render.
 
         Args:
             frames: Frames of the video.
             blocks: Blocks of the video.
             archive_limit: Blocks that the archive holds at most; None: all.
+            joined_bytes: Of the whole video at most.
 
         Raises:
             ResumeError: A file is missing or damaged.
@@ -384,10 +390,9 @@ class RenderFolder:
         for name in record.files:
             self._check(name)
         present_bytes = sum(file.bytes for file in record.files.values())
-        # segments and what they are joined to; PNG files and lossless segments take about the same
         size = video_bytes(FORMS[self._suffix], frames, config.width, config.height)
         snapshots = checkpoint_bytes(config, blocks, archive_limit, self.interval)
-        needed_bytes = 2 * size + snapshots - present_bytes
+        needed_bytes = size + joined_bytes + snapshots - present_bytes
         self._require_space(
             needed_bytes, f"a render of {frames} frames", "free some space or choose another folder"
         )

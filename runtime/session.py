@@ -38,6 +38,7 @@ from packforcing.runtime.request import VideoRequest, check_seconds, make_reques
 from packforcing.runtime.resume import SNAPSHOT_SECONDS
 from packforcing.runtime.rollout import Rollout
 from packforcing.runtime.video import LEAD, Video, stream_video
+from packforcing.runtime.video_filters import NO_FILTERS, VideoFilters
 from packforcing.sampler import StepOverrides
 
 MAX_LEAD = 1_000_000
@@ -347,6 +348,7 @@ class Session:
         resume: bool = False,
         checkpoint_seconds: float = SNAPSHOT_SECONDS,
         metadata: bool = True,
+        filters: VideoFilters = NO_FILTERS,
     ) -> RenderSummary:
         """Render a video into a file; nothing stands under `path` before all of it is done.
 
@@ -372,6 +374,8 @@ class Session:
                 another encoding of the same frames.
             metadata: Whether the file says how it was made (`packforcing.runtime.metadata`): its
                 prompts, seed, policy and bundle, nothing of the machine or the time.
+            filters: More frames per second, or larger ones, in the file. Until the video is whole,
+                its segments are lossless and take more of the disk.
 
         Raises:
             OutputError: The output cannot be written, or is being rendered.
@@ -382,6 +386,7 @@ class Session:
         check_seconds(self.config, seconds)
         check_type("on_block", on_block, Callable, "a function of a BlockInfo")
         check_type("on_frames", on_frames, Callable, "a function of a Block")
+        check_type("filters", filters, VideoFilters, "VideoFilters")
         video = self.begin(
             prompt,
             seed,
@@ -400,6 +405,7 @@ class Session:
             resume=resume,
             checkpoint_seconds=checkpoint_seconds,
             metadata=metadata,
+            filters=filters,
         )
 
     def require_open(self) -> None:

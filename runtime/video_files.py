@@ -24,6 +24,7 @@ import numpy as np
 from packforcing.errors import OutputError
 from packforcing.files import flush, flush_folder, partial_path, require_disk_space
 from packforcing.runtime.encoders import Encoder, add_comment, open_encoder
+from packforcing.runtime.video_filters import NO_FILTERS, VideoFilters
 from packforcing.runtime.video_forms import PNG, STREAM, Form, output_target
 
 _SPARE_BYTES = 1 << 20  # left free on the disk
@@ -198,6 +199,7 @@ def join_segments(
     fps: int,
     then: str,
     comment: str = "",
+    filters: VideoFilters = NO_FILTERS,
 ) -> Path:
     """Join segments in order, frame for frame; lossless ones are encoded, others copied.
 
@@ -205,11 +207,12 @@ def join_segments(
         segments: Videos that `open_video` wrote, of the kind that `segment_suffix` returns.
         path: The output.
         folder: On the same disk; the joined video lies there, as `JOINED` with its suffix.
-        width: In pixels.
-        height: In pixels.
-        fps: Frames per second.
+        width: Of the segments, in pixels.
+        height: Of the segments, in pixels.
+        fps: Of the segments.
         then: The end of an error's message: what remains and what to do.
         comment: What the file says about itself.
+        filters: What happens to lossless segments.
 
     Returns:
         The joined video, flushed to the disk; `place_video` is next.
@@ -223,9 +226,10 @@ def join_segments(
     partial = folder / f"{JOINED}{form.suffix}"
     with output_errors(target, then):
         try:
-            if form.segment != form.suffix:
-                encoder = open_encoder(partial, form, width, height, fps, comment)
-                _write_frames(segments, encoder)
+            if filters or form.segment != form.suffix:
+                size, rate = filters.size(width, height), filters.rate(fps)
+                encoder = open_encoder(partial, form, *size, rate, comment)
+                _write_frames(segments, encoder, filters)
             else:
                 options = dict(form.container_options)
                 with av.open(
@@ -248,18 +252,23 @@ def place_video(video: Path, target: Path) -> None:
     flush_folder(target.parent)
 
 
-def _write_frames(segments: Sequence[Path], video: Encoder) -> None:
-    import av
-
+def _write_frames(segments: Sequence[Path], video: Encoder, filters: VideoFilters) -> None:
     try:
-        for segment in segments:
-            with av.open(segment.absolute()) as container:
-                for frame in container.decode(video=0):
-                    video.write(frame.to_ndarray(format="rgb24")[None])
+        for frames in filters.apply(_read_frames(segments)):
+            video.write(frames)
         video.finish()
     except BaseException:
         video.abandon()
         raise
+
+
+def _read_frames(segments: Sequence[Path]) -> Iterator[np.ndarray]:
+    import av
+
+    for segment in segments:
+        with av.open(segment.absolute()) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")[None]
 
 
 def _copy_packets(segments: Sequence[Path], joined: Any, fps: int, reordered: int) -> None:

@@ -76,6 +76,7 @@ FORMS = {
         Form(STDOUT, "mp4", "libx264", "yuv420p", 0.0, "", _H264, _FRAGMENTS, 2),
     )
 }
+LOSSLESS = ".mkv"
 PNG, STREAM = FORMS[""], FORMS[STDOUT]
 SEGMENT_SUFFIXES = sorted({form.segment for form in FORMS.values()} - {""})
 FILE_SUFFIXES = sorted(suffix for suffix in FORMS if suffix.startswith("."))
@@ -116,9 +117,15 @@ def output_target(path: str | os.PathLike[str]) -> tuple[Form, Path]:
     )
 
 
-def segment_suffix(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of a video's segments."""
-    return output_target(path)[0].segment
+def segment_suffix(path: str | os.PathLike[str], lossless: bool = False) -> str:
+    """Return the suffix of a video's segments.
+
+    Args:
+        path: The output.
+        lossless: Whether they have to keep every byte, as their frames are yet to be filtered.
+    """
+    form = output_target(path)[0]
+    return LOSSLESS if lossless else form.segment
 
 
 def encoder_options(form: Form) -> dict[str, str]:

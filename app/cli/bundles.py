@@ -415,6 +415,7 @@ def _show_video(path: Path, as_json: bool) -> None:
         ("model", f"{metadata.model}, bundle {metadata.bundle}"),
         ("history", metadata.policy),
         ("denoising", metadata.denoising),
+        *([("filters", metadata.filters)] if metadata.filters else []),
         ("seed", str(metadata.seed)),
         ("license", _license(metadata.license)),
         ("made with", f"packforcing {metadata.packforcing}"),

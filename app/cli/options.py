@@ -228,14 +228,19 @@ class PrecisionType(click.ParamType):
         return weights, cache or weights
 
 
+MOST_STEPS = 50  # a smaller number alone counts steps, a larger one is a timestep
+
+
 class StepsType(click.ParamType):
-    """Timesteps before the shift, as in 1000,750,500,250."""
+    """Timesteps before the shift, as in 1000,750,500,250, or their number."""
 
     name = "steps"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        if isinstance(value, tuple):
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...] | int:
+        if isinstance(value, tuple | int):
             return value
+        if value.isascii() and value.isdigit() and 0 < int(value) <= MOST_STEPS:
+            return int(value)
         try:
             parts = value.split(",") if "," in value else value.split()
             return tuple(map(float, parts))
@@ -319,8 +324,8 @@ step_options = options(
         "--steps",
         type=STEPS,
         metavar="STEP,...",
-        help="Denoising steps from 1000 down, before the shift, like 1000,750,500,250.  "
-        "[default: the model's]",
+        help="Denoising steps from 1000 down, before the shift, like 1000,750,500,250; or how many "
+        "there are, where the weights were trained for that number.  [default: the model's]",
     ),
     option(
         "--first-steps",
@@ -370,6 +375,24 @@ shape_options = options(
         "one; `plan --budget` picks Wan's if everything else stays whole]",
     ),
     step_options,
+)
+filter_options = options(
+    option(
+        "--scale",
+        type=click.IntRange(1, 4),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Scale frames by N on their way to the file (Lanczos).",
+    ),
+    option(
+        "--interpolate",
+        type=click.IntRange(1, 4),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Write N times the frames per second, those between interpolated along the motion.",
+    ),
 )
 backend_option = option(
     "--backend",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from packforcing.errors import ConfigError
+from packforcing.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
     from packforcing.config import Config, Policy, Precision
+    from packforcing.sampler import StepOverrides
 
 
 def with_shape(
@@ -18,8 +21,8 @@ def with_shape(
     history: tuple[int, int, int] | None,
     policy: str | None,
     vae: str | None,
-    steps: tuple[float, ...] | None,
-    first_steps: tuple[float, ...] | None,
+    steps: tuple[float, ...] | int | None,
+    first_steps: tuple[float, ...] | int | None,
     shift: float | None,
     commit: Literal["clean", "last-step"] | None,
     dtype: str | None = None,
@@ -33,7 +36,6 @@ def with_shape(
 
     from packforcing.config import Precision
     from packforcing.presets import policies, with_autoencoder
-    from packforcing.sampler import StepOverrides
 
     changes: dict[str, Any] = {}
     if size is not None:
@@ -52,7 +54,71 @@ def with_shape(
         partitions = dict(zip(("sink", "mid", "recent"), history))
         resized = msgspec.structs.replace(config.policy, **partitions)
         config = msgspec.structs.replace(config, policy=resized)
-    return StepOverrides(steps, first_steps, shift, commit).apply(config)
+    return step_overrides(config, steps, first_steps, shift, commit).apply(config)
+
+
+def step_overrides(
+    config: Config,
+    steps: tuple[float, ...] | int | None,
+    first_steps: tuple[float, ...] | int | None,
+    shift: float | None,
+    commit: Literal["clean", "last-step"] | None,
+) -> StepOverrides:
+    """Return the values of the options for steps.
+
+    Raises:
+        ConfigError: The weights were not trained for a number of steps.
+    """
+    from packforcing.presets import trained_timesteps
+    from packforcing.sampler import StepOverrides
+
+    if isinstance(first_steps, int):
+        raise ConfigError("--first-steps takes a list of steps, like 1000,750,500,250")
+    if isinstance(steps, int):
+        steps = trained_timesteps(config, steps)
+    return StepOverrides(steps, first_steps, shift, commit)
+
+
+def require_size(directory: Path, config: Config, size: tuple[int, int], backend: str) -> None:
+    """Refuse a bundle whose frames have another size.
+
+    Args:
+        directory: The bundle.
+        config: Its config.
+        size: Width and height that frames are to have.
+        backend: That it is to run on.
+
+    Raises:
+        ConfigError: They differ. Names a bundle beside it that has this size, or the commands that
+            make one; where no bundle can have it, the sizes nearest to it.
+    """
+    import msgspec
+
+    from packforcing.app.reports.realtime import commands
+    from packforcing.runtime.backends import ENGINE_BACKENDS
+    from packforcing.runtime.bundle import MANIFEST, read_manifest
+    from packforcing.runtime.engine_records import read_record
+
+    width, height = size
+    if size == (config.width, config.height):
+        return
+    sized = msgspec.structs.replace(config, width=width, height=height)
+    differs = f"{directory} makes frames of {config.width}x{config.height}, not {width}x{height}"
+    for path in sorted(directory.resolve().parent.glob(f"*/{MANIFEST}")):
+        with suppress(BundleError):
+            other = read_manifest(path.parent).config
+            if msgspec.structs.replace(other, precision=config.precision) == sized:
+                raise ConfigError(f"{differs}: use --bundle {path.parent}")
+    record = read_record(directory, backend, "denoiser")
+    targets = record.key.targets if record else ("sm86", "sm89", "sm120")
+    steps = [
+        step
+        for step in commands(sized, ",".join(targets))
+        if backend in ENGINE_BACKENDS or not step.startswith("packforcing build ")
+    ]
+    raise ConfigError(
+        f"{differs}. To make a bundle of that size in the folder 'fast': {' && '.join(steps)}"
+    )
 
 
 def policy_by_name(name: str, by_name: Mapping[str, Policy]) -> Policy:

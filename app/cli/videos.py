@@ -14,8 +14,10 @@ from packforcing.app.cli.options import (
     FILE,
     LIMIT,
     PATH,
+    SIZE,
     argument_for,
     bundle_option,
+    filter_options,
     json_option,
     option,
     out_folder_option,
@@ -28,7 +30,12 @@ from packforcing.app.cli.options import (
 from packforcing.app.cli.output import make_folder, print_json, print_training_free
 from packforcing.app.cli.progress import frame_meter, print_status
 from packforcing.app.cli.prompts import check_encoder_is_needed, encode_schedule
-from packforcing.app.cli.settings import is_training_free, policy_by_name
+from packforcing.app.cli.settings import (
+    is_training_free,
+    policy_by_name,
+    require_size,
+    step_overrides,
+)
 from packforcing.errors import ConfigError, RenderStopped
 from packforcing.extras import optional_imports
 
@@ -145,6 +152,14 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     "the bundle's policy alone.  [default: the bundle's]",
 )
 @step_options
+@filter_options
+@option(
+    "--size",
+    type=SIZE,
+    metavar="WxH",
+    help="Pixels of a frame: where the bundle has others, the error names a bundle of this size "
+    "beside it, or the commands that make one.  [default: the bundle's]",
+)
 @option(
     "--archive-limit",
     type=LIMIT,
@@ -174,10 +189,13 @@ def render(
     start: str | None,
     start_fit: Fit,
     policy: str | None,
-    steps: tuple[float, ...] | None,
-    first_steps: tuple[float, ...] | None,
+    steps: tuple[float, ...] | int | None,
+    first_steps: tuple[float, ...] | int | None,
     shift: float | None,
     commit: Literal["clean", "last-step"] | None,
+    scale: int,
+    interpolate: int,
+    size: tuple[int, int] | None,
     archive_limit: int | str | None,
     resume: bool,
     no_metadata: bool,
@@ -231,9 +249,11 @@ def render(
     from packforcing.runtime.resume import finished
     from packforcing.runtime.start_clip import load_video_start
     from packforcing.runtime.video_files import check_output
+    from packforcing.runtime.video_filters import VideoFilters
     from packforcing.runtime.video_forms import STDOUT
-    from packforcing.sampler import StepOverrides, describe_steps
+    from packforcing.sampler import describe_steps
 
+    filters = VideoFilters(scale, interpolate)
     streamed = out == STDOUT
     if streamed and as_json:
         raise click.UsageError("--json and --out - both write to standard output: leave out one")
@@ -250,7 +270,10 @@ def render(
     watching = _load_watching() if watch else None
     switches = as_schedule(prompts)
     directory, config, chosen = bundle_and_policy(bundle, policy)
-    overrides, own_steps = StepOverrides(steps, first_steps, shift, commit), describe_steps(config)
+    if size is not None:
+        require_size(directory, config, size, backend)
+    overrides = step_overrides(config, steps, first_steps, shift, commit)
+    own_steps = describe_steps(config)
     config = overrides.apply(config)
     with_policy = msgspec.structs.replace(config, policy=chosen or config.policy)
     check_archive_limit(with_policy, archive_limit, endless=False)
@@ -262,7 +285,8 @@ def render(
     if streamed and resume:
         raise click.UsageError("standard output cannot be resumed: leave out --resume")
     if not (resume and finished(out)):
-        check_output(out, config.frames(seconds), config.width, config.height)
+        frames, frame_size = config.frames(seconds), (config.width, config.height)
+        check_output(out, filters.rate(frames), *filters.size(*frame_size))
     clip = None if start is None else load_video_start(start, config, start_fit)
     if encoder is not None:  # last, as nothing takes as long to load
         encoded = encode_schedule(prompts, encoder, strict, quiet=as_json)
@@ -279,7 +303,7 @@ def render(
     ):  # fmt: skip
         summary = render_video(
             session, video, out, on_block=show_block, on_frames=show_frames, resume=resume,
-            metadata=not no_metadata,
+            metadata=not no_metadata, filters=filters,
         )  # fmt: skip
     policy_used = chosen or config.policy
     if as_json:
@@ -287,11 +311,15 @@ def render(
         fields = msgspec.to_builtins(summary)
         if clip is not None:
             fields["start"] = {"path": start, **clip.record()}
-        print_json({"path": out, "fps": config.fps, "training_free": training_free, **fields})
+        fps = filters.rate(config.fps)
+        print_json({"path": out, "fps": fps, "training_free": training_free, **fields})
     else:
         say = partial(click.echo, err=streamed)
         name = "standard output" if streamed else out
         say(f"{name}: {_format_speed(summary, config)}")
+        if filters:
+            width, height = filters.size(config.width, config.height)
+            say(f"written at {width}x{height}, {filters.rate(config.fps)} frames/s: {filters}")
         if clip is not None:
             say(f"start: {start}, {clip}")
         for switch in summary.prompts[1:]:

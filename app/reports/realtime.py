@@ -176,6 +176,8 @@ def _shape(config: Config) -> list[str]:
     words = []
     if (config.width, config.height) != (model.width, model.height):
         words += ["--size", f"{config.width}x{config.height}"]
+    if config.precision.compute != model.precision.compute:
+        words += ["--dtype", config.precision.compute]
     if config.block_frames != model.block_frames:
         words += ["--block-frames", f"{config.block_frames}"]
     policy = config.policy

@@ -2,19 +2,24 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from packforcing.app.cli import main
+from packforcing.runtime import demo_bundle
+from packforcing.runtime.bundle import contract, read_manifest, write_manifest
 from packforcing.runtime.resume import RenderFolder
 from packforcing.runtime.rollout import Rollout
-from tests.helpers import PROMPT, assert_one_line, run, run_without
+from tests.helpers import PROMPT, assert_one_line, assert_refused, run, run_without
 
 
 def test_render_writes_the_requested_frames_and_reports_them(tiny_bundle, tiny_config, out):
@@ -51,9 +56,37 @@ def test_render_takes_other_steps_and_says_so(tiny_bundle, out):
         (("--first-steps", "1000,2000"), "not all from 1 to 1000"),
         (("--steps", "four"), "'four' is not STEP,STEP,..."),
         (("--shift", "0"), "shift must be above 0"),
+        (("--steps", "2"), "tiny takes 4 steps, .* no published weights of these sizes were"),
+        (("--first-steps", "2"), "--first-steps takes a list of steps"),
     ):
         result = run(*ask, *steps)
         assert_one_line(result.exit_code, result.stdout, result.stderr, message)
+
+
+def test_render_names_a_bundle_of_another_size_or_the_commands_that_make_it(out):
+    """The commands are commands: each of them parses."""
+    ask = "render", PROMPT, "--out", out / "a.mkv", "--seconds", "0.1", "--size"
+    result = run(*ask, "192x128", "--bundle", demo_bundle())
+    assert_refused(result, "makes frames of 128x128, not 192x128", "--size 192x128 --out fast")
+    assert "packforcing build" not in result.stderr
+    commands = result.stderr.strip().partition("'fast': ")[2].split(" && ")
+    assert [command.split()[1] for command in commands] == ["export", "verify"]
+    for command in commands:
+        name, *words = shlex.split(command)[1:]
+        with main.get_command(None, name).make_context(name, words):
+            pass
+    result = run(*ask, "192x128", "--backend", "tensorrt-rtx")
+    assert_refused(result, "packforcing build --bundle fast --target sm86,sm89,sm120")
+    assert_refused(run(*ask, "130x128"), "must be multiples of 16", "nearest: 128x128")
+
+    manifest = read_manifest(demo_bundle())
+    sized = msgspec.structs.replace(manifest.config, width=192)
+    for name, config in (("own", manifest.config), ("wide", sized)):
+        (out / name).mkdir()
+        graphs = contract(config)
+        write_manifest(out / name, msgspec.structs.replace(manifest, config=config, graphs=graphs))
+    result = run(*ask, "192x128", "--bundle", out / "own")
+    assert_refused(result, f"not 192x128: use --bundle {(out / 'wide').resolve()}")
 
 
 def test_one_seed_gives_one_video(tiny_bundle, out):

@@ -171,7 +171,7 @@ def test_policies_are_read_with_their_differences(results):
     assert rows == ["", "---", *names]
 
 
-@pytest.mark.parametrize("run", ["spans", "ten-minutes"])
+@pytest.mark.parametrize("run", ["last-step", "spans", "ten-minutes"])
 def test_every_value_of_a_comparison_is_read(run, results):
     names = RUNS[run].commands[0][-1].split(",")
     texts = RUNS[run].extract(results({name: policy_means() for name in names}))
@@ -266,6 +266,8 @@ BUILDER = (
         ("checkpoints", "bench.json", {"checkpoints": CHECKPOINTS}, "0.5 of 50 s"),
         ("bench", "bench.json", {"blocks": BENCH}, "4.6"),
         ("stop", "stop.json", {"stops": 9, "ratio_median": 0.5, "ratio_longest": 0.987}, "0.99"),
+        ("filters", "filters.json", {"all": {"color": 1}, "half": {"psnr": 38.04, "color": 0.5}},
+         "| half | 38.0 | | | 0.500 | | | | |"),
         ("retrieval", "0.log", RETRIEVAL, "| 0.849 | 0.467 | 0.379 | 0.375 |"),
         ("reference", "0.log", REFERENCE, "0.984 and 0.982"),
         ("builder", "0.log", BUILDER, "| int8 | 2,537.3 MB | 1.001 | 320.2 MB |"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packforcing import Policy
 from packforcing.config import WORD_COUNT
 from packforcing.errors import ConfigError
-from packforcing.presets import MODELS, model_config, policies
+from packforcing.presets import MODELS, model_config, policies, trained_timesteps
 from packforcing.words import VOCABULARY
 from tests.helpers import assert_refused, run
 
@@ -36,6 +36,22 @@ def test_full_resolution_blocks_are_the_first_and_the_latest():
         earlier = list(range(block))
         assert list(sink) == earlier[:2]
         assert list(recent) == earlier[2:][-3:]
+
+
+def test_fewer_steps_need_weights_that_were_trained_for_them():
+    """Causal-Forcing publishes weights of one size for four, two and one step, CausVid for three
+    and four; there are none of the demo's size."""
+    for model in MODELS.values():
+        assert trained_timesteps(model, len(model.timesteps)) == model.timesteps
+    for name, count, others in (
+        ("causal-forcing-frame", 2, r": causal-forcing-frame-2step \("),
+        ("causal-forcing-frame", 1, r": causal-forcing-frame-1step \("),
+        ("self-forcing", 3, r": causvid \("),
+        ("self-forcing", 2, "no published weights of these sizes"),
+        ("demo", 4, "demo takes 8 steps, .* no published weights of these sizes"),
+    ):
+        with pytest.raises(ConfigError, match=others):
+            trained_timesteps(model_config(name), count)
 
 
 @pytest.mark.parametrize("name", MODELS)

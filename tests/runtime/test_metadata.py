@@ -46,6 +46,7 @@ def test_a_file_says_how_it_was_made(plain, tiny_bundle, tmp_path, name):
         "denoising": "renoise at 1000 750 500 250, shift 5",
         "seed": 2**63,
         "started": False,
+        "filters": "",
     }
     metadata = read_metadata(path)
     assert (metadata.seed, metadata.bundle) == (2**63, comment["bundle"])
