@@ -17,6 +17,15 @@ FRAME_RATES = [
     f'packforcing plan --gpu "{name}" --fps 16'
     for name in ("RTX 4060", "RTX 3060", "RTX 4070 Laptop", "RTX 4090", "RTX 5060 Ti")
 ]
+BOUNDS = {
+    f"{name.split()[-1]}-{form}": f'packforcing plan --gpu "{name}" --vae taehv {dtypes}'
+    for name, quantized in (
+        ("RTX 3060", "--weight-dtype w8a8"),
+        ("RTX 4090", "--weight-dtype fp8 --attention-dtype fp8"),
+        ("RTX 5090", "--weight-dtype nvfp4 --attention-dtype fp8"),
+    )
+    for form, dtypes in (("fp16", "--weight-dtype fp16"), ("quantized", quantized))
+}
 SELF_FORCING = 'packforcing plan --model self-forcing --policy packforcing --gpu "RTX 4060"'
 
 
@@ -48,6 +57,13 @@ def frame_rate_values(results: Results) -> dict[str, str]:
     tables = "\n\n".join(text.partition("\nIt is made by")[0].strip() for text in listings)
     commands = listings[0].partition("It is made by\n\n")[2].strip().replace("\n  ", "\n")
     return {"plans": f"```\n{tables}\n```", "commands": f"```\n{commands}\n```"}
+
+
+def bound_values(results: Results) -> dict[str, str]:
+    return {
+        name: re.findall(r"at most ([\d.]+) fps", results.text(number))[0]
+        for number, name in enumerate(BOUNDS)
+    }
 
 
 def self_forcing_values(results: Results) -> dict[str, str]:

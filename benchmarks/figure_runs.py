@@ -85,6 +85,11 @@ RUNS = {
         (packforcing(plans.PLAN.removeprefix("packforcing ")),), 1, plans.plan_values,
         pictures={"docs/plan.png": pictures.drawn_by_the_command},
     ),
+    "bounds": Run(
+        tuple(packforcing(line.removeprefix("packforcing ")) for line in plans.BOUNDS.values()),
+        0.5,
+        plans.bound_values,
+    ),
     "frame-rates": Run(
         tuple(packforcing(line.removeprefix("packforcing ")) for line in plans.FRAME_RATES),
         0.5,
