@@ -98,7 +98,8 @@ def _interpolate(frames: Iterable[np.ndarray], factor: int) -> Iterator[np.ndarr
     """Yield every frame, each followed by `factor` - 1 others."""
     graph: Any = None
     waiting: deque[np.ndarray] = deque()  # frames that are in the graph, or about to leave it
-    count, last = 0, np.empty(0)
+    count = 0
+    last: np.ndarray = np.empty(0)
     for last in frames:
         graph = graph or _motion_graph(last.shape[0], last.shape[1], factor)
         waiting.append(last)
