@@ -5,6 +5,8 @@ Memory does not grow with the number of rollouts. The statistics are
 - of the keys (before RoPE) and values that a cache stores, in the calls that yield them (commits,
   or last steps under a policy without commits, and mid passes): per layer, head and channel the
   largest magnitude, and a histogram of magnitudes whose bins have edges of equal ratio;
+- of what attention over the context reads, in all calls: per layer, head and channel the largest
+  magnitude of queries and keys after RoPE and of values, new and context;
 - of the input of each matrix of a layer, in all calls: per channel the largest magnitude, by the
   place of the call in a block (`call_names`); and summed over all calls, the second moments of
   every two channels that share an int4 scale. The error of a matrix's outputs follows from these
@@ -30,6 +32,7 @@ from packforcing.calibration.matmuls import (
 )
 from packforcing.config import Config
 from packforcing.errors import BundleError, CalibrationError, OutputError
+from packforcing.export.attention import context_attentions
 from packforcing.files import new_file
 from packforcing.geometry import layer_matrices
 from packforcing.runtime.backends import open_backend
@@ -55,6 +58,7 @@ BIN_MAGNITUDES = np.float32(2) ** (  # in the middle of each bin
     (np.arange(BINS, dtype=np.float32) + 0.5) / BINS_PER_OCTAVE + LOWEST_EXPONENT
 )
 SOURCE_KEY = "source"  # in the file's metadata
+ATTENTION_OPERANDS = ("attention.q", "attention.k", "attention.v")  # in the order of its inputs
 
 Statistics = dict[str, np.ndarray]  # by the names of `array_specs`
 
@@ -83,6 +87,7 @@ def array_specs(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
 
     - "tokens": number of tokens [call].
     - "k.largest", "v.largest": [layer, head, channel].
+    - "attention.q.largest", k and v: [layer, head, channel].
     - "k.counts", "v.counts": histograms [layer, head, channel, bin].
     - "ffn.0.largest" and so on: [call, layer, channel].
     - "ffn.0.moments" and so on: [layer, group, channel, channel].
@@ -93,6 +98,7 @@ def array_specs(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
     for kind in "kv":
         specs[f"{kind}.largest"] = channels, "float32"
         specs[f"{kind}.counts"] = (*channels, BINS), "uint32"
+    specs |= {f"{operand}.largest": (channels, "float32") for operand in ATTENTION_OPERANDS}
     for name, (inputs, outputs) in zip(MATRIX_NAMES, layer_matrices(config)):
         if name not in SHARED_INPUTS:
             group = weight_block("int4", inputs, outputs)
@@ -136,9 +142,9 @@ def calibrate(
     directory, path = Path(directory), Path(path)
     manifest = read_manifest(directory)
     config = manifest.config
-    for part in ("weights", "cache"):
+    for part in ("weights", "cache", "attention"):
         dtype = getattr(config.precision, part)
-        if dtype != config.precision.compute:
+        if dtype not in (config.precision.compute, None):
             raise CalibrationError(
                 f"{directory} has {part} in {dtype} already; name the bundle that it was made from"
             )
@@ -223,7 +229,10 @@ def load_statistics(path: str | Path, manifest: Manifest) -> Statistics:
 
 def _check_specs(path: str | Path, statistics: Statistics, config: Config) -> None:
     specs = {name: (array.shape, array.dtype.name) for name, array in statistics.items()}
-    if specs != array_specs(config):
+    expected = array_specs(config)
+    if not any(name.startswith("attention.") for name in specs):  # they were added later
+        expected = {name: spec for name, spec in expected.items() if "attention." not in name}
+    if specs != expected:
         raise CalibrationError(
             f"{path} has other arrays than its metadata states; make it again with "
             "'packforcing calibrate'"
@@ -289,7 +298,7 @@ def add_cache_tokens(statistics: Statistics, kind: str, layer: int, tokens: np.n
     ).reshape(heads, size, BINS).astype(np.uint32)  # fmt: skip
 
 
-def add_matrix_inputs(statistics: Statistics, call: int, name: str, values: np.ndarray) -> None:
+def add_observed(statistics: Statistics, call: int, name: str, values: np.ndarray) -> None:
     """Add an additional output of an observed denoiser to the statistics, in place.
 
     Args:
@@ -302,20 +311,24 @@ def add_matrix_inputs(statistics: Statistics, call: int, name: str, values: np.n
         ValueError: A value is NaN or infinite; the message says which.
     """
     key, _, layer = name.rpartition(".")
-    if key.endswith(".largest"):
-        total = statistics[key][call, int(layer)]
+    operand, _, kind = key.rpartition(".")
+    if kind == "largest":
+        of_attention = operand in ATTENTION_OPERANDS
+        if of_attention and not np.isfinite(values).all():
+            raise ValueError(f"{operand} of layer {layer}")
+        total = statistics[key][(int(layer),) if of_attention else (call, int(layer))]
         np.maximum(total, values, out=total)
         return
     squares = values.diagonal(axis1=1, axis2=2).ravel()
     if not np.isfinite(squares).all():
         channel = np.argwhere(~np.isfinite(squares))[0, 0]
-        matrix = f"blocks.{layer}.{key.rpartition('.')[0]}"
+        matrix = f"blocks.{layer}.{operand}"
         raise ValueError(f"input channel {channel} of {matrix}")
     statistics[key][int(layer)] += values
 
 
 def observed_denoiser(path: Path, config: Config) -> tuple[bytes, tuple[TensorSpec, ...]]:
-    """Add outputs to a denoiser's graph: statistics of the inputs of its layers' matrices.
+    """Add outputs to a denoiser's graph: statistics of what matrices and attention read.
 
     Args:
         path: The graph's ONNX file.
@@ -324,7 +337,8 @@ def observed_denoiser(path: Path, config: Config) -> tuple[bytes, tuple[TensorSp
     Returns:
         The serialized graph, and its additional outputs. "ffn.0.moments.3" is the sum over tokens
         of the products of every two channels of a group, float32 [group, channel, channel];
-        "ffn.0.largest.3" the largest magnitudes, float32 [inputs].
+        "ffn.0.largest.3" the largest magnitudes, float32 [inputs]; "attention.q.largest.3" those
+        of queries, float32 [head, channel].
 
     Raises:
         BundleError: The denoiser's matrices are not those of the model.
@@ -332,6 +346,22 @@ def observed_denoiser(path: Path, config: Config) -> tuple[bytes, tuple[TensorSp
     model = ir.load(path)
     graph, outputs, specs = model.graph, [], array_specs(config)
     axes = add_initializer(graph, "observed.axes", ir.tensor([0, 1], dtype=ir.DataType.INT64))
+    tokens = add_initializer(graph, "observed.tokens", ir.tensor([0, 2], dtype=ir.DataType.INT64))
+
+    def observe(node: ir.Node, spec: TensorSpec) -> None:
+        (value,) = node.outputs
+        value.name, value.dtype, value.shape = spec.name, ir.DataType.FLOAT, ir.Shape(spec.shape)
+        graph.outputs.append(value)
+        outputs.append(spec)
+
+    for index, attention in enumerate(context_attentions(graph)):
+        for operand, value in zip(ATTENTION_OPERANDS, attention.inputs):
+            wide = ir.node("Cast", [not_none(value)], {"to": int(ir.DataType.FLOAT)})
+            magnitudes = ir.node("Abs", wide.outputs)
+            largest = ir.node("ReduceMax", [*magnitudes.outputs, tokens], {"keepdims": 0})
+            graph.insert_before(attention, [wide, magnitudes, largest])
+            size = specs[f"{operand}.largest"][0][1:]
+            observe(largest, TensorSpec(f"{operand}.largest.{index}", size))
     matmuls = layer_matmuls(graph, config, range(config.layers))
     for name, matmul in matmuls.items():
         _, layer, matrix = name.split(".", 2)
@@ -356,13 +386,8 @@ def observed_denoiser(path: Path, config: Config) -> tuple[bytes, tuple[TensorSp
         (groups,) = grouped.outputs
         products = ir.node("Einsum", [groups, groups], {"equation": "nib,nic->ibc"})
         graph.insert_before(matmul, [wide, magnitudes, largest, grouped, products])
-        for kind, node, size in (("largest", largest, channels), ("moments", products, moments)):
-            (value,) = node.outputs
-            spec = TensorSpec(f"{matrix}.{kind}.{layer}", size)
-            value.name, value.dtype = spec.name, ir.DataType.FLOAT
-            value.shape = ir.Shape(spec.shape)
-            graph.outputs.append(value)
-            outputs.append(spec)
+        observe(largest, TensorSpec(f"{matrix}.largest.{layer}", channels))
+        observe(products, TensorSpec(f"{matrix}.moments.{layer}", moments))
     return ir.to_proto(model).SerializeToString(), tuple(outputs)
 
 
@@ -422,7 +447,7 @@ class _ObservedDenoiser:
             try:
                 self.statistics["tokens"][index] += tokens
                 for name, array in observed.items():
-                    add_matrix_inputs(self.statistics, index, name, array.host)
+                    add_observed(self.statistics, index, name, array.host)
                 for layer in range(self.config.layers if commits else 0):
                     for kind in "kv":
                         new = view(arrays[f"{kind}_new.{layer}"])[0]

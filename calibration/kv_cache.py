@@ -1,12 +1,11 @@
 """Quantize the cache of a denoiser in its graph: keys and values that it writes and reads.
 
 Scales are static, per layer, head and channel; the two channels of a RoPE pair of keys share one.
-New keys and values are divided by their scales, rounded and returned. Values of the context are
-multiplied by the scales when they are read. Keys stay divided, those of the context and those of
-the block itself, and queries, which are fewer, are multiplied instead: the product is the same, and
-a scale that a pair shares commutes with its rotation. A block reads its own keys and values
-unrounded. Q/DQ nodes have scales along one axis at most, so theirs is 1, and the scales are in
-nodes of their own.
+New keys and values are divided by their scales, rounded and returned. They stay divided when they
+are read, those of the context and those of the block itself. Queries and what attention returns,
+which are fewer, are multiplied instead: the products are the same, and a scale that a pair shares
+commutes with its rotation. A block reads its own keys and values unrounded. Q/DQ nodes have scales
+along one axis at most, so theirs is 1, and the scales are in nodes of their own.
 """
 
 from __future__ import annotations
@@ -66,36 +65,41 @@ def quantize_cache_tensor(
         return result
 
     (reader,) = cached.consumers()
+    (own_reader,) = (user for user in exact.consumers() if user.op_type == reader.op_type)
     divide = node("Div", [exact, scales], f"{new}.steps", exact)
     quantize = node(
         "QuantizeLinear", [*divide.outputs, one], new, exact, output_dtype=int(quantized_dtype)
     )
     dequantize = node("DequantizeLinear", [cached, one], f"{context}.steps", cached)
-    (history,) = dequantize.outputs
+    attention = reader
+    while attention.op_type != "Attention":
+        (attention,) = attention.outputs[0].consumers()
     if reader.op_type == ROTATION:  # keys
-        (own_reader,) = (user for user in exact.consumers() if user.op_type == ROTATION)
-        own_reader.replace_input_with(0, divide.outputs[0])
-        rotation = query_rotation(reader)
+        rotation = query_rotation(attention)
         query = not_none(rotation.inputs[0])
         multiply = node("Mul", [query, scales], f"{query.name}.scaled", query)
         rotation.replace_input_with(0, multiply.outputs[0])
         graph.insert_before(rotation, multiply)
     else:
-        multiply = node("Mul", [history, scales], f"{context}.exact", cached)
-        (history,) = multiply.outputs
-        graph.insert_before(reader, multiply)
-    reader.replace_input_with(list(reader.inputs).index(cached), history)
+        attended = attention.outputs[0]
+        for user in attended.consumers():
+            if user.op_type == "Cast":  # from fp32
+                attended = user.outputs[0]
+        multiply = node("Mul", [attended, scales], f"{attended.name}.scaled", attended)
+        attended.replace_all_uses_with(multiply.outputs[0])
+        multiply.replace_input_with(0, attended)
+        graph.insert_after(not_none(attended.producer()), multiply)
+    own_reader.replace_input_with(list(own_reader.inputs).index(exact), divide.outputs[0])
+    reader.replace_input_with(list(reader.inputs).index(cached), dequantize.outputs[0])
     graph.insert_before(graph[0], dequantize)
     graph.insert_after(not_none(exact.producer()), [divide, quantize])
     exact.name, cached.dtype = f"{new}.exact", quantized_dtype
     graph.outputs[index] = quantize.outputs[0]
 
 
-def query_rotation(key_rotation: ir.Node) -> ir.Node:
-    """Return the node that rotates the queries of the attention that rotated keys go into."""
-    node = key_rotation
-    while node.op_type != "Attention":
-        (node,) = node.outputs[0].consumers()
+def query_rotation(attention: ir.Node) -> ir.Node:
+    """Return the node that rotates the queries of an attention."""
+    node = attention
     while node.op_type != ROTATION:
         node = not_none(not_none(node.inputs[0]).producer())
     return node

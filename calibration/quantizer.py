@@ -12,6 +12,11 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from packforcing.calibration.activations import load_statistics
+from packforcing.calibration.attention import (
+    attention_scales,
+    mix_channels,
+    quantize_attention,
+)
 from packforcing.calibration.kv_cache import quantize_cache
 from packforcing.calibration.recipes import CACHE_RECIPES, INPUT_RECIPES, SNR_FILE
 from packforcing.calibration.scales import fit_cache_scales
@@ -53,8 +58,9 @@ def quantize_bundle(
     cache: Literal["int8", "fp8"] | None = None,
     calibration: str | Path | None = None,
     on_matrix: Callable[[int, int], None] | None = None,
+    attention: Literal["fp8"] | None = None,
 ) -> Quantized:
-    """Write a bundle again with quantized weights, a quantized cache, or both.
+    """Write a bundle again with quantized weights, cache or attention.
 
     Args:
         source: The bundle to quantize.
@@ -62,9 +68,10 @@ def quantize_bundle(
         weights: dtype of the matrices of all layers but the first and the last.
         cache: dtype of keys and values.
         calibration: A file of activation statistics that `calibrate` wrote of `source`. A cache,
-            and weights that are multiplied in their own dtype, need it; the scales of other
-            weights are fitted to it.
+            attention, and weights that are multiplied in their own dtype, need it; the scales of
+            other weights are fitted to it.
         on_matrix: Called with the number of matrices that are done and that of all.
+        attention: dtype of the products of attention over the context.
 
     Returns:
         SQNRs and sizes.
@@ -79,19 +86,21 @@ def quantize_bundle(
     source = Path(source)
     manifest = read_manifest(source)
     config = manifest.config
-    dtypes = {part: dtype for part, dtype in (("weights", weights), ("cache", cache)) if dtype}
+    named = (("weights", weights), ("cache", cache), ("attention", attention))
+    dtypes = {part: dtype for part, dtype in named if dtype}
     if not dtypes:
-        raise ConfigError("nothing to quantize: name --weights, --cache or both")
+        raise ConfigError("nothing to quantize: name --weights, --cache or --attention-dtype")
     for part in dtypes:
-        if getattr(config.precision, part) != config.precision.compute:
+        if getattr(config.precision, part) not in (config.precision.compute, None):
             raise ConfigError(
                 f"{source} has {part} in {getattr(config.precision, part)} already; name the "
                 "bundle that it was made from"
             )
-    if calibration is None and (cache or weights in INPUT_RECIPES):
+    if calibration is None and (cache or attention or weights in INPUT_RECIPES):
+        part = "a quantized cache" if cache else attention or weights
         raise CalibrationError(
-            f"{'a quantized cache' if cache else weights} needs activation statistics: make a file "
-            "with 'packforcing calibrate' and name it with --calibration"
+            f"{part} needs activation statistics: make a file with 'packforcing calibrate' and "
+            "name it with --calibration"
         )
     if Path(directory).resolve() == source.resolve():
         raise ConfigError(f"{directory} is the bundle to be quantized; choose another folder")
@@ -107,10 +116,11 @@ def quantize_bundle(
                 f"{config.name} has matrices of {inputs} rows, which {weights} cannot divide into "
                 f"blocks of {weight_block(weights, inputs, outputs)}; choose another dtype"
             )
-    check_files(source, manifest)
     config = msgspec.structs.replace(
         config, precision=msgspec.structs.replace(config.precision, **dtypes)
     )
+    scales = attention_scales(statistics, config, cache_scales) if statistics and attention else []
+    check_files(source, manifest)
     with new_bundle(directory, sum(record.bytes for record in manifest.files.values())) as folder:
         for name in manifest.files:
             if not name.startswith(DENOISER):
@@ -124,6 +134,9 @@ def quantize_bundle(
                 raise BundleError(f"{source / DENOISER}: {error}") from error
         if cache:
             quantize_cache(model.graph, cache_scales, cache)
+        if attention:
+            mix_channels(model.graph, config.head_dim)
+            quantize_attention(model.graph, [scale.max(-1) for scale in scales], attention)
         common.RemoveUnusedNodesPass()(model)  # the weights that were quantized, and their casts
         lint("denoiser", model, contract(config)["denoiser"])
         save_graph(model, folder / DENOISER)

@@ -56,6 +56,8 @@ CACHE_RECIPES = {
     "int8": Recipe("INT8", -127, 127, (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "fp8": Recipe("FLOAT8E4M3FN", -448, 448, (1.0,)),
 }
+# Queries, keys and values of attention over the context; one scale per tensor
+ATTENTION_RECIPES = {"fp8": Recipe("FLOAT8E4M3FN", -448, 448, (1.0,))}
 
 
 class OutputLoss(msgspec.Struct, frozen=True):

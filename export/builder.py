@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -47,6 +47,7 @@ class BuildJob(msgspec.Struct, frozen=True, kw_only=True):
     profiles: tuple[dict[str, tuple[int, ...]], ...]  # per call, shapes of inputs with open axes
     attentions: int  # layers whose attention needs the length of the context
     length: Length | None  # how it gets that length
+    softmax: str | None  # dtype that this attention's softmax is quantized to
     flags: tuple[str, ...]  # names of TensorRT builder flags
     kernel_types: tuple[KernelTypes, ...]  # that the recipe names
 
@@ -123,6 +124,8 @@ def build_engine(
         raise log.refusal()
     if job.length:
         set_context_length(trt, network, job)
+    if job.softmax:
+        quantize_softmax(trt, network, job.softmax)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lists the types of kernels
     for flag in job.flags:
@@ -174,19 +177,11 @@ def set_context_length(trt: Any, network: Any, job: BuildJob) -> None:
     (kv_len,) = (tensor for tensor in inputs if tensor.name == "kv_len")
     length = network.add_cast(kv_len, trt.int32).get_output(0)
     limited_layers, mask = 0, None
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type != trt.LayerType.ATTENTION_INPUT:
-            continue
-        layer.__class__ = trt.IAttentionInputLayer  # the binding returns the base class
-        attention = layer.attention
-        keys = attention.get_input(1)
-        if keys.shape[2] != -1:  # cross-attention, over all of the text
-            continue
+    for attention in _context_attentions(trt, network):
         if job.length == "input":
             attention.key_value_lengths = length
         else:
-            mask = mask or _context_mask(trt, network, keys, length)
+            mask = mask or _context_mask(trt, network, attention.get_input(1), length)
             attention.mask = mask
         limited_layers += 1
     if limited_layers != job.attentions:
@@ -194,6 +189,37 @@ def set_context_length(trt: Any, network: Any, job: BuildJob) -> None:
             f"{limited_layers} of {job.attentions} layers have an attention that takes the "
             "context's length"
         )
+
+
+def quantize_softmax(trt: Any, network: Any, dtype: str) -> None:
+    """Quantize the softmax of every attention over the context, which ONNX cannot say.
+
+    Without it the builder takes a kernel in the compute dtype, and says nothing. The scale is that
+    of a range that ends at 1.
+
+    Args:
+        trt: TensorRT's module.
+        network: The parsed denoiser, `INetworkDefinition`.
+        dtype: "fp8", which queries, keys and values are quantized to as well.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    largest = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
+    scale = network.add_constant((), np.array(1 / largest, np.float16)).get_output(0)
+    for attention in _context_attentions(trt, network):
+        attention.normalization_quantize_to_type = getattr(trt, dtype)
+        attention.normalization_quantize_scale = scale
+
+
+def _context_attentions(trt: Any, network: Any) -> Iterator[Any]:
+    """Yield every `IAttention` over the context; cross-attention is over all of the text."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the binding returns the base class
+            if layer.attention.get_input(1).shape[2] == -1:
+                yield layer.attention
 
 
 def _context_mask(trt: Any, network: Any, keys: Any, length: Any) -> Any:

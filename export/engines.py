@@ -323,6 +323,7 @@ def build_job(manifest: Manifest, backend: str, graph: str, key: Key, engine: Pa
         profiles=profiles,
         attentions=manifest.config.layers if key.length else 0,
         length=key.length,
+        softmax=manifest.config.precision.attention if key.length else None,
         flags=key.flags,
         kernel_types=kernel_types(manifest.config) if graph == "denoiser" else (),
     )

@@ -26,6 +26,7 @@ import onnx_ir as ir
 
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError
+from packforcing.export.attention import Softmax, write_out_attention
 from packforcing.machine import cpu_cores
 from packforcing.runtime.backends import Backend
 from packforcing.runtime.backends.onnxruntime import FP8, import_onnxruntime
@@ -55,19 +56,29 @@ class RecordedCall(msgspec.Struct, frozen=True):
 class Oracle:
     """A graph in fp32 on ONNX Runtime's CPU provider, without optimizations."""
 
-    def __init__(self, path: Path, spec: GraphSpec, round_to_fp16: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        round_to_fp16: bool = False,
+        softmax: Softmax | None = None,
+    ) -> None:
         """Load a graph.
 
         Args:
             path: The ONNX file.
             spec: Its inputs and outputs in fp32; a quantized cache keeps its dtype.
             round_to_fp16: Round the result of every operation that is fp16 in the file to fp16.
+            softmax: Round the softmax of attention over the context to fp8, as
+                `write_out_attention` does.
 
         Raises:
             BackendError: ONNX Runtime cannot load it.
         """
         ort = import_onnxruntime()
         model = ir.load(path)
+        if softmax:
+            write_out_attention(model.graph, softmax)
         widen_graph(model, round_to_fp16)
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -182,6 +193,31 @@ def rehearsal_config(config: Config) -> Config:
     return msgspec.structs.replace(
         exact, height=side, width=side, policy=policy, timesteps=config.timesteps[::2]
     )
+
+
+def describe_inputs(small: Config, config: Config) -> str:
+    """Describe the recorded inputs, and how they differ from the model's own.
+
+    Args:
+        small: The config of the recorded rollout.
+        config: The model's.
+    """
+
+    def sizes(config: Config) -> str:
+        return (
+            f"{config.block_tokens:,} and {config.compressed_tokens:,} new tokens with "
+            f"{config.context_tokens:,} of context"
+        )
+
+    text = f"recorded from a rollout with {sizes(small)}"
+    if small.context_tokens != config.context_tokens:
+        text += (
+            f", since a CPU stores all attention scores of a layer; the model's own are "
+            f"{sizes(config)}"
+        )
+    if config.text_encoder != "words":
+        text += "; the prompt's embedding is random"
+    return text
 
 
 def record_calls(config: Config, oracles: dict[str, Oracle]) -> dict[str, list[RecordedCall]]:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any, get_args
 
 import ml_dtypes
 import msgspec
@@ -30,6 +31,7 @@ import numpy as np
 
 from packforcing.config import Config, Precision
 from packforcing.errors import BackendError, MissingDependency
+from packforcing.export.attention import Softmax
 from packforcing.export.oracle import (
     SEED,
     Oracle,
@@ -37,6 +39,7 @@ from packforcing.export.oracle import (
     Tensors,
     add_garbage,
     cast_inputs,
+    describe_inputs,
     has_unused_context,
     oracle_config,
     record_calls,
@@ -197,7 +200,8 @@ def verify_bundle(
             if len(fitting) < len(resized):
                 engines_text += f"; {len(fitting)} of {len(resized)} calls of {name}, for memory"
         del oracle, recorded  # so that one set of a graph's weights is in memory at a time
-        paths = execution_paths(directory / graph_file(name), spec, oracle_specs[name])
+        attention = config.precision.attention if name == "denoiser" else None
+        paths = execution_paths(directory / graph_file(name), spec, oracle_specs[name], attention)
         for path_name, load in paths.items():
             checks += check_calls(name, path_name, spec, LIMITS[dtypes[name]], load(), expected)
     for backend in backends:
@@ -226,31 +230,6 @@ def verify_bundle(
         },
         seconds=time.perf_counter() - start,
     )
-
-
-def describe_inputs(small: Config, config: Config) -> str:
-    """Describe the recorded inputs, and how they differ from the model's own.
-
-    Args:
-        small: The config of the recorded rollout.
-        config: The model's.
-    """
-
-    def sizes(config: Config) -> str:
-        return (
-            f"{config.block_tokens:,} and {config.compressed_tokens:,} new tokens with "
-            f"{config.context_tokens:,} of context"
-        )
-
-    text = f"recorded from a rollout with {sizes(small)}"
-    if small.context_tokens != config.context_tokens:
-        text += (
-            f", since a CPU stores all attention scores of a layer; the model's own are "
-            f"{sizes(config)}"
-        )
-    if config.text_encoder != "words":
-        text += "; the prompt's embedding is random"
-    return text
 
 
 class ExpectedCall:
@@ -343,24 +322,32 @@ def check_calls(
 
 
 def execution_paths(
-    path: Path, spec: GraphSpec, oracle_spec: GraphSpec
+    path: Path, spec: GraphSpec, oracle_spec: GraphSpec, attention: str | None = None
 ) -> dict[str, Callable[[], GraphFunction]]:
     """Return what computes a graph on the CPU, loaded when it is called, by name.
 
     ONNX Runtime's CPU provider computes most of an fp16 graph in fp32 and rounds rarely. "rounded"
     is the fp32 graph with every result rounded to fp16: a value beyond the range of fp16, or an
-    operation that fp16 is too coarse for, shows there.
+    operation that fp16 is too coarse for, shows there. "softmax, normalized" and "softmax,
+    relative" are the fp32 graph with the softmax of fp8 attention rounded, which ONNX cannot say.
 
     Args:
         path: The ONNX file.
         spec: Its inputs and outputs.
         oracle_spec: The same in fp32.
+        attention: dtype of the graph's attention over the context; None: that it computes in.
     """
+
+    def oracle(**rounding: Any) -> GraphFunction:
+        return Oracle(path, oracle_spec, **rounding).run
+
     paths: dict[str, Callable[[], GraphFunction]] = {
         "onnxruntime": lambda: partial(run_graph, OnnxGraph(path, spec, None), spec, HostDevice())
     }
     if is_fp16(spec):
-        paths["rounded"] = lambda: Oracle(path, oracle_spec, round_to_fp16=True).run
+        paths["rounded"] = partial(oracle, round_to_fp16=True)
+    for softmax in get_args(Softmax) if attention else ():
+        paths[f"softmax, {softmax}"] = partial(oracle, softmax=softmax)
     return paths
 
 
@@ -488,8 +475,9 @@ def output_limit(limit: ErrorLimit, scale: float, expected: np.ndarray) -> Error
 
 def compute_dtype(graph: str, spec: GraphSpec, config: Config) -> str:
     """Return the dtype that a graph computes in, a key of `LIMITS`; host graphs stay in fp32."""
-    if graph == "denoiser" and config.precision.products in QUANTIZED_PRODUCTS:
-        return config.precision.products
+    products = {config.precision.products, config.precision.attention_products}
+    if graph == "denoiser" and products & QUANTIZED_PRODUCTS:
+        return max(products & QUANTIZED_PRODUCTS, key=lambda dtype: LIMITS[dtype].largest)
     return "fp16" if is_fp16(spec) else "fp32"
 
 

@@ -145,6 +145,11 @@ class Precision(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"{self.compute}: use the same dtype, or a quantized one",
             )
 
+    def __str__(self) -> str:
+        """Describe in a line what is beside the dtype of the computation."""
+        attention = f", {self.attention} attention" if self.attention else ""
+        return f"{self.weights} weights, {self.cache} cache{attention}"
+
     @property
     def products(self) -> str:
         """The dtype in which the quantized matrices are multiplied."""

@@ -201,8 +201,9 @@ def scratch_bytes(config: Config) -> dict[str, int]:
     The rules were fitted to what TensorRT-RTX reports; `tests/runtime/test_plan.py` has the bounds.
     Each call has a workspace besides.
 
-    - denoiser: one layer's keys and values, new and context joined; in the feed-forward layer, the
-      expanded new tokens and two tensors of the model's width.
+    - denoiser: one layer's keys and values, new and context joined, in the dtype of the computation
+      also where attention reads them in another; in the feed-forward layer, the expanded new tokens
+      and two tensors of the model's width.
     - compressor: three tensors of the encoder's first stage over the small clip.
     - vae_decoder: input and output of the last 3x3 convolution at full size and three tensors of
       the stage before it; in strips, six of those.

@@ -314,9 +314,7 @@ def describe(plan: Plan) -> str:
     policy, precision = plan.config.policy, plan.config.precision
     parts = [
         f"{policy.sink} sink, {policy.mid} mid and {policy.recent} recent blocks",
-        f"{precision.weights} weights",
-        f"{precision.cache} cache",
-        *([f"{precision.attention} attention"] if precision.attention else []),
+        f"{precision}",
         IN_WORDS[plan.config.vae],
     ]
     if plan.streamed:

@@ -267,6 +267,7 @@ def builder_job(config: Config, path: Path, graph: str, *others: Config):
         ),
         attentions=config.layers if graph == "denoiser" else 0,
         length="input" if graph == "denoiser" else None,
+        softmax=None,
         flags=(),
         kernel_types=(),
     )

@@ -207,11 +207,17 @@ def calibrate(
     help="Dtype of the KV cache and its archive.",
 )
 @option(
+    "--attention-dtype",
+    aliases=["--attention"],
+    type=click.Choice(["fp8"]),
+    help="Dtype of the products of self-attention.",
+)
+@option(
     "--calibration",
     type=FILE,
     metavar="FILE",
-    help="Statistics that `calibrate` wrote for this bundle. Required for --cache-dtype and for "
-    "w8a8, fp8 and nvfp4 weights; int4 weights are more exact with it.",
+    help="Statistics that `calibrate` wrote for this bundle. Required for --cache-dtype, "
+    "--attention-dtype and w8a8, fp8 and nvfp4 weights; int4 weights are more exact with it.",
 )
 @option("--out", metavar="DIR", required=True, help="Folder for the quantized bundle.")
 @json_option
@@ -219,11 +225,12 @@ def quantize(
     bundle: Path,
     weight_dtype: Literal["int8", "w8a8", "int4", "fp8", "nvfp4"] | None,
     cache_dtype: Literal["int8", "fp8"] | None,
+    attention_dtype: Literal["fp8"] | None,
     calibration: Path | None,
     out: str,
     as_json: bool,
 ) -> None:
-    """Quantize the weights or the KV cache of a bundle.
+    """Quantize the weights, the KV cache or the attention of a bundle.
 
     Weights are stored as integers, fp8 or fp4 with scales, in standard ONNX. They take half (int8,
     w8a8, fp8) or about a quarter (int4, nvfp4) of their fp16 size. An 8-bit cache halves the KV
@@ -231,7 +238,7 @@ def quantize(
 
     w8a8 (int8 products, RTX 30 or later), fp8 (RTX 40 or later) and nvfp4 (RTX 50) quantize
     activations as well, so that products run in that dtype. int8 and int4 weights are multiplied in
-    fp16.
+    fp16. fp8 attention needs an RTX 40 or later.
 
     Needs `pip install "packforcing[calibration]"`; rendering does not.
 
@@ -247,15 +254,19 @@ def quantize(
         from packforcing.calibration.activations import read_statistics
         from packforcing.calibration.quantizer import quantize_bundle
     with count_meter("quantizing", "matrices", quiet=as_json) as on_matrix:
-        result = quantize_bundle(bundle, out, weight_dtype, cache_dtype, calibration, on_matrix)
-    if cache_dtype and calibration:
+        result = quantize_bundle(
+            bundle, out, weight_dtype, cache_dtype, calibration, on_matrix, attention_dtype
+        )
+    if (cache_dtype or attention_dtype) and calibration:
         _warn_few_prompts(read_statistics(calibration)[0].done)
     if as_json:
-        dtypes = {"weights": weight_dtype, "cache": cache_dtype}
+        dtypes = {"weights": weight_dtype, "cache": cache_dtype, "attention": attention_dtype}
         print_json({"path": out, **dtypes, **msgspec.to_builtins(result)})
         return
     if cache_dtype:
         click.echo(f"{out}: KV cache in {cache_dtype}")
+    if attention_dtype:
+        click.echo(f"{out}: attention in {attention_dtype}")
     if result.lowest_snr:
         name, lowest = result.lowest_snr
         click.echo(
@@ -444,7 +455,7 @@ def _warn_few_prompts(count: int) -> None:
     if count < RECOMMENDED_PROMPTS:
         click.echo(
             f"warning: statistics of {count} {'prompt' if count == 1 else 'prompts'}: an 8-bit "
-            "cache clips values that only other prompts reach; calibrate with "
+            "cache and fp8 attention clip values that only other prompts reach; calibrate with "
             f"{RECOMMENDED_PROMPTS} or more",
             err=True,
         )

@@ -287,8 +287,7 @@ def _smallest_cells(config: Config, target: str) -> tuple[str, ...]:
     precision = least.config.precision
     return (
         target,
-        f"{format_gib(least.total, round_up=True)} with {precision.weights} weights, "
-        f"{precision.cache} cache",
+        f"{format_gib(least.total, round_up=True)} with {precision}",
         f"{format_gib(whole.total, round_up=True)} if the decoder ran on whole frames",
     )
 
@@ -441,7 +440,7 @@ def plan_figure(rows: Sequence[Row], config: Config) -> Figure:
 
 def _short(plan: Plan) -> str:
     precision = plan.config.precision
-    return f"{_history(plan.config)} blocks, {precision.weights} weights, {precision.cache} cache"
+    return f"{_history(plan.config)} blocks, {precision}"
 
 
 def _history(config: Config) -> str:

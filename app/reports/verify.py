@@ -94,13 +94,13 @@ def _about(verification: Verification) -> dict[str, str]:
     tools = verification.tools.items()
     return {
         "Bundle": verification.bundle,
-        "Model": f"{verification.model}: computes in {precision.compute}, weights in "
-        f"{precision.weights}, cache in {precision.cache}",
+        "Model": f"{verification.model}: computes in {precision.compute}: {precision}",
         "Inputs": verification.inputs,
         "Oracle": "the same graph in fp32 on ONNX Runtime's CPU provider, not optimized, "
         "with a context that ends at kv_len",
         "Runs": "onnxruntime: the graph as the runtime loads it on the CPU; rounded: in fp32, "
-        "with every fp16 result rounded to fp16; both with garbage beyond kv_len",
+        "with every fp16 result rounded to fp16; softmax: in fp32, with that of fp8 attention "
+        "rounded as engines may round it; all with garbage beyond kv_len",
         "Engines": verification.engines,
         "Time": f"{verification.seconds:.0f} s",
         "Versions": ", ".join(f"{name} {version}" for name, version in tools),

@@ -107,8 +107,8 @@ def test_a_quantized_cache_is_the_rounded_one(half_bundle, quantized_cache, cali
 @pytest.mark.parametrize("kind", "kv")
 @pytest.mark.parametrize("largest", [6e4, 1.0, 1e-3, 1e-6, 1e-9])
 def test_channels_of_any_magnitude_survive_a_quantized_cache(largest, kind):
-    """A scale in fp16 has a least size, below which a GPU might take it for zero. A key goes into
-    attention divided by its scale, and is finite there."""
+    """A scale in fp16 has a least size, below which a GPU might take it for zero. Keys and values
+    go into attention divided by their scales, and what it returns is finite."""
 
     def value(name, *shape):
         return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT16))
@@ -125,9 +125,14 @@ def test_channels_of_any_magnitude_survive_a_quantized_cache(largest, kind):
         ]
         keys = ir.node("Concat", [node.outputs[0] for node in rotated[1:]], {"axis": 2})
         inputs = [rotated[0].outputs[0], keys.outputs[0], keys.outputs[0]]
-        nodes += [*rotated, keys, ir.node("Attention", inputs, outputs=[result])]
+        nodes += [*rotated, keys]
     else:
-        nodes.append(ir.node("Identity", [context], outputs=[result]))
+        joined = [ir.node("Concat", pair, {"axis": 2}) for pair in ([query, query], [new, context])]
+        inputs = [query, *(node.outputs[0] for node in joined)]
+        nodes += joined
+    attended = ir.node("Attention", inputs)
+    attended.outputs[0].dtype = ir.DataType.FLOAT16
+    nodes += [attended, ir.node("Identity", attended.outputs, outputs=[result])]
     ends = [tokens, context, query, cos, sin], [new, result]
     graph = ir.Graph(*ends, nodes=nodes, opset_imports={"": 24}, name="g")
     scale = np.full((1, 2), largest / 127, np.float32)
@@ -140,11 +145,10 @@ def test_channels_of_any_magnitude_survive_a_quantized_cache(largest, kind):
     feeds = {"tokens": values, "query": np.ones_like(values)}
     feeds |= {"cos": np.ones((1, 3, 1), np.float16), "sin": np.zeros((1, 3, 1), np.float16)}
     quantized, _ = session.run(None, {**feeds, f"{kind}_ctx.0": np.zeros(values.shape, np.int8)})
-    _, history = session.run(None, {**feeds, f"{kind}_ctx.0": quantized})
+    _, attended = session.run(None, {**feeds, f"{kind}_ctx.0": quantized})
     spacing = max(largest / 127, 2**-14)
-    if kind == "k":
-        assert np.isfinite(history).all()
-        history = quantized * np.float16(spacing)
+    assert np.isfinite(attended).all()
+    history = quantized * np.float16(spacing)
     np.testing.assert_allclose(
         history.astype("f"), values.astype("f"), atol=0.51 * spacing, rtol=2e-3
     )

@@ -154,9 +154,9 @@ def test_the_full_model_is_rolled_out_on_a_grid_whose_scores_fit():
     assert (policy.sink, policy.mid, policy.recent) == (1, 1, 1) and small.compressed_tokens > 0
     assert (small.layers, small.dim, small.text_len) == (wan.layers, wan.dim, wan.text_len)
     assert rehearsal_config(demo).context_tokens == demo.context_tokens
-    text = verifying.describe_inputs(small, wan)
+    text = oracles.describe_inputs(small, wan)
     assert "64 and 2 new tokens" in text and "6,240 and 182 new tokens" in text
-    assert "random" in text and "since" not in verifying.describe_inputs(demo, demo)
+    assert "random" in text and "since" not in oracles.describe_inputs(demo, demo)
 
 
 # What is missed

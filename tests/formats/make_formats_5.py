@@ -1,8 +1,9 @@
-"""How bundle-5 and model-2 were made: a record, like make_formats.py.
+"""How bundle-5, statistics-2.safetensors and model-2 were made: a record, like make_formats.py.
 
 bundle-5/    schema version 5, which added how blocks are committed, and the dtype of attention:
              graphs of bundle-4; frames-5.npy therefore those of bundle-4; engine records of
              version 2, which added the version and the kernels
+statistics-2 with those of what attention reads
 model-2/     version 2, which added the version and the same two fields: weights of model-1
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from packforcing.calibration.activations import calibrate
 from packforcing.checkpoints.published import DESCRIPTION, WEIGHTS, read_model_folder
 from packforcing.runtime.bundle import SCHEMA_VERSION, read_manifest, write_manifest
 from packforcing.runtime.engine_records import (
@@ -34,6 +36,8 @@ def main() -> None:
         record = msgspec.structs.replace(record, kernels=tuple(kernels))
         record_file(new, "tensorrt-rtx", graph).write_bytes(encode_record(record))
     shutil.copyfile(HERE / "frames-4.npy", HERE / "frames-5.npy")
+    prompts = ["a red star over navy stripes", "a white circle over sand dots"]
+    calibrate(new, prompts, HERE / "statistics-2.safetensors", seconds=2.0, seed=5)
     old, new = HERE / "model-1", HERE / "model-2"
     new.mkdir()
     shutil.copyfile(old / WEIGHTS, new / WEIGHTS)
