@@ -313,10 +313,9 @@ def add_observed(statistics: Statistics, call: int, name: str, values: np.ndarra
     key, _, layer = name.rpartition(".")
     operand, _, kind = key.rpartition(".")
     if kind == "largest":
-        of_attention = operand in ATTENTION_OPERANDS
-        if of_attention and not np.isfinite(values).all():
-            raise ValueError(f"{operand} of layer {layer}")
-        total = statistics[key][(int(layer),) if of_attention else (call, int(layer))]
+        # NaN among these shows in the moments, too
+        place = (int(layer),) if operand in ATTENTION_OPERANDS else (call, int(layer))
+        total = statistics[key][place]
         np.maximum(total, values, out=total)
         return
     squares = values.diagonal(axis1=1, axis2=2).ravel()
