@@ -97,9 +97,9 @@ def quantize_bundle(
                 "bundle that it was made from"
             )
     if calibration is None and (cache or attention or weights in INPUT_RECIPES):
-        part = "a quantized cache" if cache else attention or weights
+        purpose = "a quantized cache" if cache else attention or weights
         raise CalibrationError(
-            f"{part} needs activation statistics: make a file with 'packforcing calibrate' and "
+            f"{purpose} needs activation statistics: make a file with 'packforcing calibrate' and "
             "name it with --calibration"
         )
     if Path(directory).resolve() == source.resolve():
