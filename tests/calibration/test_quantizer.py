@@ -107,9 +107,9 @@ def test_weights_move_into_and_out_of_the_graph_s_file_by_their_size(
 
 
 def test_a_quantized_bundle_is_neither_quantized_nor_calibrated_again(quantized, tmp_path):
-    with pytest.raises(ConfigError, match=r"has weights in (int|fp)[48] already"):
+    with pytest.raises(ConfigError, match=r"has weights in \w+ already"):
         quantize_bundle(quantized, tmp_path / "out", "int8")
-    with pytest.raises(CalibrationError, match=r"has weights in (int|fp)[48] already"):
+    with pytest.raises(CalibrationError, match=r"has weights in \w+ already"):
         calibrate(quantized, CALIBRATION_PROMPTS, tmp_path / "s.safetensors")
     result = run("quantize", quantized, "--weights", "int8", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "already" in result.stderr
