@@ -230,7 +230,7 @@ def quantize(
     out: str,
     as_json: bool,
 ) -> None:
-    """Quantize the weights, the KV cache or the attention of a bundle.
+    """Quantize weights, KV cache or attention of a bundle.
 
     Weights are stored as integers, fp8 or fp4 with scales, in standard ONNX. They take half (int8,
     w8a8, fp8) or about a quarter (int4, nvfp4) of their fp16 size. An 8-bit cache halves the KV
