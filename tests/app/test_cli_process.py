@@ -186,11 +186,11 @@ def test_a_demo_that_is_stopped_resumes_with_the_same_command(
     command = "demo", "--bundle", tiny_bundle, "--out", out, "--seconds", 6
     commit, blocks = Rollout.commit, []
 
-    def patched(rollout: Rollout) -> None:
+    def patched(rollout: Rollout, **how: bool) -> None:
         blocks.append(rollout)
         if len(blocks) == 3:
             signal.raise_signal(getattr(signal, number))
-        commit(rollout)
+        commit(rollout, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(Rollout, "commit", patched)

@@ -262,11 +262,11 @@ def call_in_block(monkeypatch, number: int, action) -> None:
     """Calls `action` in the middle of a block."""
     commit, blocks = Rollout.commit, []
 
-    def patched(rollout: Rollout) -> None:
+    def patched(rollout: Rollout, **how: bool) -> None:
         blocks.append(rollout)
         if len(blocks) == number:
             action()
-        commit(rollout)
+        commit(rollout, **how)
 
     monkeypatch.setattr(Rollout, "commit", patched)
 
