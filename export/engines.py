@@ -63,7 +63,7 @@ from packforcing.runtime.engine_records import (
     record_file,
     shapes,
 )
-from packforcing.runtime.plan import TARGETS, check_target
+from packforcing.runtime.plan import JETSON_TARGETS, TARGETS, check_target
 from packforcing.units import format_memory
 
 RTX_TARGETS = ("sm86", "sm89", "sm120")  # RTX 30, 40 and 50: the default
@@ -186,6 +186,11 @@ def resolve_targets(
     chosen = {*(targets or RTX_TARGETS)}
     for target in sorted(chosen):
         check_target(config.precision, target)
+        if backend == "tensorrt-rtx" and target in JETSON_TARGETS:
+            raise ConfigError(
+                f"tensorrt-rtx builds nothing for {target}: copy the bundle to the Jetson and run "
+                "'packforcing build --backend tensorrt' there"
+            )
     if config.precision.compute == "fp32":
         raise ConfigError(
             f"{config.name} computes in fp32, which {backend} has no attention for; "

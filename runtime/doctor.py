@@ -24,6 +24,7 @@ from packforcing.machine import cpu_cores, free_memory, total_memory
 from packforcing.runtime.backends.onnxruntime import CUDA_PROVIDER, import_onnxruntime
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
+from packforcing.runtime.plan import JETSON_TARGETS
 
 MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name differs
 ONNXRUNTIMES = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}  # extras and distributions
@@ -202,6 +203,8 @@ def _first_gpu(targets: list[str] | None = None) -> CudaDevice:
     if targets is None or first.target in targets:
         return first
     remedy = "use another backend"
+    if first.target in JETSON_TARGETS:
+        remedy = "use the backend tensorrt"
     if any(device.target in targets for device in devices):
         remedy = "make another GPU the first with CUDA_VISIBLE_DEVICES, or use another backend"
     raise BackendError(

@@ -54,15 +54,20 @@ IN_WORDS = {  # autoencoders
     "lighttae": "the tiny autoencoder",
     "wan": "Wan's autoencoder",
 }
-# dtypes beyond fp32 and fp16 that engines for a target may have (TensorRT-RTX 1.7)
+# dtypes beyond fp32 and fp16 that engines for a target may have: of Jetson's by TensorRT 10.16, of
+# the others by TensorRT-RTX 1.7
 TARGETS: dict[str, tuple[str, ...]] = {
     "sm75": (),
     "sm80": ("int8", "int4", "w8a8"),
     "sm86": ("int8", "int4", "w8a8"),
+    "sm87": ("int8", "int4", "w8a8"),
     "sm89": ("int8", "int4", "w8a8", "fp8"),
+    "sm110": ("int8", "int4", "w8a8", "fp8", "nvfp4"),
     "sm120": ("int8", "int4", "w8a8", "fp8", "nvfp4"),
     "sm121": ("int8", "int4", "w8a8", "fp8", "nvfp4"),
 }
+# Orin and Thor: TensorRT builds for them on the device, TensorRT-RTX does not know them
+JETSON_TARGETS = ("sm87", "sm110")
 
 
 @dataclass(frozen=True)
@@ -279,10 +284,14 @@ def _down(count: int) -> range:
 def precisions(config: Config, target: str) -> list[Precision]:
     """Return the precisions to consider on a target, best first, from the config's own.
 
-    fp8 is not among them: it needs as much as int8, which every target but sm75 has.
+    fp8 is not among them: it needs as much as int8, which every target but sm75 has. Neither are
+    int8 weights on a Jetson: of integers that are only stored, TensorRT's documentation knows int4
+    alone, and its builder may write int8 out in fp16.
     """
     full = config.precision.compute
     steps = [(full, full), (full, "int8"), ("int8", "int8"), ("int4", "int8")]
+    if target in JETSON_TARGETS:
+        steps.remove(("int8", "int8"))
     return [
         Precision(compute=full, weights=weights, cache=cache)  # type: ignore[arg-type]
         for weights, cache in steps

@@ -98,13 +98,15 @@ def doctor(as_json: bool) -> None:
 @option(
     "--target",
     **target_attrs,
-    help="GPU architecture, like sm86 (RTX 30), sm89 (RTX 40) or sm120 (RTX 50).  "
+    help="GPU architecture, like sm86 (RTX 30), sm87 (Jetson Orin), sm89 (RTX 40), sm110 (Jetson "
+    "Thor), sm120 (RTX 50) or sm121 (DGX Spark).  "
     "[default: the one that the bundle was built for, or sm86]",
 )
 @option(
     "--gpu",
     metavar="NAME",
-    help='A GPU by name, like "RTX 4060", "4070 laptop 80W" or here: sets target and budget.',
+    help='A GPU by name, like "RTX 4060", "4070 laptop 80W", "Orin Nano 8GB 25W" or here: sets '
+    "target and budget.",
 )
 @shape_options
 @option("--weight-dtype", type=click.Choice(WEIGHT_DTYPES), help="Dtype of the weights.  "
@@ -252,7 +254,7 @@ def plan(
     aliases=["--targets"],
     **target_attrs,
     help="GPU architecture: sm75 (RTX 20), sm80, sm86 (RTX 30), sm89 (RTX 40), sm120 (RTX 50), "
-    "sm121.  [default: sm86,sm89,sm120; with tensorrt, this machine's]",
+    "sm121 (DGX Spark).  [default: sm86,sm89,sm120; with tensorrt, this machine's]",
 )
 @option(
     "--backend",

@@ -43,7 +43,11 @@ if TYPE_CHECKING:
 
 Row = tuple[int | None, str, Plan | PlanError]  # budget, target, what fits or that nothing does
 
-EXAMPLES = ("RTX 3060 12 GB", "RTX 3080 10 GB", "RTX 4060", "RTX 4090", "RTX 5060", "RTX 5090")
+EXAMPLES = (
+    "RTX 3060 12 GB", "RTX 3080 10 GB", "RTX 4060", "RTX 4090", "RTX 5060", "RTX 5090",
+    "Jetson Orin Nano 8 GB MAXN SUPER", "Jetson AGX Orin 64 GB MAXN", "Jetson T5000 MAXN",
+    "DGX Spark",
+)  # fmt: skip
 
 ROWS = {
     "weights.denoiser": "weights of the denoiser",

@@ -13,6 +13,7 @@ from packforcing.checkpoints.published import AUTOENCODER_PARTS, PARTS, PUBLISHE
 from packforcing.config import Config
 from packforcing.presets import MODELS, policies
 from packforcing.runtime.gpus import GpuFigures
+from packforcing.runtime.plan import JETSON_TARGETS
 from packforcing.runtime.realtime import AXES, Candidate
 from packforcing.units import format_gib
 
@@ -141,7 +142,10 @@ def commands(config: Config, target: str) -> list[str]:
         ]
         steps.append(["quantize", "--bundle", plain, *chosen, "--calibration", STORED,
                       "--out", "fast"])  # fmt: skip
-    steps.append(["build", "--bundle", "fast", "--target", target])
+    if target in JETSON_TARGETS:  # on the device
+        steps.append(["build", "--bundle", "fast", "--backend", "tensorrt"])
+    else:
+        steps.append(["build", "--bundle", "fast", "--target", target])
     steps.append(["verify", "--bundle", "fast"])
     return [shlex.join(["packforcing", *words]) for words in steps]
 

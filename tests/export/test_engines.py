@@ -203,6 +203,13 @@ def test_a_target_without_a_dtype_of_the_model_is_refused(target, precision, mes
         engines.resolve_targets(config, RTX, ["sm89", target])
 
 
+@pytest.mark.parametrize("target", ["sm87", "sm110"])
+def test_tensorrt_rtx_refuses_to_build_for_a_jetson(target):
+    config = model_config("wan-1.3b")
+    with pytest.raises(ConfigError, match=f"nothing for {target}: .*build --backend tensorrt'"):
+        engines.resolve_targets(config, RTX, [target])
+
+
 def test_tensorrt_builds_for_the_first_cuda_device(monkeypatch):
     monkeypatch.setattr("packforcing.runtime.device._cuda_runtime", lambda extra: Cuda())
     config = model_config("wan-1.3b")

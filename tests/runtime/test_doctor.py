@@ -166,6 +166,16 @@ def test_a_gpu_that_shares_the_hosts_memory_has_that_memory(doctor, answer):
     assert abs(gpu["memory_free"] - diagnosis["memory_free"]) < 1 << 30  # asked at two moments
 
 
+def test_a_jetson_is_sent_to_tensorrt(doctor):
+    _, able = doctor(
+        {"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5.0"},
+        pynvml=DRIVER + "DEVICES[:] = [('Orin', (8, 7))]",
+        tensorrt_rtx=TENSORRT_RTX,
+        cuda__bindings__runtime=CUDA + "CAPABILITY, NAME = (8, 7), b'Orin'",
+    )
+    assert able["run with tensorrt-rtx"]["detail"].endswith("sm120: use the backend tensorrt")
+
+
 def test_a_gpu_that_no_engine_can_be_built_for_is_reported(doctor):
     _, able = doctor(
         {"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5.0"},

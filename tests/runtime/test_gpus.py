@@ -3,7 +3,7 @@
 import pytest
 
 from packforcing.errors import BackendError, ConfigError
-from packforcing.runtime import nvml
+from packforcing.runtime import gpus, nvml
 from packforcing.runtime.gpus import find_gpu, known_gpus, parse_rates
 from packforcing.runtime.plan import TARGETS
 
@@ -45,6 +45,35 @@ def test_rates_are_those_that_nvidia_states(name, tops):
 )
 def test_rates_are_those_of_the_whitepapers(name, dtype, tflops):
     assert find_gpu(name).tflops[dtype] == pytest.approx(tflops, rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [  # what NVIDIA states is sparse: twice the dense rate
+        ("Jetson Orin Nano 8 GB", "int8", 67 / 2),
+        ("Jetson Orin Nano 4 GB", "int8", 34 / 2),
+        ("Jetson AGX Orin 64 GB", "int8", 170 / 2),
+        ("Jetson T5000", "nvfp4", 2070 / 2),
+        ("Jetson T4000", "nvfp4", 1200 / 2),
+    ],
+)
+def test_rates_of_modules_are_half_of_what_nvidia_states(name, dtype, tflops):
+    assert find_gpu(name).tflops[dtype] == pytest.approx(tflops, rel=0.02)
+
+
+def test_a_power_mode_has_its_units_clock_and_bandwidth():
+    """AGX Orin at 30 W: half of its 16 SMs, at 612 MHz; at 15 W the memory is slower too."""
+    whole, half, least = (find_gpu(f"AGX Orin 64 GB {mode}") for mode in ("MAXN", "30W", "15W"))
+    ratio = 8 * 612 / (16 * 1300)
+    assert half.tflops["fp16"] == pytest.approx(ratio * whole.tflops["fp16"])
+    assert least.bandwidth < half.bandwidth == whole.bandwidth
+    with pytest.raises(ConfigError, match=r"Nano 8 GB at 40 W; its modes .*: MAXN SUPER, 25W"):
+        find_gpu("Orin Nano 8GB 40W")
+
+
+def test_every_gpu_is_found_by_its_own_name():
+    for name, gpu in known_gpus().items():
+        assert find_gpu(name) == gpu
 
 
 def test_every_gpu_is_one_that_engines_are_built_for():
@@ -106,6 +135,13 @@ def test_gpus_are_known_by_the_names_that_tools_print(form):
         ("RTX PRO 6000 Blackwell Max-Q Workstation Edition", "RTX PRO 6000 Blackwell Max-Q"),
         ("TITAN RTX", "TITAN RTX"),
         ("dgx spark", "DGX Spark"),
+        ("NVIDIA GB10", "DGX Spark"),
+        ("jetson orin nano super", "Jetson Orin Nano 8 GB MAXN SUPER"),
+        ("Orin Nano 4GB", "Jetson Orin Nano 4 GB MAXN SUPER"),
+        ("orin nx 16 GB 25W", "Jetson Orin NX 16 GB 25W"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "Jetson AGX Orin 64 GB MAXN"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "Jetson T5000 MAXN"),
+        ("T4000", "Jetson T4000 MAXN"),
     ],
 )
 def test_loose_names(name, full_name):
@@ -166,6 +202,26 @@ def test_the_gpu_here(monkeypatch):
     gpu = nvml.Gpu(0, "NVIDIA GeForce RTX 3080 Laptop GPU", "sm86", 16384 << 20, 1 << 30, 150.0)
     monkeypatch.setattr(nvml, "gpus", lambda: [gpu])
     assert find_gpu("here").name == "RTX 3080 Laptop 16 GB 150 W"
+
+
+@pytest.mark.parametrize(
+    ("board", "target", "memory_mib", "name"),
+    [
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0", "sm87", 7620,
+         "Jetson Orin Nano 8 GB MAXN SUPER"),
+        ("NVIDIA Jetson AGX Orin Developer Kit\0", "sm87", 30699, "Jetson AGX Orin 32 GB MAXN"),
+        ("NVIDIA Jetson AGX Thor Developer Kit\0", "sm110", 125772, "Jetson T5000 MAXN"),
+        (None, "sm121", 122502, "DGX Spark"),
+    ],
+)  # fmt: skip
+def test_a_board_here(monkeypatch, tmp_path, board, target, memory_mib, name):
+    """By the name of the board and the memory that the system has of the module's."""
+    gpu = nvml.Gpu(0, "Orin" if board else "NVIDIA GB10", target, memory_mib << 20, 1 << 30)
+    monkeypatch.setattr(nvml, "gpus", lambda: [gpu])
+    monkeypatch.setattr(gpus, "BOARD", tmp_path / "model")
+    if board:
+        (tmp_path / "model").write_text(board)
+    assert find_gpu("here").name == name
 
 
 def test_no_gpu_here(monkeypatch):

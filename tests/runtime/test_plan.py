@@ -26,6 +26,7 @@ from packforcing.runtime.estimate import (
 )
 from packforcing.runtime.gpus import find_gpu
 from packforcing.runtime.plan import (
+    JETSON_TARGETS,
     RESERVE,
     STREAMED,
     TARGETS,
@@ -229,6 +230,8 @@ def test_only_dtypes_of_the_target_are_chosen():
         for precision in precisions(WAN, target):
             assert {precision.weights, precision.cache} <= {"fp16", *formats}
     assert [precision.cache for precision in precisions(WAN, "sm75")] == ["fp16"]
+    for target in JETSON_TARGETS:  # TensorRT may write int8 that is only stored out in fp16
+        assert {precision.weights for precision in precisions(WAN, target)} == {"fp16", "int4"}
 
 
 @pytest.mark.parametrize(
