@@ -132,13 +132,17 @@ class Call(NamedTuple):
     Attributes:
         new_tokens: Tokens that the denoiser computes; 0 for another graph.
         times: How often it runs for a block.
-        operations: By the kinds of `geometry.denoiser_operations`.
+        quantizable: Operations, here and below by the kinds of `geometry.denoiser_operations`.
+        self_attention: Operations.
+        other: Operations.
         moved: Bytes of weights, inputs and outputs, each once.
     """
 
     new_tokens: int
     times: int
-    operations: dict[str, int]
+    quantizable: int
+    self_attention: int
+    other: int
     moved: int
 
 
@@ -149,17 +153,15 @@ def calls(config: Config) -> list[Call]:
         "denoiser.block": config.block_tokens,
         "denoiser.compressed": config.compressed_tokens,
     }
-    return [
-        Call(
-            new_tokens.get(call, 0),
-            times,
-            denoiser_operations(config, new_tokens[call])
-            if call in new_tokens
-            else {"other": total[call]},
-            sum(tensors[call].values()) + weights[GPU_CALLS[call]],
-        )
-        for call, times in calls_per_block(config).items()
-    ]
+    result = []
+    for call, times in calls_per_block(config).items():
+        tokens, kinds = new_tokens.get(call, 0), {"other": total[call]}
+        if tokens:
+            kinds = denoiser_operations(config, tokens)
+        quantizable, self_attention = kinds.get("quantizable", 0), kinds.get("self_attention", 0)
+        moved = sum(tensors[call].values()) + weights[GPU_CALLS[call]]
+        result.append(Call(tokens, times, quantizable, self_attention, kinds["other"], moved))
+    return result
 
 
 def seconds_of_calls(calls: Iterable[Call], precision: Precision, gpu: GpuFigures) -> float:
@@ -175,19 +177,34 @@ def seconds_of_calls(calls: Iterable[Call], precision: Precision, gpu: GpuFigure
         precision: Its precision.
         gpu: The GPU's figures; it has the dtypes.
     """
-    rates = {
-        "quantizable": gpu.tflops[precision.products] * 1e12,
-        "self_attention": gpu.tflops[precision.attention_products] * 1e12,
-        "other": gpu.tflops[precision.compute] * 1e12,
-    }
-    return sum(
-        call.times
-        * max(
-            sum(count / rates[kind] for kind, count in call.operations.items()),
-            call.moved / (gpu.bandwidth * 1e9),
+    dtypes = precision.products, precision.attention_products, precision.compute
+    return seconds_at_rates(calls, *(gpu.tflops[dtype] for dtype in dtypes), gpu.bandwidth)
+
+
+def seconds_at_rates(
+    calls: Iterable[Call], products: float, attention: float, other: float, bandwidth: float
+) -> float:
+    """Predict the seconds that calls take: see `seconds_of_calls`.
+
+    Args:
+        calls: Of a config.
+        products: Rate of the matrices of the inner layers, in 10^12 operations per second.
+        attention: Rate of self-attention.
+        other: Rate of all else.
+        bandwidth: In GB/s.
+    """
+    per_product, per_attended, per_other, per_byte = (
+        1e-12 / products, 1e-12 / attention, 1e-12 / other, 1e-9 / bandwidth,
+    )  # fmt: skip
+    seconds = 0.0
+    for call in calls:  # a loop, as planners come here for every candidate and GPU
+        computing = (
+            call.quantizable * per_product
+            + call.self_attention * per_attended
+            + call.other * per_other
         )
-        for call in calls
-    )
+        seconds += call.times * max(computing, call.moved * per_byte)
+    return seconds
 
 
 def seconds_per_block(config: Config, gpu: GpuFigures) -> float:

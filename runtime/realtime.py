@@ -6,7 +6,8 @@ goal is chosen. So a GPU with more of anything, or a lower goal, never gets a wo
 given up, first to last:
 
 1. Precision: an 8-bit cache; then fp8 attention; then quantized weights, in the order of `WEIGHTS`,
-   each first without and then with fp8 attention.
+   each first without and then with fp8 attention. Of these, only what `MEASURED_WEIGHTS` and
+   `MEASURED_ATTENTION` list, unless the caller allows all.
 2. The commit call, where `presets.PLANNED_COMMITS` allows it.
 3. History: mid blocks to a quarter, then to one, then half of the sink blocks with all mids back.
    Never the recent blocks.
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, product
+from itertools import product
 from typing import Any, NamedTuple
 
 import msgspec
@@ -35,7 +36,9 @@ from packforcing.presets import MODELS, PLANNED_COMMITS, policies, with_autoenco
 from packforcing.runtime.estimate import (
     Call,
     calls,
+    calls_per_block,
     scratch_bytes,
+    seconds_at_rates,
     seconds_of_calls,
     weight_bytes,
 )
@@ -50,7 +53,12 @@ EFFICIENCY = 0.6
 # Weights after the compute dtype, those that cost the least first. Which of them a GPU may have is
 # in `plan.TARGETS`. int8 and int4 save memory alone.
 WEIGHTS = ("int8", "w8a8", "fp8", "int4", "nvfp4")
-ATTENTION: tuple[str | None, ...] = (None,)
+ATTENTION: tuple[str | None, ...] = (None, "fp8")
+# What may be chosen without being told to, beside an int8 cache: dtypes with which the demo's
+# videos keep, over two minutes, within two points of what they show without, prompt by prompt
+# (docs/results/2026-11-quantization.md).
+MEASURED_WEIGHTS: tuple[str, ...] = ()
+MEASURED_ATTENTION: tuple[str | None, ...] = (None,)
 SCALES = (1, 0.77, 0.58, 0.5)  # of width and height
 AXES = ("size", "steps", "history", "commit", "precision")  # the last one is given up first
 
@@ -63,12 +71,15 @@ class Candidate(NamedTuple):
         total: Bytes on the GPU.
         calls: Of a block.
         losses: How much is given up of each of `AXES`, from 0.
+        least: Least bytes, and calls with the least of each figure, of those candidates that differ
+            from it in precision alone.
     """
 
     config: Config
     total: int
     calls: tuple[Call, ...]
     losses: tuple[int, ...]
+    least: tuple[int, tuple[Call, ...]]
 
     def fps(self, gpu: GpuFigures, efficiency: float = 1) -> float:
         """Predict the frames per second on a GPU that has its dtypes."""
@@ -83,17 +94,20 @@ class Candidate(NamedTuple):
         return stored <= {*TARGETS[gpu.target]} and computed <= gpu.tflops.keys()
 
 
-def candidates(config: Config, free: Collection[str] = AXES) -> list[Candidate]:
+def candidates(
+    config: Config, free: Collection[str] = AXES, unmeasured: bool = False
+) -> list[Candidate]:
     """List the candidates, the best picture first.
 
     Args:
         config: The model, with everything that may be kept.
         free: Those of `AXES` of which something may be given up.
+        unmeasured: Allow dtypes whose loss over two minutes has not been measured.
     """
     models = list(enumerate(_models(config) if "steps" in free else [config]))
     one_step = [(loss, model) for loss, model in models if loss and len(model.timesteps) == 1]
     sizes = list(enumerate(_sizes(config) if "size" in free else [{}]))
-    levels = list(enumerate(_precisions(config) if "precision" in free else [config.precision]))
+    levels = _precisions(config, unmeasured) if "precision" in free else [config.precision]
     options = []
     for group in ([one for one in models if one not in one_step], one_step):
         for (size_loss, size), (steps_loss, model) in product(sizes, group):
@@ -102,10 +116,18 @@ def candidates(config: Config, free: Collection[str] = AXES) -> list[Candidate]:
                     shape = msgspec.structs.replace(model, policy=policy, **size)
                 except ConfigError:  # too small a picture to compress
                     continue
-                for precision_loss, level in levels:
-                    config = msgspec.structs.replace(shape, precision=level)
-                    losses = (size_loss, steps_loss, *policy_losses, precision_loss)
-                    options.append(Candidate(config, *_needs(config), losses))
+                configs = [msgspec.structs.replace(shape, precision=level) for level in levels]
+                needs = _needs(configs)
+                least = (
+                    min(total for total, _ in needs),
+                    _least_calls([block for _, block in needs]),
+                )
+                options += [
+                    Candidate(
+                        config, total, block, (size_loss, steps_loss, *policy_losses, loss), least
+                    )
+                    for loss, (config, (total, block)) in enumerate(zip(configs, needs))
+                ]
     return options
 
 
@@ -129,12 +151,13 @@ def trade_offs(
         ConfigError: The GPU lacks the dtypes.
         PlanError: None reaches the goal, or fits; the message has the closest.
     """
-    runnable = [one for one in options if one.runs_on(gpu)]
-    if not runnable:
-        raise ConfigError(f"{gpu.name} lacks a dtype of these: {describe_candidate(options[0])}")
-    fitting = [one for one in runnable if one.total <= budget]
-    reaching = [one for one in fitting if one.fps(gpu, efficiency) >= goal]
+    reaching = list(_reaching(options, gpu, goal, budget, efficiency))
     if not reaching:
+        runnable = [one for one in options if one.runs_on(gpu)]
+        if not runnable:
+            described = describe_candidate(options[0])
+            raise ConfigError(f"{gpu.name} lacks a dtype of these: {described}")
+        fitting = [one for one in runnable if one.total <= budget]
         raise PlanError(*_nothing(runnable, fitting, gpu, goal, budget, efficiency))
     chosen = reaching[:1]
     for axis in range(len(AXES)):
@@ -150,14 +173,43 @@ def first_candidate(
     efficiency: float = EFFICIENCY,
 ) -> Candidate | None:
     """Return the chosen candidate alone, or None where nothing reaches the goal."""
-    return next(
-        (
-            one
-            for one in options
-            if one.total <= budget and one.runs_on(gpu) and one.fps(gpu, efficiency) >= goal
-        ),
-        None,
+    return next(_reaching(options, gpu, goal, budget, efficiency), None)
+
+
+def _reaching(
+    options: Sequence[Candidate], gpu: GpuFigures, goal: float, budget: int, efficiency: float
+) -> Iterator[Candidate]:
+    """Yield the candidates that a GPU has the dtypes for, that fit, and that reach a goal.
+
+    Most shapes are out of reach in every precision. They are told by one bound for all: their least
+    bytes and work, at the best rates of the GPU.
+    """
+    precisions = {one.config.precision: one for one in options}
+    runs = {precision for precision, one in precisions.items() if one.runs_on(gpu)}
+    if not runs:
+        return
+    rates = (
+        max(gpu.tflops[precision.products] for precision in runs),
+        max(gpu.tflops[precision.attention_products] for precision in runs),
+        max(gpu.tflops[precision.compute] for precision in runs),
+        gpu.bandwidth,
     )
+    bound, possible = None, False
+    for one in options:
+        if one.least is not bound:
+            bound = one.least
+            total, block = bound
+            work = one.config.block_pixel_frames * efficiency
+            # a hair of tolerance, as it is added up in another order
+            possible = total <= budget and goal * seconds_at_rates(block, *rates) < work * 1.0001
+        if possible and one.total <= budget and one.config.precision in runs:
+            if one.fps(gpu, efficiency) >= goal:
+                yield one
+
+
+def _least_calls(blocks: Sequence[tuple[Call, ...]]) -> tuple[Call, ...]:
+    """Return calls with the least of each figure of calls of the same graphs."""
+    return tuple(Call(*map(min, zip(*calls))) for calls in zip(*blocks))
 
 
 def _nothing(
@@ -203,10 +255,32 @@ def describe_candidate(candidate: Candidate) -> str:
     )
 
 
-@lru_cache(1024)
-def _plain_needs(config: Config) -> tuple[int, tuple[Call, ...]]:
+@lru_cache(64)
+def _needs_of_shape(config: Config) -> tuple[int, tuple[Call, ...]]:
     rows = device_rows(config)
     return sum(rows.values()) - rows["scratch"], tuple(calls(config))
+
+
+def _plain_needs(config: Config) -> tuple[int, tuple[Call, ...]]:
+    """Return the bytes beside scratch, and the calls, of a config without quantized weights.
+
+    Both grow by the same with every token of context. So they are counted for two short histories
+    of each size and model, and all others follow, to the byte.
+    """
+    policy = config.policy
+    short = msgspec.structs.replace(policy, sink=1, mid=min(policy.mid, 1), commit="clean")
+    shapes = [
+        msgspec.structs.replace(config, policy=msgspec.structs.replace(short, sink=sink))
+        for sink in (1, 2)
+    ]
+    (total, block), (longer_total, longer_block) = map(_needs_of_shape, shapes)
+    tokens = config.context_tokens - shapes[0].context_tokens
+    step = shapes[1].context_tokens - shapes[0].context_tokens
+    times = calls_per_block(config).values()
+    return total + (longer_total - total) * tokens // step, tuple(
+        call._replace(times=count, moved=call.moved + (longer.moved - call.moved) * tokens // step)
+        for call, longer, count in zip(block, longer_block, times)
+    )
 
 
 @lru_cache(64)
@@ -214,25 +288,35 @@ def _denoiser_bytes(model: Config, precision: Precision) -> int:
     return weight_bytes(msgspec.structs.replace(model, precision=precision))["denoiser"]
 
 
-def _needs(config: Config) -> tuple[int, tuple[Call, ...]]:
-    """Return the bytes and the calls of a config.
+def _needs(configs: Sequence[Config]) -> list[tuple[int, tuple[Call, ...]]]:
+    """Return the bytes and the calls of configs that differ in precision alone.
 
     Beside scratch, the dtypes of weights and attention change the bytes of the denoiser's weights
-    alone, whatever the size of the picture and the history, so the rest is counted once.
+    alone, whatever the size of the picture and the history, so the rest is counted once for each
+    dtype of the cache.
     """
-    precision = config.precision
-    plain = msgspec.structs.replace(precision, weights=precision.compute, attention=None)
-    total, block = _plain_needs(msgspec.structs.replace(config, precision=plain))
-    model = MODELS.get(config.name, config)
-    saved = _denoiser_bytes(model, plain) - _denoiser_bytes(model, precision)
-    return total - saved + max(scratch_bytes(config).values()), tuple(
-        call._replace(
-            operations=denoiser_operations(config, call.new_tokens), moved=call.moved - saved
-        )
-        if call.new_tokens
-        else call
-        for call in block
-    )
+    model = MODELS.get(configs[0].name, configs[0])
+    counted: dict[Precision, tuple[int, tuple[Call, ...]]] = {}
+    operations: dict[tuple[int, str | None], dict[str, int]] = {}
+    result = []
+    for config in configs:
+        precision = config.precision
+        plain = msgspec.structs.replace(precision, weights=precision.compute, attention=None)
+        if plain not in counted:
+            counted[plain] = _plain_needs(msgspec.structs.replace(config, precision=plain))
+        total, block = counted[plain]
+        saved = _denoiser_bytes(model, plain) - _denoiser_bytes(model, precision)
+        calls_of_level = []
+        for call in block:
+            if call.new_tokens:
+                which = call.new_tokens, precision.attention
+                if which not in operations:
+                    operations[which] = denoiser_operations(config, call.new_tokens)
+                call = call._replace(**operations[which], moved=call.moved - saved)
+            calls_of_level.append(call)
+        scratch = max(scratch_bytes(config).values())
+        result.append((total - saved + scratch, tuple(calls_of_level)))
+    return result
 
 
 def _sizes(config: Config) -> list[dict[str, int]]:
@@ -300,16 +384,31 @@ def _histories(policy: Policy) -> Iterator[Policy]:
         sink = (sink + 1) // 2
 
 
-def _precisions(config: Config) -> list[Precision]:
+def _precisions(config: Config, unmeasured: bool = False) -> list[Precision]:
     """Return the precisions, the best first."""
     full = config.precision.compute
+    weights = [name for name in WEIGHTS if unmeasured or name in MEASURED_WEIGHTS]
+    attentions = ATTENTION if unmeasured else MEASURED_ATTENTION
     levels: list[tuple[str, str, str | None]] = [(full, full, None)]
     if full == "fp16":
-        levels += [(full, "int8", attention) for attention in ATTENTION]
-        levels += [(weights, "int8", attention) for weights in WEIGHTS for attention in ATTENTION]
-    built = {full, *chain.from_iterable(TARGETS.values())}
+        levels += [(name, "int8", dtype) for name in (full, *weights) for dtype in attentions]
     return [
-        Precision(compute=full, weights=weights, cache=cache, attention=attention)  # type: ignore[arg-type]
-        for weights, cache, attention in levels
-        if weights in built
+        Precision(compute=full, weights=name, cache=cache, attention=attention)  # type: ignore[arg-type]
+        for name, cache, attention in levels
+    ]
+
+
+def left_out(target: str) -> list[str]:
+    """Name the dtypes that a GPU has and that `candidates` leaves out unless told otherwise.
+
+    Args:
+        target: The GPU's architecture.
+    """
+    weights = [name for name in WEIGHTS if name not in MEASURED_WEIGHTS]
+    attentions = [name for name in ATTENTION if name and name not in MEASURED_ATTENTION]
+    return [
+        f"{name} {part}"
+        for part, names in (("weights", weights), ("attention", attentions))
+        for name in names
+        if name in TARGETS[target]
     ]

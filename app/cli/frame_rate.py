@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from packforcing.app.cli.output import print_json, print_tables
-from packforcing.errors import ConfigError
+from packforcing.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
     from packforcing.config import Config, Precision
@@ -43,8 +44,11 @@ def plan_frame_rate(
     rates: str | None,
     as_json: bool,
     free: Collection[str],
+    unmeasured: bool,
 ) -> None:
     """Print what reaches a number of frames per second, on one GPU or on all.
+
+    Dtypes whose loss has not been measured are left out, and named, unless `unmeasured` is set.
 
     Raises:
         ConfigError: The options do not say of which GPU, or there are no figures for it.
@@ -52,11 +56,12 @@ def plan_frame_rate(
     """
     from packforcing.app.reports import realtime as report
     from packforcing.runtime.gpus import known_gpus
-    from packforcing.runtime.plan import CUDA_CONTEXT, check_target
+    from packforcing.runtime.plan import CUDA_CONTEXT, TARGETS, check_target
     from packforcing.runtime.realtime import (
         EFFICIENCY,
         candidates,
         first_candidate,
+        left_out,
         trade_offs,
     )
 
@@ -67,7 +72,11 @@ def plan_frame_rate(
     one_gpu = _chosen_gpu(gpu, target, budget, rates)
     if one_gpu is not None:
         check_target(config.precision, one_gpu.target)
-    options = candidates(config, free)
+    options = candidates(config, free, unmeasured)
+    lacking: list[str] = []
+    if not unmeasured and "precision" in free and config.precision.compute == "fp16":
+        named = map(left_out, [one_gpu.target] if one_gpu else TARGETS)
+        lacking = list(dict.fromkeys(chain.from_iterable(named)))
     if one_gpu is None:
         rows = [
             (
@@ -78,16 +87,22 @@ def plan_frame_rate(
         ]
         if as_json:
             listed = [(each, [one] if one else []) for each, one in rows]
-            print_json(report.realtime_json(listed, fps, efficiency))
+            print_json(report.realtime_json(listed, fps, efficiency, lacking))
         else:
-            print_tables(*report.all_gpus_table(rows, fps, efficiency))
+            print_tables(*report.all_gpus_table(rows, fps, efficiency, lacking))
         return
     budget_bytes = budget[0] if budget else one_gpu.memory_bytes - CUDA_CONTEXT
-    chosen = trade_offs(options, one_gpu, fps, budget_bytes, efficiency)
+    try:
+        chosen = trade_offs(options, one_gpu, fps, budget_bytes, efficiency)
+    except PlanError as error:
+        if lacking:
+            raise PlanError(f"{error}; or allow {report.allow(lacking)}", error.smallest) from None
+        raise
     if as_json:
-        print_json(report.realtime_json([(one_gpu, chosen)], fps, efficiency))
+        print_json(report.realtime_json([(one_gpu, chosen)], fps, efficiency, lacking))
     else:
-        print_tables(*report.trade_off_table(chosen, one_gpu, fps, budget_bytes, efficiency))
+        tables = report.trade_off_table(chosen, one_gpu, fps, budget_bytes, efficiency, lacking)
+        print_tables(*tables)
 
 
 def _chosen_gpu(

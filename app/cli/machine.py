@@ -136,6 +136,11 @@ def doctor(as_json: bool) -> None:
     help="For --fps on a GPU that --gpu does not know: dense rates and the bandwidth in GB/s, like "
     "fp16=30,fp8=60,bandwidth=272, with --target and --budget.",
 )
+@option(
+    "--unmeasured",
+    is_flag=True,
+    help="Let --fps choose dtypes whose loss over two minutes of video has not been measured.",
+)
 @seconds_option(60.0, "Length of the video; the archive grows with it.")
 @option("--picture", type=FILE, metavar="FILE.png", help="Draw the plans as bars.")
 @json_option
@@ -153,6 +158,7 @@ def plan(
     realtime: bool,
     efficiency: float | None,
     rates: str | None,
+    unmeasured: bool,
     seconds: float,
     picture: Path | None,
     as_json: bool,
@@ -179,7 +185,6 @@ def plan(
     import msgspec
 
     from packforcing.app.cli.frame_rate import free_axes, plan_frame_rate
-    from packforcing.app.reports import plan as report
     from packforcing.errors import PlanError
     from packforcing.presets import model_config
     from packforcing.runtime.bundle import read_manifest
@@ -190,28 +195,32 @@ def plan(
         if weight_dtype or cache_dtype:
             raise ConfigError("choose --weight-dtype and --cache-dtype, or --precision")
         weight_dtype, cache_dtype = precision
-    engines, dtypes = None, None
-    if bundle is None:
-        config = with_shape(model_config(model or "wan-1.3b"), **shape)
-        dtypes = with_dtypes(config, weight_dtype, cache_dtype, attention_dtype)
-    else:
-        if model or any((weight_dtype, cache_dtype, attention_dtype, *shape.values())):
-            raise ConfigError("a bundle has its model, sizes, history and dtypes already")
-        config = read_manifest(bundle).config
-        engines = report.read_engine_sizes(bundle)
     if fps is not None or realtime:
         if fps is not None and realtime:
             raise ConfigError("choose one of --fps and --realtime")
         if bundle or picture:
             raise ConfigError("--fps plans for a --model, without --bundle and --picture")
+    elif efficiency is not None or rates or unmeasured:
+        raise ConfigError("--efficiency, --rates and --unmeasured are for --fps")
+    dtypes = None
+    if bundle is None:
+        config = with_shape(model_config(model or "wan-1.3b"), **shape)
+        dtypes = with_dtypes(config, weight_dtype, cache_dtype, attention_dtype)
+    elif model or any((weight_dtype, cache_dtype, attention_dtype, *shape.values())):
+        raise ConfigError("a bundle has its model, sizes, history and dtypes already")
+    if bundle is None and (fps is not None or realtime):
         plan_frame_rate(
             msgspec.structs.replace(config, precision=dtypes or config.precision),
             config.fps if fps is None else fps, efficiency, gpu, target, budget, rates, as_json,
-            free_axes(model, dtypes, shape),
+            free_axes(model, dtypes, shape), unmeasured,
         )  # fmt: skip
         return
-    if efficiency is not None or rates:
-        raise ConfigError("--efficiency and --rates are for --fps")
+    from packforcing.app.reports import plan as report  # after --fps, whose time it would double
+
+    engines = None
+    if bundle is not None:
+        config = read_manifest(bundle).config
+        engines = report.read_engine_sizes(bundle)
     budgets: tuple[int | None, ...] = budget or (None,)
     targets = target or (engines.targets[:1] if engines else ()) or ("sm86",)
     gpus = report.examples(*targets)

@@ -44,9 +44,23 @@ def _cells(candidate: Candidate, gpu: GpuFigures, efficiency: float) -> tuple[st
 
 
 def trade_off_table(
-    chosen: Sequence[Candidate], gpu: GpuFigures, goal: float, budget: int, efficiency: float
+    chosen: Sequence[Candidate],
+    gpu: GpuFigures,
+    goal: float,
+    budget: int,
+    efficiency: float,
+    left_out: Sequence[str],
 ) -> Iterator[RenderableType]:
-    """Lay out the chosen candidate, its alternatives and the commands that make it."""
+    """Lay out the chosen candidate, its alternatives and the commands that make it.
+
+    Args:
+        chosen: What is chosen, and alternatives.
+        gpu: The GPU.
+        goal: Frames per second.
+        budget: Bytes of its memory.
+        efficiency: Share of its peak.
+        left_out: What was no candidate, as nothing has measured it.
+    """
     yield (
         f"{gpu.name} ({gpu.target}): {goal:g} fps or more within {format_gib(budget)} GiB, "
         f"predicted at {efficiency:.0%} of the GPU's peak"
@@ -58,6 +72,7 @@ def trade_off_table(
     ]
     yield make_table(rows, ("", *HEADS, "given up"), JUSTIFY)
     yield ""
+    yield from _left_out_lines(left_out)
     yield "It is made by"
     yield ""
     yield from (f"  {command}" for command in commands(chosen[0].config, gpu.target))
@@ -70,9 +85,12 @@ def trade_off_table(
 
 
 def all_gpus_table(
-    rows: Sequence[tuple[GpuFigures, Candidate | None]], goal: float, efficiency: float
+    rows: Sequence[tuple[GpuFigures, Candidate | None]],
+    goal: float,
+    efficiency: float,
+    left_out: Sequence[str],
 ) -> Iterator[RenderableType]:
-    """Lay out what is chosen for each GPU."""
+    """Lay out what is chosen for each GPU; the arguments are those of `trade_off_table`."""
     yield f"{goal:g} fps or more, predicted at {efficiency:.0%} of the GPU's peak"
     yield ""
     cells = (
@@ -80,6 +98,24 @@ def all_gpus_table(
         for gpu, one in rows
     )
     yield make_table(cells, ("GPU", *HEADS), JUSTIFY)
+    if left_out:
+        yield ""
+        yield from list(_left_out_lines(left_out))[:-1]
+
+
+def _left_out_lines(left_out: Sequence[str]) -> Iterator[str]:
+    """Say what was left out, why, and how to allow it; then an empty line."""
+    if left_out:
+        yield (
+            "Left out, as their loss over two minutes has not been measured: "
+            f"{', '.join(left_out)}. --unmeasured allows them"
+        )
+        yield ""
+
+
+def allow(left_out: Sequence[str]) -> str:
+    """Name what was left out, and the option that allows it."""
+    return f"{', '.join(left_out)} with --unmeasured (their loss has not been measured)"
 
 
 def _given_up(candidate: Candidate) -> str:
@@ -88,12 +124,16 @@ def _given_up(candidate: Candidate) -> str:
 
 
 def realtime_json(
-    rows: Sequence[tuple[GpuFigures, Sequence[Candidate]]], goal: float, efficiency: float
+    rows: Sequence[tuple[GpuFigures, Sequence[Candidate]]],
+    goal: float,
+    efficiency: float,
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
     """Describe plans for frames per second for programs; the first of each GPU is chosen."""
     return {
         "goal": goal,
         "efficiency": efficiency,
+        "left_out": [*left_out],
         "gpus": [
             {
                 "name": gpu.name,

@@ -17,7 +17,7 @@ from packforcing.runtime.gpus import known_gpus
 from packforcing.runtime.realtime import candidates
 
 WAN = model_config("wan-1.3b")
-CANDIDATES = candidates(WAN)
+CANDIDATES = candidates(WAN, unmeasured=True)
 SHAPE = (
     "size", "block_frames", "history", "policy", "vae", "steps", "first_steps", "shift",
     "commit", "dtype",
@@ -98,6 +98,23 @@ def test_without_a_gpu_all_are_listed():
     assert "832x480" not in out and "480x272" in out and "nothing reaches it" in out
 
 
+def test_what_is_left_out_is_named_with_the_option_that_allows_it():
+    kept = ("--size", "832x480", "--history", "2,16,1", "--model", "wan-1.3b")
+    asked = ("--gpu", "4090", "--fps", "5", *kept)
+    out, _, code = plan(*asked)
+    assert code == 0 and "4090 (sm89)" in out
+    (line,) = [line for line in out.splitlines() if "has not been measured" in line]
+    assert line.endswith("--unmeasured allows them")
+    assert "fp8 weights" in line and "fp8 attention" in line and "nvfp4" not in line
+    assert json.loads(plan(*asked, "--json")[0])["left_out"] != []
+    faster = ("--gpu", "4090", "--fps", "11", *kept)  # beyond what fp16 reaches
+    assert plan(*faster)[2] == 2
+    out, _, code = plan(*faster, "--unmeasured")
+    assert code == 0 and "has not been measured" not in out and " fp8 " in out
+    out, _, _ = plan("--gpu", "4090", "--fps", "5", "--weight-dtype", "fp8")  # named: no question
+    assert "has not been measured" not in out
+
+
 def test_figures_in_place_of_a_name():
     rates = "fp16=30,int8=120,fp8=60,bandwidth=272"
     out, _, code = plan("--fps", "8", "--target", "sm89", "--budget", "7", "--rates", rates)
@@ -118,7 +135,12 @@ def test_figures_in_place_of_a_name():
         (["--fps", "16", "--gpu", "4060", "--target", "sm89"], "choose --gpu, or --target"),
         (["--fps", "16", "--gpu", "3060", "--weight-dtype", "fp8"], "sm86 has no fp8"),
         (["--fps", "16", "--picture", "a.png"], "without --bundle and --picture"),
-        (["--efficiency", "0.5"], "--efficiency and --rates are for --fps"),
+        (["--efficiency", "0.5"], "--efficiency, --rates and --unmeasured are for --fps"),
+        (["--unmeasured"], "--efficiency, --rates and --unmeasured are for --fps"),
+        (
+            ["--fps", "60", "--gpu", "4060"],
+            "or allow int8 weights, w8a8 weights, fp8 weights, int4 ",
+        ),
         (["--fps", "16", "--efficiency", "2"], "--efficiency must be above 0 and at most 1"),
         (
             ["--fps", "1", "--target", "sm89", "--budget", "8", "--rates", "fp16=30"],

@@ -18,7 +18,7 @@ from packforcing.runtime.realtime import AXES, candidates, first_candidate, trad
 from packforcing.units import GIB
 from tests.helpers import WAN
 
-CANDIDATES = candidates(WAN)
+CANDIDATES = candidates(WAN, unmeasured=True)
 LARGEST = "sm120"  # has every dtype that any target has
 
 
@@ -30,7 +30,14 @@ def test_a_candidate_needs_what_its_plan_and_its_prediction_say():
     """Bytes and calls are put together from parts; the whole config gives the same."""
     gpu = find_gpu("RTX 5090")
     runnable = [one for one in CANDIDATES if one.runs_on(gpu)]
-    for one in runnable[::97]:
+    last_step = msgspec.structs.replace(
+        WAN, policy=msgspec.structs.replace(WAN.policy, commit="last-step")
+    )
+    window = msgspec.structs.replace(
+        MODELS["self-forcing"], policy=policies(MODELS["self-forcing"])["sliding-window"]
+    )
+    others = [one for config in (last_step, window) for one in candidates(config)[::41]]
+    for one in (*runnable[::97], *others):
         assert one.total == make_plan(one.config, LARGEST).total
         fps = one.config.block_pixel_frames / seconds_per_block(one.config, gpu)
         assert one.fps(gpu) == pytest.approx(fps)
@@ -58,7 +65,7 @@ def grid():
 
 
 def test_the_choice_is_that_of_brute_force():
-    options = candidates(WAN, {"size", "steps", "precision"})
+    options = candidates(WAN, {"size", "steps", "precision"}, unmeasured=True)
     combinations = list(grid())
     totals = [make_plan(config, LARGEST).total for _, config in combinations]
     gpus = [find_gpu(name) for name in ("RTX 3060", "RTX 4060", "4070 laptop 115W", "RTX 4090")]
@@ -127,6 +134,43 @@ def test_the_commit_is_kept_unless_a_measurement_allows_it(monkeypatch):
     assert [one.config.policy.commit for one in options] == ["clean", "last-step"]
     gpu = find_gpu("RTX 4090")
     assert options[1].fps(gpu) / options[0].fps(gpu) == pytest.approx(5 / 4, rel=0.05)
+
+
+def test_only_measured_dtypes_are_chosen_unless_all_are_allowed():
+    """Beside an int8 cache, which is measured, those that the lists name."""
+
+    def dtypes(options):
+        return {
+            (p.weights, p.cache, p.attention) for p in (one.config.precision for one in options)
+        }
+
+    measured = dtypes(candidates(WAN))
+    assert measured == {("fp16", "fp16", None)} | {
+        (weights, "int8", attention)
+        for weights in ("fp16", *realtime.MEASURED_WEIGHTS)
+        for attention in realtime.MEASURED_ATTENTION
+    }
+    assert measured < dtypes(CANDIDATES)
+    assert {weights for weights, _, _ in dtypes(CANDIDATES)} == {"fp16", *realtime.WEIGHTS}
+    gpu = find_gpu("RTX 4090")
+    best = first_candidate(CANDIDATES, gpu, 16, budget_of(gpu))
+    assert best.fps(gpu) >= 16 and best.config.precision.attention == "fp8"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_was_left_out_is_what_the_gpu_has_and_the_candidates_lack(target):
+    gpu = find_gpu("RTX 5090")._replace(target=target)
+    measured = {one.config.precision for one in candidates(WAN, {"precision"})}
+    lacking = [
+        one.config.precision
+        for one in candidates(WAN, {"precision"}, unmeasured=True)
+        if one.config.precision not in measured and one.runs_on(gpu)
+    ]
+    named = {f"{one.weights} weights" for one in lacking} | {
+        f"{one.attention} attention" for one in lacking if one.attention
+    }
+    named -= {f"{name} weights" for name in ("fp16", *realtime.MEASURED_WEIGHTS)}
+    assert {*realtime.left_out(target)} == named
 
 
 def test_what_is_fixed_is_kept():
