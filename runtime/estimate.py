@@ -177,8 +177,13 @@ def seconds_of_calls(calls: Iterable[Call], precision: Precision, gpu: GpuFigure
         precision: Its precision.
         gpu: The GPU's figures; it has the dtypes.
     """
-    dtypes = precision.products, precision.attention_products, precision.compute
-    return seconds_at_rates(calls, *(gpu.tflops[dtype] for dtype in dtypes), gpu.bandwidth)
+    return seconds_at_rates(
+        calls,
+        gpu.tflops[precision.products],
+        gpu.tflops[precision.attention_products],
+        gpu.tflops[precision.compute],
+        gpu.bandwidth,
+    )
 
 
 def seconds_at_rates(

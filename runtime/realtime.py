@@ -202,9 +202,13 @@ def _reaching(
             work = one.config.block_pixel_frames * efficiency
             # a hair of tolerance, as it is added up in another order
             possible = total <= budget and goal * seconds_at_rates(block, *rates) < work * 1.0001
-        if possible and one.total <= budget and one.config.precision in runs:
-            if one.fps(gpu, efficiency) >= goal:
-                yield one
+        if (
+            possible
+            and one.total <= budget
+            and one.config.precision in runs
+            and one.fps(gpu, efficiency) >= goal
+        ):
+            yield one
 
 
 def _least_calls(blocks: Sequence[tuple[Call, ...]]) -> tuple[Call, ...]:

@@ -99,15 +99,15 @@ def test_without_a_gpu_all_are_listed():
 
 
 def test_what_is_left_out_is_named_with_the_option_that_allows_it():
-    kept = ("--size", "832x480", "--history", "2,16,1", "--model", "wan-1.3b")
-    asked = ("--gpu", "4090", "--fps", "5", *kept)
-    out, _, code = plan(*asked)
+    fixed = ("--size", "832x480", "--history", "2,16,1", "--model", "wan-1.3b")
+    options = ("--gpu", "4090", "--fps", "5", *fixed)
+    out, _, code = plan(*options)
     assert code == 0 and "4090 (sm89)" in out
     (line,) = [line for line in out.splitlines() if "has not been measured" in line]
     assert line.endswith("--unmeasured allows them")
     assert "fp8 weights" in line and "fp8 attention" in line and "nvfp4" not in line
-    assert json.loads(plan(*asked, "--json")[0])["left_out"] != []
-    faster = ("--gpu", "4090", "--fps", "11", *kept)  # beyond what fp16 reaches
+    assert json.loads(plan(*options, "--json")[0])["left_out"] != []
+    faster = ("--gpu", "4090", "--fps", "11", *fixed)  # beyond what fp16 reaches
     assert plan(*faster)[2] == 2
     out, _, code = plan(*faster, "--unmeasured")
     assert code == 0 and "has not been measured" not in out and " fp8 " in out
@@ -139,7 +139,7 @@ def test_figures_in_place_of_a_name():
         (["--unmeasured"], "--efficiency, --rates and --unmeasured are for --fps"),
         (
             ["--fps", "60", "--gpu", "4060"],
-            "or allow int8 weights, w8a8 weights, fp8 weights, int4 ",
+            "or allow int8 weights, w8a8 weights, fp8 ",
         ),
         (["--fps", "16", "--efficiency", "2"], "--efficiency must be above 0 and at most 1"),
         (
