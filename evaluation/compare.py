@@ -32,6 +32,7 @@ from packforcing.evaluation.prompt_sets import Prompt
 from packforcing.extras import optional_imports
 from packforcing.files import write_file
 from packforcing.runtime.allocations import archive_bytes, memory_by_purpose
+from packforcing.runtime.backends import ENGINE_BACKENDS
 from packforcing.runtime.bundle import read_manifest
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.request import check_memory, check_request
@@ -115,11 +116,22 @@ def run_comparison(
             of a pair and the share of it that is done.
 
     Raises:
-        ConfigError: A bundle is of another model, or a video does not fit into memory.
+        ConfigError: A bundle is of another model, its engines do not fit a policy, or a video does
+            not fit into memory.
         OutputError: A result cannot be written.
         PackForcingError: What `Session` and `evaluate_video` raise.
     """
     config = read_manifest(bundle).config
+    if backend in ENGINE_BACKENDS:
+        for name, policy in policies.items():
+            if (
+                msgspec.structs.replace(config, policy=policy).context_tokens
+                != config.context_tokens
+            ):
+                raise ConfigError(
+                    f"engines fit contexts of the size of the bundle's own, {config.policy}: leave "
+                    f"out the policy {name}, or compare with the backend onnxruntime"
+                )
     bundles = dict.fromkeys(policies, bundle)
     if others:
         clash = bundles.keys() & others.keys()

@@ -15,6 +15,7 @@ from packforcing.app.cli.executors import executor_options, open_executor
 from packforcing.app.cli.options import (
     FILE,
     FOLDER,
+    POLICY_HELP,
     SHARD,
     backend_option,
     bundle_option,
@@ -49,7 +50,7 @@ SHOWN_MISTAKES = 20
 @option(
     "--policy",
     metavar="NAME",
-    help="History policy of videos whose job states none. An unknown name lists all.  "
+    help=f"For jobs that state none. {POLICY_HELP} TensorRT engines refuse all but the bundle's.  "
     "[default: the bundle's]",
 )
 @option(
@@ -63,9 +64,11 @@ SHOWN_MISTAKES = 20
     type=SHARD,
     metavar="I/N",
     default="1/1",
-    help="Render part I of N alone: every N-th job.  [default: all]",
+    help="Render part I of N alone, 1/N to N/N: every N-th job.  [default: all]",
 )
-@option("--retry-failed", is_flag=True, help="Render jobs again that failed before.")
+@option(
+    "--retry-failed", is_flag=True, help="Render failed jobs again, too. Else they stay failed."
+)
 @backend_option
 def batch(
     jobs: Path,
@@ -87,11 +90,12 @@ def batch(
 
     JOBS is text with a prompt in each line, CSV whose first line names the columns, or JSONL. A job
     has prompt, or embedding or schedule with the name of a file; and optionally id, seconds, seed
-    or seeds, start and policy. All jobs are checked before the first one is rendered.
+    or seeds, start and policy. Without id, the prompt makes one; each of seeds makes a video, as
+    ID-s1. All jobs are checked before the first one is rendered.
 
     Writes ID.mp4 and ID.json for each job, results.jsonl, and index.html with all videos. The same
-    command again renders what is missing or has changed, and resumes what was interrupted. Several
-    runs with one DIR share the work, also from several machines.
+    command again renders what is missing or has changed, and resumes what was interrupted.
+    Several runs with one DIR share the work, also from several machines.
 
     Exit code 1 says that a job failed.
 

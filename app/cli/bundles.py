@@ -198,7 +198,7 @@ def calibrate(
     "--weight-dtype",
     aliases=["--weights"],
     type=click.Choice(QUANTIZED_WEIGHT_DTYPES),
-    help="Dtype of the matrices in all transformer layers but the first and last.",
+    help="Dtype of the matrices in all transformer layers but the first and last layer.",
 )
 @option(
     "--cache-dtype",
@@ -232,9 +232,10 @@ def quantize(
 ) -> None:
     """Quantize weights, KV cache or attention of a bundle.
 
-    Weights are stored as integers, fp8 or fp4 with scales, in standard ONNX. They take half (int8,
-    w8a8, fp8) or about a quarter (int4, nvfp4) of their fp16 size. An 8-bit cache halves the KV
-    cache and its archive. All else is copied.
+    Weights are stored as integers, fp8 or nvfp4 (4-bit floating point) with scales, in standard
+    ONNX. They take half (int8, w8a8, fp8) or about a quarter (int4, nvfp4) of their fp16 size. An
+    8-bit KV cache and its archive take half of theirs. The dtype options combine. All else is
+    copied, except engines: run build on the new bundle.
 
     w8a8 (int8 products, RTX 30 or later), fp8 (RTX 40 or later) and nvfp4 (RTX 50) quantize
     activations as well, so that products run in that dtype. int8 and int4 weights are multiplied in

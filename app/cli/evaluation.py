@@ -12,6 +12,7 @@ from packforcing.app.cli.executors import executor_options, open_executor
 from packforcing.app.cli.options import (
     FOLDER,
     NAMES,
+    OTHER_CONTEXT,
     bundle_option,
     json_option,
     option,
@@ -77,8 +78,8 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
     aliases=["--policies"],
     type=NAMES,
     metavar="NAME[,NAME...]",
-    help="Policies; the first is the baseline. An unknown name lists all.  "
-    f"[default: {','.join(DEFAULT_POLICIES)}]",
+    help="Policies; the first is the baseline. An unknown name lists all. "
+    f"{OTHER_CONTEXT}  [default: {','.join(DEFAULT_POLICIES)}]",
 )
 @option(
     "--with",
@@ -86,8 +87,8 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
     type=FOLDER,
     metavar="DIR",
     multiple=True,
-    help="Quantized version of the bundle to compare with it, each under its own policy. May be "
-    "repeated. Excludes --policy.",
+    help="Bundle to compare with the first: of the same model, size, history and steps, in other "
+    "dtypes, like a quantized one. May be repeated. Not with --policy.",
 )
 @seconds_option(120.0, "Length of every video.")
 @option(

@@ -46,7 +46,7 @@ GROUPS = {  # heading: names of commands, and the module that has each
         "verify": "bundles",
         "push": "push",
     },
-    "Run on a GPU": {
+    "Prepare for a GPU": {
         "doctor": "machine",
         "plan": "machine",
         "build": "machine",
@@ -141,7 +141,9 @@ zsh_source and fish_source are for the other shells.
 @click.version_option(__version__, prog_name="packforcing", allow_from_autoenv=False)
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Long videos from text, in fixed memory plus a small archive of the past.
+    """Long videos from text, in GPU memory that is fixed before the first frame.
+
+    An archive of compressed past blocks grows in host memory. `render --archive-limit` caps it.
 
     Start with `packforcing demo`: it needs no download, no GPU and about a minute.
     """

@@ -1,4 +1,4 @@
-"""Commands about running on a GPU: doctor, plan, build."""
+"""Commands that prepare for a GPU: doctor, plan, build."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from packforcing.app.cli.options import (
     CACHE_DTYPES,
     FILE,
     PRECISION,
+    TARGET_NAMES,
     WEIGHT_DTYPES,
     bundle_option,
     json_option,
@@ -92,21 +93,20 @@ def doctor(as_json: bool) -> None:
     "--budget",
     type=BUDGETS,
     metavar="GIB[,GIB...]",
-    help="Device memory in GiB. The CUDA context comes on top; --gpu subtracts it.  "
-    "[default: as much as the model takes]",
+    help="GPU memory in GiB that driver and desktop leave free. --gpu allows 0.39 GiB for the "
+    "driver.  [default: as much as the model takes]",
 )
 @option(
     "--target",
     **target_attrs,
-    help="GPU architecture, like sm86 (RTX 30), sm87 (Jetson Orin), sm89 (RTX 40), sm110 (Jetson "
-    "Thor), sm120 (RTX 50) or sm121 (DGX Spark).  "
-    "[default: the one that the bundle was built for, or sm86]",
+    help=f"GPU architecture: {TARGET_NAMES}.  [default: the first one of the bundle's engines, or "
+    "sm86]",
 )
 @option(
     "--gpu",
     metavar="NAME",
-    help='A GPU by name, like "RTX 4060", "4070 laptop 80W", "Orin Nano 8GB 25W" or here: sets '
-    "target and budget.",
+    help='A GPU by name, like "RTX 4060", "4070 laptop 80W" or "Orin Nano 8GB 25W", or "here" for '
+    "the one in this machine: sets target and budget.",
 )
 @shape_options
 @option("--weight-dtype", type=click.Choice(WEIGHT_DTYPES), help="Dtype of the weights.  "
@@ -120,10 +120,10 @@ def doctor(as_json: bool) -> None:
     "--fps",
     type=float,
     metavar="N",
-    help="Plan for so many frames per second on --gpu, or on every known GPU: choose size, steps, "
-    "history and precision together. What other options set is kept.",
+    help="Look for settings that reach so many frames per second on --gpu, or on every known GPU. "
+    "What other options set is kept.",
 )
-@option("--realtime", is_flag=True, help="Plan for the frames per second of the model.")
+@option("--realtime", is_flag=True, help="As --fps, with the frame rate of the model.")
 @option(
     "--efficiency",
     type=float,
@@ -141,7 +141,7 @@ def doctor(as_json: bool) -> None:
     is_flag=True,
     help="Let --fps choose dtypes whose loss over two minutes of video has not been measured.",
 )
-@seconds_option(60.0, "Length of the video; the archive grows with it.")
+@seconds_option(60.0, "Length of the video; its archive in host memory grows with it.")
 @option("--picture", type=FILE, metavar="FILE.png", help="Draw the plans as bars.")
 @json_option
 def plan(
@@ -166,14 +166,15 @@ def plan(
 ) -> None:
     """Show what takes memory on a GPU, and what fits.
 
-    Needs no weights, GPU or engine. To fit a budget, plan lowers precision first, then shortens
-    history. Several budgets or targets make a table. For a bundle with engines, the builder's
-    figures replace the estimates; on a GPU, those of the loaded engines are shown as well. Exit
-    code 2 if a single budget is too small.
+    Needs no weights, GPU or engine, and changes nothing. Of a --model, plan looks for settings that
+    fit a budget: it lowers precision first, then shortens history. A --bundle has its settings:
+    plan shows whether they fit, by the builder's figures once engines are built, on a GPU with
+    those of the loaded engines. Several budgets or targets make a table. Exit code 2 if a single
+    budget is too small.
 
-    With --fps, plan gives up what a GPU's speed needs: precision, history, steps, then size. It
-    shows the best trade-offs, predicted, and the commands that make the first. Exit code 2 if the
-    GPU is too slow.
+    With --fps, plan looks for settings that reach a frame rate: it lowers precision first, then
+    history, steps and size. It shows the best trade-offs, predicted, and the commands that make the
+    first. Exit code 2 if the GPU is too slow.
 
     \b
     Examples:
@@ -262,15 +263,15 @@ def plan(
     "--target",
     aliases=["--targets"],
     **target_attrs,
-    help="GPU architecture: sm75 (RTX 20), sm80, sm86 (RTX 30), sm89 (RTX 40), sm120 (RTX 50), "
-    "sm121 (DGX Spark).  [default: sm86,sm89,sm120; with tensorrt, this machine's]",
+    help=f"GPU architecture: {TARGET_NAMES}. Jetsons by tensorrt alone, on the device.  [default: "
+    "sm86,sm89,sm120; with tensorrt, this machine's and no other]",
 )
 @option(
     "--backend",
     type=click.Choice(["tensorrt-rtx", "tensorrt"]),
     default="tensorrt-rtx",
     show_default=True,
-    help="tensorrt-rtx builds on any machine; tensorrt needs the GPU that runs the engines.",
+    help="tensorrt-rtx builds on any machine; tensorrt on the one whose GPU runs the engines.",
 )
 @option(
     "--length",
@@ -283,7 +284,8 @@ def plan(
 @option(
     "--stream-weights",
     is_flag=True,
-    help="Allow a part of the denoiser's weights to stay in host memory, where a plan needs it.",
+    help="Allow up to a tenth of the denoiser's weights to stay in host memory: as many as do not "
+    "fit into the GPU memory that is free when a render starts.",
 )
 @json_option
 def build(
@@ -296,8 +298,9 @@ def build(
 ) -> None:
     """Build TensorRT engines for a bundle.
 
-    This machine needs no GPU. Engines are written to engines/ in the bundle, with the memory that
-    each one takes. Engines that are up to date are not built again.
+    With tensorrt-rtx, the default, this machine needs no GPU; with tensorrt it needs the one that
+    is to run the engines. Engines are written to engines/ in the bundle, with the memory that each
+    one takes. Engines that are up to date are not built again.
 
     Needs `pip install "packforcing[tensorrt-rtx]"` or `"packforcing[tensorrt]"`.
 

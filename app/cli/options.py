@@ -310,7 +310,10 @@ def seconds_option(default: float, text: str = "Length of the video.") -> Decora
 
 
 seed_option = option(
-    "--seed", default=0, show_default=True, help="The same seed and prompt give the same video."
+    "--seed",
+    default=0,
+    show_default=True,
+    help="The same command on the same machine, backend and threads gives the same video.",
 )
 strict_option = option(
     "--strict",
@@ -319,33 +322,51 @@ strict_option = option(
 )
 encoder_attrs: dict[str, Any] = {"type": PATH, "metavar": "DIR"}
 target_attrs: dict[str, Any] = {"type": NAMES, "metavar": "NAME[,NAME...]"}
-step_options = options(
-    option(
-        "--steps",
-        type=STEPS,
-        metavar="STEP,...",
-        help="Denoising steps from 1000 down, before the shift, like 1000,750,500,250; or how many "
-        "there are, where the weights were trained for that number.  [default: the model's]",
-    ),
-    option(
-        "--first-steps",
-        type=STEPS,
-        metavar="STEP,...",
-        help="Denoising steps of the first block that is generated.  [default: the model's]",
-    ),
-    option(
-        "--shift",
-        type=float,
-        metavar="S",
-        help="Shift of the noise levels toward more noise, like 5.  [default: the model's]",
-    ),
-    option(
-        "--commit",
-        type=click.Choice(["clean", "last-step"]),
-        help="Keys and values that a block leaves to later ones: those of a call on the finished "
-        "block, or those of its last step, which saves the call.  [default: the model's]",
-    ),
+# What `presets.policies` and `plan.TARGETS` have; neither is imported for --help
+POLICY_NAMES = ("packforcing", "sliding-window", "sink-window", "full-history")
+POLICY_HELP = (
+    f"What blocks read of earlier ones: {', '.join(POLICY_NAMES[:-1])} or {POLICY_NAMES[-1]}."
 )
+OTHER_CONTEXT = "TensorRT engines refuse another context size than the bundle's."
+TARGET_NAMES = (
+    "sm75 (RTX 20), sm80 (A100), sm86 (RTX 30), sm87 (Jetson Orin), sm89 (RTX 40), sm110 (Jetson "
+    "Thor), sm120 (RTX 50), sm121 (DGX Spark)"
+)
+
+
+def step_options(owner: str) -> Decorator:
+    """Add the options for denoising steps; `owner` has the defaults."""
+    default = f"  [default: the {owner}'s]"
+    return options(
+        option(
+            "--steps",
+            type=STEPS,
+            metavar="STEP,...",
+            help="Denoising steps from 1000 down, before the shift, like 1000,750,500,250; or how "
+            f"many there are, where the weights were trained for that number.{default}",
+        ),
+        option(
+            "--first-steps",
+            type=STEPS,
+            metavar="STEP,...",
+            help=f"Denoising steps of the first block that is generated.{default}",
+        ),
+        option(
+            "--shift",
+            type=float,
+            metavar="S",
+            help=f"Shift of the noise levels toward more noise, like 5.{default}",
+        ),
+        option(
+            "--commit",
+            type=click.Choice(["clean", "last-step"]),
+            help="Source of the keys and values that later blocks read. clean: an extra call on "
+            "the finished, noise-free block. last-step: the last step, whose input has noise."
+            f"{default}",
+        ),
+    )
+
+
 shape_options = options(
     option("--size", type=SIZE, metavar="WxH", help="Pixels of a frame.  [default: the model's]"),
     option(
@@ -359,14 +380,14 @@ shape_options = options(
         "--history",
         type=HISTORY,
         metavar="SINK,MID,RECENT",
-        help="Blocks in the context: the first ones at full resolution, selected compressed ones, "
-        "the newest at full resolution.  [default: the model's]",
+        help="Size of the context in blocks, like 2,16,1: the first, selected compressed ones, the "
+        "newest. MID is 0 in a window.  [default: the policy's]",
     ),
     option(
         "--policy",
         metavar="NAME",
-        help="History policy, like packforcing or sink-window. An unknown name lists all.  "
-        "[default: the one that the model was published with]",
+        help=f"{POLICY_HELP}  [default: packforcing for demo and wan-1.3b, for others the one in "
+        "`packforcing models`]",
     ),
     option(
         "--vae",
@@ -374,7 +395,7 @@ shape_options = options(
         help="Autoencoder: a tiny one, or Wan's.  [default: the one in the weights, or the tiny "
         "one; `plan --budget` picks Wan's if everything else stays whole]",
     ),
-    step_options,
+    step_options("model"),
 )
 filter_options = options(
     option(

@@ -13,6 +13,8 @@ import click
 
 from packforcing.app.cli.options import (
     FOLDER,
+    OTHER_CONTEXT,
+    POLICY_HELP,
     argument_for,
     encoder_attrs,
     option,
@@ -30,7 +32,12 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@option("--bundle", type=FOLDER, metavar="DIR", help="Exported model.  [default: the demo model]")
+@option(
+    "--bundle",
+    type=FOLDER,
+    metavar="DIR",
+    help="Exported model, as BUNDLE.  [default: the demo model]",
+)
 @argument_for("bundle", "[BUNDLE]")
 @option(
     "--host",
@@ -62,8 +69,8 @@ if TYPE_CHECKING:
 @option(
     "--policy",
     metavar="NAME",
-    help="History policy of videos that name none. An unknown name lists all.  "
-    "[default: the bundle's]",
+    help=f"For live videos and jobs that name none. {POLICY_HELP} {OTHER_CONTEXT}  [default: the "
+    "bundle's]",
 )
 @option(
     "--token",
@@ -93,6 +100,8 @@ def serve(
     backend: str,
 ) -> None:
     """Serve a page with a live video, and jobs over HTTP.
+
+    All viewers see and steer one live video, which ends with the server.
 
     Jobs speak OpenAI's API for videos: POST /v1/videos creates one, /docs lists all routes. They
     are files in DIR: after a restart, also after a crash, they go on where they were and give the

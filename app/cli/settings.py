@@ -51,10 +51,27 @@ def with_shape(
     if policy is not None:
         config = msgspec.structs.replace(config, policy=policy_by_name(policy, policies(config)))
     if history is not None:
+        _check_history(config, policy, history[1])
         partitions = dict(zip(("sink", "mid", "recent"), history))
         resized = msgspec.structs.replace(config.policy, **partitions)
         config = msgspec.structs.replace(config, policy=resized)
     return step_overrides(config, steps, first_steps, shift, commit).apply(config)
+
+
+def _check_history(config: Config, policy: str | None, mid: int) -> None:
+    """Refuse numbers of blocks that would turn a policy into another one.
+
+    Raises:
+        ConfigError: The policy has no mid blocks, or reads every block.
+    """
+    own = config.policy
+    if policy == "full-history":
+        raise ConfigError(f"{policy} reads every block: leave out --history, or choose a window")
+    if mid and not own.mid:
+        name = policy or f"that {config.name} was published with"
+        raise ConfigError(
+            f"the policy {name} has no mid blocks: use --policy packforcing, or 0 for MID"
+        )
 
 
 def step_overrides(

@@ -13,7 +13,9 @@ import click
 from packforcing.app.cli.options import (
     FILE,
     LIMIT,
+    OTHER_CONTEXT,
     PATH,
+    POLICY_HELP,
     SIZE,
     argument_for,
     bundle_option,
@@ -101,7 +103,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 
 
 @click.command()
-@argument_for("prompt", "PROMPT")
+@argument_for("prompt", "[PROMPT]")
 @option("--prompt", metavar="TEXT", hidden=True)
 @option(
     "--embedding",
@@ -113,7 +115,7 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     "--schedule",
     type=FILE,
     metavar="FILE",
-    help="Render prompts that change over time, instead of PROMPT.",
+    help="Render a prompt schedule instead of PROMPT.",
 )
 @option(
     "--encoder",
@@ -136,7 +138,8 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 @option(
     "--start",
     metavar="FILE",
-    help="Picture or clip to begin with; of a clip, only the last 2 s.",
+    help="Picture or clip to begin with, a part of --seconds: a picture fills one block, of a clip "
+    "the last 2 s count.",
 )
 @option(
     "--start-fit",
@@ -148,10 +151,9 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
 @option(
     "--policy",
     metavar="NAME",
-    help="History policy, like packforcing or full-history. An unknown name lists all. Engines fit "
-    "the bundle's policy alone.  [default: the bundle's]",
+    help=f"{POLICY_HELP} {OTHER_CONTEXT}  [default: the bundle's]",
 )
-@step_options
+@step_options("bundle")
 @filter_options
 @option(
     "--size",
@@ -164,8 +166,8 @@ def demo(prompt: str, seconds: float, seed: int, out: Path, bundle: Path | None)
     "--archive-limit",
     type=LIMIT,
     metavar="BLOCKS",
-    help="Archived blocks to keep at most, or memory for them, like 512MiB; a full archive thins "
-    "out evenly.  [default: all]",
+    help="Archived blocks to keep at most, or host memory for them, like 512MiB; a full archive "
+    "thins out evenly.  [default: all]",
 )
 @option(
     "--resume",
@@ -209,10 +211,11 @@ def render(
     The demo model reads PROMPT itself. Other models read an embedding: make one with
     `packforcing encode-prompt` and pass it to --embedding, or pass the encoder to --encoder.
 
-    The FILE of --schedule lists prompts in TOML. Each prompt takes effect at the first block that
-    begins at its time or later. Times are in seconds. "history" says what happens to the context
-    then: keep, recompute (recent blocks are encoded again under the new prompt) or cut (a new
-    scene); by default, what the model was published with:
+    The FILE of --schedule is a prompt schedule in TOML. Each prompt takes effect at the first block
+    that begins at its time or later. Times are in seconds. "history" is keep (nothing is dropped),
+    recompute (keys and values of recent blocks are computed again under the new prompt; sink, mid
+    and archive stay) or cut (a new scene: all of these are emptied). Default: recompute for
+    longlive, keep for other models.
 
     \b
       [[switch]]
@@ -221,7 +224,8 @@ def render(
       [[switch]]
       time = 5
       prompt = "a blue circle over sand"
-      history = "cut"
+      history = "keep"
+      over = 4  # blocks to blend over; not with cut
 
     PATH is written only on completion and replaces an existing file. A folder must be new or empty.
     Unfinished work is in PATH.render: after Ctrl-C, SIGTERM, a crash or a full disk, the same

@@ -111,6 +111,15 @@ def test_one_plan_in_detail():
         (["--target", "sm90"], "unknown target 'sm90'"),
         (["--target", "sm86", "--gpu", "RTX 3060"], "choose one of --gpu and --target"),
         (["--gpu", "GTX 1"], "no figures for a GPU 'GTX 1'"),
+        (
+            ["--policy", "sink-window", "--history", "2,16,1"],
+            "the policy sink-window has no mid blocks: use --policy packforcing, or 0 for MID",
+        ),
+        (
+            ["--model", "self-forcing", "--history", "2,16,1"],
+            "the policy that self-forcing was published with has no mid blocks",
+        ),
+        (["--policy", "full-history", "--history", "0,0,6"], "full-history reads every block"),
         (["--precision", "int5"], "'int5' is not WEIGHTS,CACHE, like fp16,int8"),
         (["--precision", "fp32,fp16"], "precision.weights is fp32"),
         (["--precision", "fp8", "--target", "sm86"], "sm86 has no fp8 for the weights"),

@@ -1,11 +1,24 @@
 """The vocabulary of options: types, older spellings, arguments, environment variables."""
 
+import re
+
 import click
 import pytest
 
+from packforcing import model_config
 from packforcing.app.cli import main
 from packforcing.app.cli.group import COMMANDS
-from packforcing.app.cli.options import BUDGETS, HISTORY, NAMES, PRECISION, SIZE
+from packforcing.app.cli.options import (
+    BUDGETS,
+    HISTORY,
+    NAMES,
+    POLICY_NAMES,
+    PRECISION,
+    SIZE,
+    TARGET_NAMES,
+)
+from packforcing.presets import policies
+from packforcing.runtime.plan import TARGETS
 from packforcing.units import GIB
 from tests.helpers import assert_refused, run
 
@@ -106,6 +119,11 @@ def test_an_older_spelling_means_the_same_and_is_not_shown(command, old, new):
         if spelling.startswith("--") and command != "render":
             assert f"{spelling} " not in text
     assert "BUNDLE" not in text
+
+
+def test_help_names_every_policy_and_target():
+    assert tuple(policies(model_config("demo"))) == POLICY_NAMES
+    assert re.findall(r"sm\d+", TARGET_NAMES) == list(TARGETS)
 
 
 def test_precision_of_plan_means_both_dtypes(tmp_path):

@@ -119,6 +119,30 @@ def test_every_policy_has_room_before_the_first_one_is_rendered(tmp_path, monkey
     assert not any(tmp_path.glob("videos/*"))
 
 
+def test_engines_refuse_policies_of_other_contexts_before_the_first_is_rendered(tmp_path):
+    by_name = comparison_policies(model_config("demo"))
+    prompts = [Prompt(PROMPTS[0], PROMPTS[0], 0)]
+
+    class Rendered(Exception):
+        pass
+
+    def render(renderer, on_share):
+        raise Rendered
+
+    def ask(*names):
+        chosen = {name: by_name[name] for name in names}
+        compare.run_comparison(
+            demo_bundle(), chosen, prompts, 1, tmp_path, backend="tensorrt-rtx", render=render
+        )
+
+    for name in ("sliding-window", "packforcing-sink-0", "full-history"):
+        with pytest.raises(ConfigError, match=rf"^engines fit .* leave out the policy {name}, or"):
+            ask("packforcing", name)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(Rendered):
+        ask("packforcing", "packforcing-last-step")  # a context of the same size
+
+
 def test_tokens_read_are_those_the_cache_lays_out(compared):
     _, comparison = compared
     config = model_config("demo")
