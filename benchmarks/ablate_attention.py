@@ -5,10 +5,13 @@
 
 The attention of BUNDLE, in fp32, is quantized in several ways, and what an engine does to the
 softmax is written into the graph, in both conventions of `packforcing.export.attention`. The same
-is done with each bundle with fp8 attention that `packforcing quantize` made of it. For each way the
-table has the signal-to-noise ratio of the flow, on the same inputs in every step of a rollout; for
-what `quantize` does also the PSNR of the videos against those of BUNDLE, mean and lowest over the
-prompts, and the share of videos of at least 33 dB. FILE has statistics of other prompts.
+is done with each bundle with fp8 attention that `packforcing quantize` made of it. Parts of it are
+rounded alone: an operand, the softmax, a layer. As a yardstick, what attention returns is made
+wrong by a share of itself, otherwise exact. For each way the table has the signal-to-noise ratio of
+the flow, on the same inputs in every step of a rollout; for what `quantize` does and the yardstick
+also the PSNR of the videos against those of BUNDLE, mean and lowest over the prompts, the share of
+videos of at least 33 dB, and the mean of the first and of the last block. FILE has statistics of
+other prompts.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ from packforcing.calibration.attention import (
     mix_channels,
     quantize_attention,
 )
-from packforcing.calibration.matmuls import add_initializer, not_none
+from packforcing.calibration.matmuls import add_initializer, cast_source, not_none
 from packforcing.calibration.output_error import measure_output_losses
 from packforcing.calibration.quantizer import DENOISER
 from packforcing.calibration.recipes import ATTENTION_RECIPES
 from packforcing.config import Config
 from packforcing.errors import ConfigError, PackForcingError
 from packforcing.evaluation.prompt_sets import draw_prompts
-from packforcing.export.attention import Softmax, write_out_attention
+from packforcing.export.attention import Softmax, context_attentions, write_out_attention
 from packforcing.export.exporter import save_graph
 from packforcing.files import file_record, write_file
 from packforcing.prompts import encode_prompt
@@ -48,6 +51,8 @@ from packforcing.runtime.bundle import read_manifest, write_manifest
 from packforcing.runtime.rollout import Rollout
 
 GOOD = 33  # dB
+FP8 = ir.DataType.FLOAT8E4M3FN
+WHOLE = ("all", "q, k, v")  # of `Cost.rounded`: what a bundle rounds
 SCALES = "fixed, per tensor"  # as `quantize` has them
 CONVENTIONS: tuple[Softmax | None, ...] = (None, "normalized", "relative")
 
@@ -59,15 +64,40 @@ class Scheme(NamedTuple):
     share: str = "tensor"  # what has a scale of its own: tensor or head
     scale: str = "fixed"  # by statistics, or dynamic: of each call
     softmax: Softmax | None = "normalized"
+    operands: tuple[str, ...] = ATTENTION_OPERANDS  # that are rounded
+    layer: int | None = None  # the only one that is quantized
+    centered: bool = False  # keys less their mean, which no softmax sees
+    parts: int = 1  # fp8 values whose sum stands for a key
+    noise: float = 0.0  # of what attention returns, as a share of it, in place of all the above
+
+    @property
+    def rounded(self) -> str:
+        """What is rounded, in words."""
+        if self.noise:
+            return f"none; off by {self.noise:g}"
+        names = [operand.removeprefix("attention.") for operand in self.operands]
+        names += ["softmax"] if self.softmax else []
+        what = "all" if len(names) == 1 + len(ATTENTION_OPERANDS) else ", ".join(names)
+        what += f" of layer {self.layer}" if self.layer is not None else ""
+        what += ", keys centered" if self.centered else ""
+        return what + (f", keys in {self.parts} parts" if self.parts > 1 else "")
 
 
-SCHEMES = [
-    *(Scheme(softmax=softmax) for softmax in CONVENTIONS),
-    *(Scheme("as they are", softmax=softmax) for softmax in CONVENTIONS),
-    Scheme(share="head"),
-    Scheme(scale="dynamic"),
-    Scheme(share="head", scale="dynamic"),
-]
+def schemes(layers: int) -> list[Scheme]:
+    """Return what is compared, for a model of so many layers."""
+    return [
+        *(Scheme(softmax=softmax) for softmax in CONVENTIONS),
+        Scheme("as they are"),
+        Scheme(share="head"),
+        Scheme(scale="dynamic"),
+        Scheme(share="head", scale="dynamic"),
+        *(Scheme(softmax=None, operands=(operand,)) for operand in ATTENTION_OPERANDS),
+        *(Scheme(softmax=softmax, operands=()) for softmax in CONVENTIONS if softmax),
+        *(Scheme(layer=layer) for layer in range(layers)),
+        Scheme(centered=True),
+        Scheme(parts=2),
+        *(Scheme(noise=share) for share in (1e-2, 1e-3)),
+    ]
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -76,13 +106,16 @@ class Cost(msgspec.Struct, frozen=True):
     Attributes:
         flow: SQNR of the flow in dB, on the same inputs.
         psnr: PSNR of the videos in dB, by prompt; empty where none was rendered.
+        blocks: PSNR in dB by block, the mean over the prompts.
     """
 
     channels: str
     scales: str
     softmax: str
+    rounded: str = "all"
     flow: float | None = None
     psnr: list[float] = []
+    blocks: list[float] = []
 
     @property
     def summary(self) -> tuple[float, float, float]:
@@ -100,6 +133,11 @@ def quantize(graph: ir.Graph, scheme: Scheme, statistics: Statistics, config: Co
         statistics: Of the model.
         config: The model.
     """
+    if scheme.noise:
+        add_noise(graph, scheme.noise)
+        return
+    if scheme.centered:
+        center_keys(graph)
     mixed = scheme.channels == "mixed"
     scales = attention_scales(statistics, config, {}, mixed=mixed)
     if mixed:
@@ -109,7 +147,73 @@ def quantize(graph: ir.Graph, scheme: Scheme, statistics: Statistics, config: Co
     quantize_attention(graph, scales, "fp8")
     if scheme.scale == "dynamic":
         make_dynamic(graph, [0, 1, 2, 3] if scheme.share == "tensor" else [0, 2, 3])
-    write_out_attention(graph, scheme.softmax)
+    for layer, attention in enumerate(context_attentions(graph)):
+        alone = scheme.layer in (None, layer)
+        for index, operand in enumerate(ATTENTION_OPERANDS):
+            read = not_none(attention.inputs[index])
+            quantize = not_none(not_none(read.producer()).inputs[0]).producer()
+            exact, scale = (not_none(value) for value in not_none(quantize).inputs)
+            if not alone or operand not in scheme.operands:
+                attention.replace_input_with(index, exact)
+            elif operand == "attention.k" and scheme.parts > 1:
+                attention.replace_input_with(
+                    index, in_two_parts(graph, attention, exact, read, scale)
+                )
+    write_out_attention(graph, scheme.softmax, None if scheme.layer is None else [scheme.layer])
+
+
+def in_two_parts(
+    graph: ir.Graph, before: ir.Node, exact: ir.Value, read: ir.Value, scale: ir.Value
+) -> ir.Value:
+    """Add what rounding took, rounded by a sixteenth of the scale; return the sum."""
+    name = f"{exact.name}.rest"
+    factor = add_initializer(graph, f"{name}.factor", ir.tensor(np.float32(1 / 16).reshape(())))
+    rest = ir.node("Sub", [exact, read])
+    finer = ir.node("Mul", [scale, factor])
+    quantize = ir.node(
+        "QuantizeLinear", [*rest.outputs, *finer.outputs], {"output_dtype": int(FP8)}
+    )
+    dequantize = ir.node("DequantizeLinear", [*quantize.outputs, *finer.outputs])
+    total = ir.node("Add", [read, *dequantize.outputs])
+    graph.insert_before(before, [rest, finer, quantize, dequantize, total])
+    total.outputs[0].shape, total.outputs[0].dtype = exact.shape, exact.dtype
+    return total.outputs[0]
+
+
+def center_keys(graph: ir.Graph) -> None:
+    """Subtract from the keys of every head their mean over all valid ones."""
+    zero, tokens = (
+        add_initializer(graph, f"center.{name}", ir.tensor(np.array([value], np.int64)))
+        for name, value in (("zero", 0), ("axis", 2))
+    )
+    for attention in context_attentions(graph):
+        keys = cast_source(not_none(attention.inputs[1]))
+        valid = ir.node("Slice", [keys, zero, not_none(attention.inputs[6]), tokens])
+        mean = ir.node("ReduceMean", [*valid.outputs, tokens], {"keepdims": 1})
+        center = ir.node("Sub", [keys, *mean.outputs])
+        graph.insert_before(attention, [valid, mean, center])
+        center.outputs[0].shape, center.outputs[0].dtype = keys.shape, keys.dtype
+        attention.replace_input_with(1, center.outputs[0])
+
+
+def add_noise(graph: ir.Graph, share: float) -> None:
+    """Multiply what attention returns by 1 + `share` times noise, a fixed function of the value."""
+    fast, amplitude = (
+        add_initializer(graph, f"noise.{name}", ir.tensor(np.float32(value).reshape(())))
+        for name, value in (("fast", 98765.4), ("amplitude", share * math.sqrt(2)))
+    )
+    for attention in context_attentions(graph):
+        (exact,) = attention.outputs
+        readers = list(exact.uses())
+        scaled = ir.node("Mul", [exact, fast])
+        wave = ir.node("Sin", scaled.outputs)
+        factor = ir.node("Mul", [*wave.outputs, amplitude])
+        error = ir.node("Mul", [exact, *factor.outputs])
+        total = ir.node("Add", [exact, *error.outputs])
+        for node, index in readers:
+            node.replace_input_with(index, total.outputs[0])
+        graph.insert_after(attention, [scaled, wave, factor, error, total])
+        total.outputs[0].shape, total.outputs[0].dtype = exact.shape, exact.dtype
 
 
 def make_dynamic(graph: ir.Graph, axes: list[int]) -> None:
@@ -154,11 +258,14 @@ def write_variants(
         write_manifest(path, manifest)
         variants[path] = cost
 
-    for scheme in SCHEMES:
+    for scheme in schemes(config.layers):
         model = ir.load(bundle / DENOISER)
         quantize(model.graph, scheme, statistics, config)
-        scales = f"{scheme.scale}, per {scheme.share}"
-        write(bundle, model, Cost(scheme.channels, scales, scheme.softmax or "exact"))
+        words = ("-",) * 3
+        if not scheme.noise:
+            scales = f"{scheme.scale}, per {scheme.share}"
+            words = (scheme.channels, scales, scheme.softmax or "exact")
+        write(bundle, model, Cost(*words, rounded=scheme.rounded))
     for path in quantized:
         for softmax in CONVENTIONS:
             model = ir.load(path / DENOISER)
@@ -168,7 +275,7 @@ def write_variants(
 
 
 def render(bundle: Path, prompts: int, seconds: float) -> list[np.ndarray]:
-    """Return the frames of a bundle's videos, 0 to 1, by prompt."""
+    """Return the blocks of frames of a bundle's videos, 0 to 1, by prompt."""
     manifest = read_manifest(bundle)
     config = manifest.config
     blocks = config.blocks(config.frames(seconds))
@@ -181,7 +288,7 @@ def render(bundle: Path, prompts: int, seconds: float) -> list[np.ndarray]:
         for _ in range(blocks):
             rollout.next_block()
             frames.append(rollout.buffers.pixels.host[0].astype(np.float32))
-        videos.append(np.concatenate(frames))
+        videos.append(np.stack(frames))
     backend.close()
     return videos
 
@@ -210,14 +317,21 @@ def measure(
         losses = measure_output_losses(bundle, {str(path): path for path in variants})
         exact = render(bundle, prompts, seconds)
         for path, cost in variants.items():
-            own = cost.scales == SCALES and cost.channels != "as they are"
+            recipe = cost.rounded in WHOLE and cost.scales == SCALES
+            own = (recipe and cost.channels != "as they are") or cost.channels == "-"
             videos = render(path, prompts, seconds) if own else []
-            psnr = [
-                -10 * math.log10(np.mean(np.square(video - truth), dtype=np.float64))
-                for video, truth in zip(videos, exact)
-            ]
-            snr = losses[str(path)]["flow"].snr
-            yield msgspec.structs.replace(cost, flow=snr, psnr=psnr)
+            errors = np.array(  # by prompt and block
+                [
+                    np.square(video - truth, dtype=np.float64).mean(axis=(1, 2, 3, 4))
+                    for video, truth in zip(videos, exact)
+                ]
+            )
+            yield msgspec.structs.replace(
+                cost,
+                flow=losses[str(path)]["flow"].snr,
+                psnr=[-10 * math.log10(error) for error in errors.mean(-1)] if own else [],
+                blocks=(-10 * np.log10(errors)).mean(0).tolist() if own else [],
+            )
 
 
 def main() -> None:
@@ -232,14 +346,18 @@ def main() -> None:
     options.add_argument("--json", type=Path, help="also write the results here")
     args = options.parse_args()
     print(f"{args.prompts} prompts of {args.seconds:g} s")
-    heads = f"{'flow':>7}{'PSNR':>7}{'lowest':>8}{f'{GOOD} dB':>8}"
-    print(f"{'channels':13}{'scales':20}{'softmax':12}{heads}")
+    heads = f"{'flow':>7}{'PSNR':>7}{'lowest':>8}{f'{GOOD} dB':>8}{'first':>7}{'last':>7}"
+    print(f"{'rounded':28}{'channels':13}{'scales':20}{'softmax':12}{heads}")
     costs = []
     for cost in measure(args.bundle, args.calibration, args.quantized, args.prompts, args.seconds):
-        line = f"{cost.channels:13}{cost.scales:20}{cost.softmax:12}{cost.flow:7.1f}"
+        line = (
+            f"{cost.rounded:28}{cost.channels:13}{cost.scales:20}{cost.softmax:12}{cost.flow:7.1f}"
+        )
         if cost.psnr:
             mean, lowest, share = cost.summary
-            line += f"{mean:7.1f}{lowest:8.1f}{share:8.0%}"
+            line += (
+                f"{mean:7.1f}{lowest:8.1f}{share:8.0%}{cost.blocks[0]:7.1f}{cost.blocks[-1]:7.1f}"
+            )
         print(line, flush=True)
         costs.append(cost)
     if args.json:

@@ -59,6 +59,7 @@ DRAW_PROMPTS = (
     "prompts = draw_prompts(model_config('demo'), 32, 1000); "
     "open(sys.argv[1], 'w').write('\\n'.join(prompt.text for prompt in prompts))"
 )
+DRAW_TWELVE = DRAW_PROMPTS.replace("in prompts)", "in prompts[:12])")
 SIZES = (
     "import json; from packforcing import model_config; c = model_config('wan-1.3b'); "
     "token = 2 * c.layers * c.dim * 2; "  # bytes of its keys and values in fp16
@@ -224,6 +225,40 @@ RUNS = {
         45,
         values.quantized_values,
         needs=("bundles",),
+    ),
+    "products": Run(
+        (
+            *(
+                packforcing(
+                    f"quantize --bundle {{bundles}}/fp32 --weight-dtype {dtype} "
+                    f"--calibration {{bundles}}/fp32.safetensors --out {{out}}/{dtype}"
+                )
+                for dtype in ("w8a8", "nvfp4")
+            ),
+            packforcing(
+                "compare --bundle {bundles}/fp32 --with {out}/w8a8 --with {out}/nvfp4 "
+                "--prompts 16 --seconds 5 --out {out}"
+            ),
+        ),
+        10,
+        values.product_values,
+        needs=("bundles",),
+    ),
+    "attention": Run(
+        (
+            packforcing("export --out {out}/fp32"),
+            ("-c", DRAW_TWELVE, "{out}/prompts.txt"),
+            packforcing(
+                "calibrate --bundle {out}/fp32 --prompts {out}/prompts.txt --seconds 3 "
+                "--out {out}/statistics.safetensors"
+            ),
+            benchmark(
+                "ablate_attention {out}/fp32 --calibration {out}/statistics.safetensors "
+                "--prompts 6 --seconds 3 --json {out}/attention.json"
+            ),
+        ),
+        12,
+        values.attention_values,
     ),
     "cache": Run(
         (packforcing(

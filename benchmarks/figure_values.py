@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from benchmarks.ablate_attention import GOOD, Cost
 from benchmarks.ablate_cache import SCHEMES
 from packforcing import model_config
 from packforcing.evaluation.compare import Comparison
@@ -263,6 +264,30 @@ def quantized_values(results: Results) -> dict[str, str]:
         "words": table(["", "color", "shape", "ground"], words),
         **{name: psnr_means[name] for name in ("cache8", "int8", "fp8", "int4")},
     }
+
+
+def product_values(results: Results) -> dict[str, str]:
+    """Mean PSNR by bundle, of those with products in less than fp16."""
+    fidelity = results.comparison().fidelity
+    return {
+        name: f"{np.mean([one.psnr for one in fidelity[name] if one.psnr is not None]):.1f} dB"
+        for name in ("w8a8", "nvfp4")
+    }
+
+
+def attention_values(results: Results) -> dict[str, str]:
+    rows = []
+    for entry in results.json("attention.json"):
+        cost = msgspec.convert(entry, Cost)
+        row = [cost.rounded, cost.channels, cost.scales, cost.softmax, f"{cost.flow or 0:.1f}"]
+        if cost.psnr:
+            mean, lowest, share = cost.summary
+            row += [f"{mean:.1f} ({lowest:.1f})", f"{share:.0%}"]
+            row += [f"{cost.blocks[0]:.0f}, {cost.blocks[-1]:.0f}"]
+        rows.append([*row, *[""] * (8 - len(row))])
+    heads = ["rounded", "channels", "scales", "softmax", "SQNR of the flow, dB",
+             "PSNR, dB: mean (lowest)", f"at least {GOOD} dB", "first, last block, dB"]  # fmt: skip
+    return {"table": table(heads, rows)}
 
 
 WORDS = ["color", "shape", "ground"]

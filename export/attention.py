@@ -9,6 +9,7 @@ which a fused kernel has before it knows their sum.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import ml_dtypes
@@ -36,7 +37,9 @@ def context_attentions(graph: ir.Graph) -> list[ir.Node]:
     ]
 
 
-def write_out_attention(graph: ir.Graph, softmax: Softmax | None) -> None:
+def write_out_attention(
+    graph: ir.Graph, softmax: Softmax | None, layers: Collection[int] | None = None
+) -> None:
     """Replace attention over the context by its formula, with the softmax rounded to fp8.
 
     Scores are in memory at once, so this is for small grids.
@@ -45,9 +48,11 @@ def write_out_attention(graph: ir.Graph, softmax: Softmax | None) -> None:
         graph: The denoiser, changed in place.
         softmax: What is rounded: probabilities, or exponentials relative to the largest of their
             row, whose sum stays exact. None: nothing.
+        layers: In these alone; None: in all.
     """
     for layer, attention in enumerate(context_attentions(graph)):
-        _write_out(graph, attention, f"attention.{layer}", softmax)
+        if layers is None or layer in layers:
+            _write_out(graph, attention, f"attention.{layer}", softmax)
 
 
 def _write_out(graph: ir.Graph, attention: ir.Node, prefix: str, softmax: Softmax | None) -> None:

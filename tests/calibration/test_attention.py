@@ -1,5 +1,6 @@
 """fp8 attention: its scales, the graph that rounds, the softmax written out, and the engines."""
 
+import functools
 import math
 import shutil
 
@@ -38,12 +39,29 @@ from tests.helpers import CALIBRATION_PROMPTS, invent_statistics, is_close_estim
 E4M3 = ml_dtypes.float8_e4m3fn
 
 
-@pytest.fixture(scope="module", params=[None, "int8", "fp8"])
-def quantized(request, half_bundle, calibrated, tmp_path_factory):
-    """Bundles with fp8 attention; each dtype of the cache."""
-    directory = tmp_path_factory.mktemp("bundles") / "attention"
-    quantize_bundle(half_bundle, directory, None, request.param, calibrated, attention="fp8")
-    return directory
+# The fp8 cache has the most of its own: its bytes reach attention. The others do not differ in what
+# a slow test shows.
+SLOW = ["fp8", *(pytest.param(cache, marks=pytest.mark.full) for cache in (None, "int8"))]
+
+
+@pytest.fixture(scope="module")
+def quantize(half_bundle, calibrated, tmp_path_factory):
+    """Make the bundle with fp8 attention and a dtype of the cache, once."""
+    folder = tmp_path_factory.mktemp("bundles")
+
+    @functools.cache
+    def bundle(dtype):
+        directory = folder / f"{dtype}"
+        quantize_bundle(half_bundle, directory, None, dtype, calibrated, attention="fp8")
+        return directory
+
+    return bundle
+
+
+@pytest.fixture
+def quantized(request, quantize):
+    """Bundles with fp8 attention; of a test that names no dtype of the cache, in fp16."""
+    return quantize(getattr(request, "param", None))
 
 
 def operands(bundle, names, inputs):
@@ -76,6 +94,7 @@ def random_inputs(config, context=20, valid=None):
     return inputs
 
 
+@pytest.mark.parametrize("quantized", [None, "int8", "fp8"], indirect=True)
 def test_attention_reads_values_of_fp8_by_scales_that_reach_the_largest(
     half_bundle, calibrated, quantized, tmp_path
 ):
@@ -111,10 +130,9 @@ def test_the_mixing_matrix_is_orthogonal_and_spreads_every_channel(size):
 
 
 @pytest.mark.parametrize("softmax", [None, "normalized", "relative"])
-def test_the_written_out_softmax_is_the_formula_s(softmax, half_bundle, calibrated, tmp_path):
+def test_the_written_out_softmax_is_the_formula_s(softmax, quantized, tmp_path):
     """By NumPy in double precision, with the context cut at its valid end."""
-    directory = tmp_path / "attention"
-    quantize_bundle(half_bundle, directory, None, None, calibrated, attention="fp8")
+    directory = shutil.copytree(quantized, tmp_path / "attention")
     config, names = read_manifest(directory).config, ("q", "k", "v", "attended")
     inputs = random_inputs(config, valid=7)
     outputs = operands(directory, names, inputs)
@@ -153,6 +171,7 @@ def test_the_written_out_softmax_is_the_formula_s(softmax, half_bundle, calibrat
     assert error[softmax] < 0.1 * min(e for name, e in error.items() if name != softmax)
 
 
+@pytest.mark.parametrize("quantized", SLOW, indirect=True)
 def test_a_bundle_with_fp8_attention_is_verified_and_rendered(quantized):
     verification = verify_bundle(quantized)
     assert verification.missed == []
@@ -229,6 +248,7 @@ def denoiser_job(bundle, engines, tmp_path, targets):
     return msgspec.structs.replace(job, graph=str(bundle / job.graph))
 
 
+@pytest.mark.parametrize("quantized", SLOW, indirect=True)
 def test_an_engine_runs_attention_in_fp8(builder, quantized, tmp_path):
     job = denoiser_job(quantized, builder[1], tmp_path, ("sm89", "sm120"))
     kernels = builder[0].build_engine(job).kernels

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ablate_attention
+from benchmarks.ablate_attention import Scheme as Attention
 from benchmarks.ablate_cache import SCHEMES, Scheme, measure_schemes
 from benchmarks.ablate_layers import measure_parts, measure_products
 from benchmarks.against import time_against
 from benchmarks.compare_quantizers import measure_tools
-from packforcing.calibration.activations import calibrate
+from packforcing.calibration.activations import calibrate, load_statistics
+from packforcing.calibration.output_error import measure_output_losses
 from packforcing.geometry import quantized_layers
 from packforcing.runtime import demo_bundle
 from packforcing.runtime.bundle import read_manifest
@@ -47,6 +50,24 @@ def test_every_product_loses_more_in_fp4_than_in_int8(tmp_path):
     inner = quantized_layers(read_manifest(demo_bundle()).config)
     assert [cost.matrices for cost in costs] == [8] * len(inner) + [len(inner)] * 8
     assert all(0 < cost.errors["w8a8"] < cost.errors["nvfp4"] for cost in costs)
+
+
+@pytest.mark.full
+def test_parts_of_attention_cost_less_than_all_and_noise_costs_as_it_is_large(
+    tmp_path, monkeypatch
+):
+    calibrate(demo_bundle(), CALIBRATION_PROMPTS, tmp_path / "s.safetensors", seconds=1)
+    statistics = load_statistics(tmp_path / "s.safetensors", read_manifest(demo_bundle()))
+    schemes = [
+        Attention(), Attention(softmax=None, operands=("attention.k",)), Attention(layer=0),
+        Attention(parts=2), Attention(noise=1e-2), Attention(noise=1e-3),
+    ]  # fmt: skip
+    monkeypatch.setattr(ablate_attention, "schemes", lambda layers: schemes)
+    variants = ablate_attention.write_variants(tmp_path, demo_bundle(), [], statistics)
+    losses = measure_output_losses(demo_bundle(), {str(path): path for path in variants})
+    whole, *parts, noisy, quiet = (losses[str(path)]["flow"].snr for path in variants)
+    assert all(part > whole + 1 for part in parts)
+    assert quiet - noisy == pytest.approx(20, abs=0.5)
 
 
 def test_our_weights_are_no_worse_than_onnxruntimes():

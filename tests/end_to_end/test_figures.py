@@ -204,6 +204,17 @@ def test_quantized_bundles_are_read_with_their_fidelity(tmp_path):
     assert row.endswith("| 32.5 | 30.0 | 0.925 | 0.900 | 40.0 |")
 
 
+def test_quantized_products_are_read_with_their_mean(tmp_path):
+    names = ("fp32", "w8a8", "nvfp4")
+    result = comparison({name: policy_means() for name in names})
+    close = [Fidelity(30.0 + number, 0.9, 0.1) for number in range(6)]
+    result = msgspec.structs.replace(result, fidelity=dict.fromkeys(names[1:], close))
+    (tmp_path / "compare.json").write_bytes(msgspec.json.encode(result))
+    texts = values.product_values(values.Results(tmp_path))
+    assert texts.keys() == figures.read_records()["products"].values.keys()
+    assert texts["w8a8"] == "32.5 dB"
+
+
 # What is read from other results
 
 PARTS = ("time_embedding", "time_projection", *(f"blocks.{n}" for n in range(6)), "head")
@@ -218,6 +229,11 @@ TOOLS = [
     for kind in ("int8", "int4")
     for tool in ("ours", "onnxruntime")
 ]
+ATTENTION = [
+    {"channels": "mixed", "scales": "fixed, per tensor", "softmax": "exact", "rounded": "k",
+     "flow": 37.84, "psnr": [20.0, 30.0], "blocks": [43.2, 30, 21.9]},
+    {"channels": "-", "scales": "-", "softmax": "-", "rounded": "none; off by 0.01", "flow": 51.1},
+]  # fmt: skip
 HOUR = {
     "frames": 57600, "archive_mb": 199.01, "resident_mb_beyond_archive_per_10_minutes": -0.3,
     "ms_per_block_early": 166.2, "ms_per_block_late": 131.4, "largest_packed_position": 18.0,
@@ -262,6 +278,8 @@ BUILDER = (
         ("cache-choices", "schemes.json", [*SCHEME_COSTS, SCHEME_COSTS[0]],
          "| **before RoPE** | **pair, channel** | **static** | **least squares** | 44.5 (42.2) |"),
         ("quantizers", "tools.json", TOOLS, "| `quantize` | 45.38 | 41.50 | 45.38 | 41.50 |"),
+        ("attention", "attention.json", ATTENTION,
+         "| k | mixed | fixed, per tensor | exact | 37.8 | 25.0 (20.0) | 0% | 43, 22 |"),
         ("hour", "0.log", f".\n{json.dumps(HOUR, indent=1)}\n", "shrank by 0.3 MB"),
         ("checkpoints", "bench.json", {"checkpoints": CHECKPOINTS}, "0.5 of 50 s"),
         ("bench", "bench.json", {"blocks": BENCH}, "4.6"),

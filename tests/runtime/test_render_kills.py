@@ -248,7 +248,7 @@ class Disk:
 @pytest.mark.parametrize(
     ("target", "blocks", "limit"),
     [
-        ("a.mkv", 4, None),
+        ("a.mkv", 3, None),
         ("frames/", 4, None),
         pytest.param("a.mkv", 10, LIMIT, marks=pytest.mark.full),
     ],
