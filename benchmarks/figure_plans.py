@@ -8,6 +8,7 @@ import re
 
 from benchmarks.figure_values import Results, megabytes, table
 from packforcing.runtime.engine_records import read_records
+from packforcing.runtime.realtime import EFFICIENCY
 
 PLAN = (
     "packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120 "
@@ -28,6 +29,9 @@ BOUNDS = {
     )
     for form, dtypes in (("fp16", "--weight-dtype fp16"), ("quantized", quantized))
 }
+EDGE = ("Orin Nano 8GB", "AGX Orin 64GB", "Thor")
+EDGE_PLANS = [f'packforcing plan --gpu "{name}" --vae taehv' for name in EDGE]
+EDGE_RATES = [f'packforcing plan --gpu "{name}" --fps 16 --unmeasured' for name in EDGE]
 SELF_FORCING = 'packforcing plan --model self-forcing --policy packforcing --gpu "RTX 4060"'
 
 
@@ -60,6 +64,26 @@ def frame_rate_values(results: Results) -> dict[str, str]:
     tables = "\n\n".join([first, *(text.partition("\n\nLeft out")[0] for text in others)])
     commands = listings[0].partition("It is made by\n\n")[2].strip().replace("\n  ", "\n")
     return {"plans": f"```\n{tables}\n```", "commands": f"```\n{commands}\n```"}
+
+
+def edge_values(results: Results) -> dict[str, str]:
+    rows, listings = [], []
+    for number, name in enumerate(EDGE):
+        text = results.text(number)
+        (config,) = re.findall(r" on sm\d+: (.*), the tiny autoencoder$", text, re.MULTILINE)
+        pool = text.partition("memory of both")[2]
+        total, budget = (
+            re.findall(rf"^{row} +[\d,]+ +([\d.]+)", pool, re.MULTILINE)[0]
+            for row in ("total", "budget")
+        )
+        (bound,) = re.findall(r"\(sm\d+\) +at least ([\d.]+)", text)[:1]
+        build = re.findall(r"^denoiser +[\d,]+ +([\d.]+)", text, re.MULTILINE)[0]
+        seconds = f"{float(bound) / EFFICIENCY:.3g}"
+        rows.append([name, config, f"{total} of {budget} GiB", f"{build} GiB", seconds])
+        rates = results.text(len(EDGE) + number).partition("\nIt is made by")[0].strip()
+        listings.append(f"$ {EDGE_RATES[number]}\n{rates}")
+    heads = ["", "history and precision", "memory", "to build the denoiser", "seconds"]
+    return {"table": table(heads, rows), "rates": "```\n" + "\n\n".join(listings) + "\n```"}
 
 
 def bound_values(results: Results) -> dict[str, str]:

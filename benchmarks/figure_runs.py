@@ -96,6 +96,14 @@ RUNS = {
         0.5,
         plans.frame_rate_values,
     ),
+    "edge": Run(
+        tuple(
+            packforcing(line.removeprefix("packforcing "))
+            for line in (*plans.EDGE_PLANS, *plans.EDGE_RATES)
+        ),
+        0.5,
+        plans.edge_values,
+    ),
     "page": Run(
         (benchmark("page_picture --out docs/serve.png"),), 2, lambda results: {},
         pictures={"docs/serve.png": pictures.drawn_by_the_command},

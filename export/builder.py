@@ -8,7 +8,8 @@ error, which is the engine's log. The process ends when its standard input close
 TensorRT's ONNX parser drops `Attention`'s input `nonpad_kv_seqlen` with a mere warning. So
 `set_context_length` sets the length on the parsed network, and a build in which TensorRT warns of
 anything unused fails. It does not even warn where it has no kernel for a type and takes another:
-`packforcing.export.kernels` reads what it lists.
+`packforcing.export.kernels` reads what it lists. What differs between releases is in
+`packforcing.runtime.tensorrt_releases`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from packforcing.export.kernels import LIST, KernelTypes, check_kernels, read_ke
 from packforcing.files import FileRecord
 from packforcing.runtime.backends.tensorrt import MODULES
 from packforcing.runtime.engine_records import Kernels, Length
+from packforcing.runtime.tensorrt_releases import find_release
 
 PHASE_DEPTH = 4  # nested builder phases that are reported; there are very many deeper ones
 UNUSED = re.compile(r"unused", re.IGNORECASE)  # in a warning: TensorRT left something out
@@ -115,12 +117,15 @@ def build_engine(
     from packforcing.export.nvfp4 import tensorrt_model  # imports ONNX
 
     trt = importlib.import_module(MODULES[job.backend])
+    release = find_release(job.backend, trt.__version__)
     log = _logger(trt)
     builder = trt.Builder(log)
-    network = builder.create_network(0)
+    flags = (getattr(trt.NetworkDefinitionCreationFlag, name) for name in release.network_flags)
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
     parser = trt.OnnxParser(network, log)
-    fp4_model = tensorrt_model(Path(job.graph))
-    if not (parser.parse(fp4_model, job.graph) if fp4_model else parser.parse_from_file(job.graph)):
+    without_length = bool(job.length) and not release.reads_length
+    model = tensorrt_model(Path(job.graph), without_length=without_length)
+    if not (parser.parse(model, job.graph) if model else parser.parse_from_file(job.graph)):
         raise log.refusal()
     if job.length:
         set_context_length(trt, network, job)
@@ -153,11 +158,35 @@ def build_engine(
         raise BackendError(f"it would leave an input out: {'; '.join(unused)}")
     if not succeeded:
         raise log.refusal()
+    if release.states_sizes:
+        weights, scratch = log.memory_sizes(len(job.profiles))
+    else:
+        del builder, network, parser, config  # their memory, before the engine takes its own
+        weights = max(log.sizes["Weights"], default=0)
+        log.layers, scratch = _ask_engine(trt, log, Path(job.engine))
     kernels = read_kernels(log.layers, job.calls)
     check_kernels(kernels, job.kernel_types, job.calls)
-    weights, scratch = log.memory_sizes(len(job.profiles))
     file_written = FileRecord(writer.digest.hexdigest(), writer.size)
     return Built(file_written, weights, scratch, kernels, peak_memory())
+
+
+def _ask_engine(trt: Any, log: Any, path: Path) -> tuple[str, tuple[int, ...]]:
+    """Load an engine on the GPU that it was built on, for what TensorRT's log does not tell.
+
+    Returns:
+        Its layer list, and the bytes of scratch by optimization profile.
+
+    Raises:
+        BackendError: It does not load.
+    """
+    runtime = trt.Runtime(log)
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise log.refusal()
+    profiles = range(engine.num_optimization_profiles)
+    scratch = tuple(engine.get_device_memory_size_for_profile_v2(index) for index in profiles)
+    inspector = engine.create_engine_inspector()
+    return inspector.get_engine_information(trt.LayerInformationFormat.ONELINE), scratch
 
 
 def set_context_length(trt: Any, network: Any, job: BuildJob) -> None:
@@ -174,7 +203,9 @@ def set_context_length(trt: Any, network: Any, job: BuildJob) -> None:
         BackendError: The number of such attention layers is not `job.attentions`.
     """
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    (kv_len,) = (tensor for tensor in inputs if tensor.name == "kv_len")
+    kv_len = next((tensor for tensor in inputs if tensor.name == "kv_len"), None)
+    if kv_len is None:  # a parser may leave out what no node reads
+        kv_len = network.add_input("kv_len", trt.int64, (1,))
     length = network.add_cast(kv_len, trt.int32).get_output(0)
     limited_layers, mask = 0, None
     for attention in _context_attentions(trt, network):

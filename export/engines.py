@@ -8,8 +8,8 @@
    The engine is written under a hidden partial name.
 4. Delete the old record, give the engine its name, write the new record.
 
-TensorRT-RTX builds without a GPU. TensorRT 11 has the same interface under another name, but builds
-for the GPU of the machine; no engine of it has been built by this project.
+TensorRT-RTX builds without a GPU. TensorRT has the same interface under another name, but needs the
+GPU that it builds for; no engine of it has been built by this project.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from packforcing.config import Config
 from packforcing.errors import (
@@ -63,15 +64,21 @@ from packforcing.runtime.engine_records import (
     record_file,
     shapes,
 )
-from packforcing.runtime.plan import JETSON_TARGETS, TARGETS, check_target
+from packforcing.runtime.nvml import UNIFIED_TARGETS
+from packforcing.runtime.plan import (
+    BUILDER_MEMORY,
+    JETSON_TARGETS,
+    TARGETS,
+    build_bytes,
+    check_target,
+)
+from packforcing.runtime.tensorrt_releases import find_release
 from packforcing.units import format_memory
 
 RTX_TARGETS = ("sm86", "sm89", "sm120")  # RTX 30, 40 and 50: the default
 LOCK = ".lock"
-# What a build needs: a factor of the bytes of graph and weights, and bytes besides. Measured by
-# the full-size test of tests/export/test_engines.py, 2.54 GB of weights: 6.81 GB resident (graph
-# and copy once each, the rest is the builder's own), 2.58 GB of engine.
-MEMORY = (2.6, 512 << 20)
+MEMORY = BUILDER_MEMORY
+# Likewise of the disk: 2.58 GB of engine by the same test.
 DISK = (1.05, 32 << 20)
 # dtypes by their names in ONNX: of every target, and those that `TARGETS` lists
 COMMON_DTYPES = {"FLOAT", "FLOAT16", "INT32", "INT64", "BOOL"}
@@ -86,7 +93,7 @@ def build_engines(
     targets: Sequence[str] | None = None,
     *,
     backend: str = "tensorrt-rtx",
-    length: Length = "input",
+    length: Length | None = None,
     stream_weights: bool = False,
     on_engine: OnEngine = lambda graph, text: None,
     on_step: OnStep = lambda graph, phase, done: None,
@@ -100,7 +107,8 @@ def build_engines(
         backend: "tensorrt-rtx" or "tensorrt".
         length: How attention gets the valid length of its context: as an input, or as a mask
             that the network computes. The mask is for a GPU on which `packforcing verify` says
-            that the denoiser reads beyond `kv_len`.
+            that the denoiser reads beyond `kv_len`. None: as an input, where the library's release
+            takes that.
         stream_weights: Let a part of the denoiser's weights stay in host memory.
         on_engine: Called per engine with its graph and what happens with it.
         on_step: Called with the graph, the builder's phase and the share that is done, 0 to 1.
@@ -111,7 +119,7 @@ def build_engines(
     Raises:
         ConfigError: A target is unknown or lacks a dtype of the bundle.
         MissingDependency: The backend's library is not installed.
-        BackendError: The library refuses a graph, or memory is missing.
+        BackendError: The library is too old or refuses a graph, or memory is missing.
         ExportError: A layer of the denoiser's attention does not read `kv_len`.
         BundleError: The bundle is damaged.
         OutputError: The engines cannot be written, or another process is building them.
@@ -121,6 +129,7 @@ def build_engines(
     directory = Path(directory).resolve()
     manifest = read_manifest(directory)
     tool = _tool(backend)
+    length = _length(tool, length)
     targets = resolve_targets(manifest.config, backend, targets)
     for graph in GPU_GRAPHS:
         check_graph(directory / graph_file(graph), graph, manifest.config, targets)
@@ -252,7 +261,21 @@ def _tool(backend: str) -> str:
         raise MissingDependency(
             f"building engines needs {backend}, which is not installed: {install_command(backend)}"
         )
+    find_release(backend, version)
     return f"{backend} {version}"
+
+
+def _length(tool: str, length: Length | None) -> Length:
+    """Return how attention gets its length, if the library's release takes it.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    backend, _, version = tool.partition(" ")
+    lengths = find_release(backend, version).lengths
+    if length is not None and length not in lengths:
+        raise ConfigError(f"{tool} has no length of attention: use --length {' or '.join(lengths)}")
+    return length or lengths[0]
 
 
 def _rebuild_reason(
@@ -282,7 +305,8 @@ def _build(
 ) -> EngineRecord:
     """Build one engine in a child process; give its file, then its record, their names."""
     engine, record_path = (path(directory, backend, graph) for path in (engine_file, record_file))
-    _require_resources(directory / graph_file(graph))
+    shared = manifest.config if {*key.targets} & {*UNIFIED_TARGETS} else None
+    require_resources(directory / graph_file(graph), shared if backend == "tensorrt" else None)
     start = time.perf_counter()
     with new_file(engine) as unfinished:
         job = build_job(manifest, backend, graph, key, unfinished.relative_to(directory))
@@ -359,16 +383,37 @@ def required_bytes(graph: Path) -> tuple[int, int]:
     Returns:
         Bytes of host memory and of disk space.
     """
-    size = sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
-    memory, disk = (int(factor * size) + base for factor, base in (MEMORY, DISK))
+    memory, disk = (int(factor * _size(graph)) + base for factor, base in (MEMORY, DISK))
     return memory, disk
 
 
-def _require_resources(graph: Path) -> None:
-    """Check that memory and disk suffice for a build."""
+def _size(graph: Path) -> int:
+    return sum(path.stat().st_size for path in graph.parent.glob(f"{graph.name}*"))
+
+
+def require_resources(graph: Path, shared: Config | None) -> None:
+    """Check that memory and disk suffice for a build.
+
+    Args:
+        graph: The ONNX file.
+        shared: The model, where TensorRT builds on a GPU that has the host's memory.
+
+    Raises:
+        BackendError: Memory does not suffice.
+        OutputError: The disk does not.
+    """
     memory, disk = required_bytes(graph)
     free_bytes = free_memory()
-    if free_bytes < memory:
+    if shared is not None:
+        whole, swap = build_bytes(shared, graph.stem, _size(graph)), psutil.swap_memory().free
+        if free_bytes + min(swap, memory) < whole:  # what the GPU uses cannot be swapped
+            raise BackendError(
+                f"building {graph.stem} on this device needs {format_memory(whole)} of the memory "
+                f"that GPU and host share; {format_memory(free_bytes)} of it and "
+                f"{format_memory(swap)} of swap are free: close other programs, add swap "
+                "(docs/jetson.md), or quantize the weights (--weight-dtype int4)"
+            )
+    elif free_bytes < memory:
         raise BackendError(
             f"building {graph.stem} needs {format_memory(memory)} of memory and "
             f"{format_memory(free_bytes)} is free: close other programs, or build on a larger "

@@ -17,6 +17,8 @@ import onnx.parser
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from packforcing.export.attention import context_attentions
+
 DOMAIN, DEQUANTIZE, ROUND = "packforcing", "Nvfp4Dequantize", "Nvfp4Round"
 LARGEST_VALUE, LARGEST_SCALE = 6.0, 448.0  # of E2M1 and E4M3
 
@@ -130,18 +132,26 @@ def add_functions(model: ir.Model, bodies: tuple[str, ...] = (_DEQUANTIZE, _ROUN
         model.opset_imports.update({DOMAIN: 1, **function.opset_imports})
 
 
-def tensorrt_model(path: Path) -> bytes | None:
-    """Read a graph with NVFP4 as TensorRT's parser knows it.
+def tensorrt_model(path: Path, *, without_length: bool = False) -> bytes | None:
+    """Read a graph as TensorRT's parser knows it.
 
     Args:
         path: The ONNX file. Files beside it that hold weights are not read.
+        without_length: Leave out the length of the context that `Attention` reads, for a parser
+            that may not know this input.
 
     Returns:
-        The model without functions, which reads the same files; None of a graph without NVFP4.
+        The model without functions of NVFP4, which reads the same files; None where the parser
+        knows the file as it is.
     """
     model = ir.load(path)
-    if not model.functions:
+    if not (model.functions or without_length):
         return None
+    if without_length:
+        for node in context_attentions(model.graph):
+            node.resize_inputs(6)
+    if not model.functions:
+        return ir.to_proto(model).SerializeToString()
     add_functions(model, (_TENSORRT_DEQUANTIZE, _TENSORRT_ROUND))
     proto = ir.to_proto(common.InlinePass()(model).model)
     for tensor in proto.graph.initializer:

@@ -172,9 +172,18 @@ def device_bytes(config: Config) -> dict[str, int]:
     return {**cache_rows, **sums}
 
 
-def host_bytes(config: Config) -> int:
-    """Sum the host memory beside a GPU: pinned copies, and arrays that only the host has."""
-    return sum(array.nbytes for array in allocations(config) if array.host_view)
+def host_bytes(config: Config, *, shared: bool = False) -> int:
+    """Sum the host memory beside a GPU: pinned copies, and arrays that only the host has.
+
+    Args:
+        config: The model.
+        shared: Whether the GPU has the host's memory and needs no copies.
+    """
+    return sum(
+        array.nbytes
+        for array in allocations(config)
+        if array.host_view and (array.place == "host" or not shared)
+    )
 
 
 def token_bytes(config: Config) -> int:

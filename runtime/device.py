@@ -403,7 +403,7 @@ def _cuda_runtime(extra: str) -> Any:
     if status == cuda.cudaError_t.cudaErrorInsufficientDriver:
         raise BackendError(
             f"NVIDIA driver {installed.version} runs CUDA {'.'.join(map(str, installed.cuda))}, "
-            f"this needs {needed // 1000}.0 or newer: update the driver"
+            f"this needs {needed // 1000}.0 or newer: update the driver, on a Jetson with JetPack"
         )
     gpus()  # raises where there is none
     raise BackendError(

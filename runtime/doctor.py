@@ -25,6 +25,7 @@ from packforcing.runtime.backends.onnxruntime import CUDA_PROVIDER, import_onnxr
 from packforcing.runtime.device import CudaDevice
 from packforcing.runtime.nvml import Driver, Gpu, driver, gpus
 from packforcing.runtime.plan import JETSON_TARGETS
+from packforcing.runtime.tensorrt_releases import find_release, old_jetpack
 
 MODULES = {"onnxruntime-gpu": "onnxruntime", "cuda-bindings": "cuda"}  # where the name differs
 ONNXRUNTIMES = {"cpu": "onnxruntime", "gpu": "onnxruntime-gpu"}  # extras and distributions
@@ -197,6 +198,8 @@ def rtx_targets() -> list[str]:
 
 def _first_gpu(targets: list[str] | None = None) -> CudaDevice:
     """Return the GPU that a backend would use, if its target is one of these."""
+    if problem := old_jetpack():
+        raise BackendError(problem)
     devices = gpus()  # without a driver or a GPU, nothing else is worth reporting
     first = CudaDevice()
     first.close()
@@ -221,6 +224,10 @@ def _run_tensorrt_rtx() -> str:
 
 
 def _tensorrt() -> str:
+    if problem := old_jetpack():
+        raise BackendError(problem)
+    if version := installed_version("tensorrt"):
+        find_release("tensorrt", version)
     packages = require_packages("tensorrt")
     _load("tensorrt", "tensorrt")
     gpu = _first_gpu()

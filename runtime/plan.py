@@ -5,6 +5,11 @@ engines, one scratch memory that they share because they take turns, and the fix
 it follows from the config. What a builder measured replaces the estimates. The CUDA context
 belongs to the driver and is outside every budget.
 
+Jetson and DGX Spark (`UNIFIED_TARGETS`) have one memory for GPU and host. There a budget is of
+both: all that is on the GPU, the weights of graphs that run on the host, arrays of the host, the
+archive and a checkpoint. What both sides use is one array and counts once, and streaming weights
+saves nothing. A build on the device takes its memory before a rollout does: `build_bytes`.
+
 `choose_plan` returns the first of `plans` that fits into a budget, so more memory never gives a
 worse plan. This is given up, in this order:
 
@@ -34,12 +39,13 @@ from packforcing.runtime.allocations import (
     host_bytes,
     snapshot_bytes,
 )
-from packforcing.runtime.bundle import GPU_GRAPHS
+from packforcing.runtime.bundle import GPU_CALLS, GPU_GRAPHS
 from packforcing.runtime.estimate import (
     matrix_bytes,
     scratch_bytes,
     weight_bytes,
 )
+from packforcing.runtime.nvml import UNIFIED_TARGETS
 from packforcing.units import format_gib
 
 LONGEST = 24 * 3600.0  # seconds of video; beyond a day a typing error is likelier than a wish
@@ -48,6 +54,13 @@ LONGEST = 24 * 3600.0  # seconds of video; beyond a day a typing error is likeli
 RESERVE = 128 << 20
 # Predicted: what the driver takes for itself, beside the budget.
 CUDA_CONTEXT = 400 << 20
+# Predicted: what firmware, a Linux without a desktop, and Python with its libraries take of memory
+# that the GPU shares; beside the budget, as the context.
+SYSTEM = 3 << 29
+# What a builder needs of the host's memory: a factor of the bytes of graph and weights, and bytes
+# besides. Measured by the full-size test of tests/export/test_engines.py with TensorRT-RTX, 2.54 GB
+# of weights: 6.81 GB resident (graph and copy once each, the rest is the builder's own).
+BUILDER_MEMORY = (2.6, 512 << 20)
 STREAMED = 0.1  # the largest part of the denoiser's weights that a plan streams
 IN_WORDS = {  # autoencoders
     "taehv": "the tiny autoencoder",
@@ -78,7 +91,8 @@ class Plan:
         config: The config, with the policy and precision that it runs with.
         target: The GPU architecture, like "sm89".
         device: Bytes on the GPU by purpose, allocated once.
-        host: Bytes of host memory by purpose, beside Python and its libraries.
+        host: Bytes of host memory by purpose, beside Python and its libraries. Where the GPU
+            shares it, without what is in `device`.
         host_loading: Largest host memory while engines are loaded, before `host` is allocated.
         streamed: Bytes of the denoiser's weights that are on the host and not on the GPU.
     """
@@ -91,9 +105,23 @@ class Plan:
     streamed: int = 0
 
     @property
+    def shared(self) -> bool:
+        """Whether the GPU and the host have one memory."""
+        return self.target in UNIFIED_TARGETS
+
+    @property
     def total(self) -> int:
-        """Bytes on the GPU, with the reserve and without the CUDA context."""
-        return sum(self.device.values())
+        """Bytes that a budget has to hold, with the reserve and without the CUDA context.
+
+        Those on the GPU, or of GPU and host where they have one memory.
+        """
+        return sum(self.device.values()) + (sum(self.host.values()) if self.shared else 0)
+
+    @property
+    def at_start(self) -> int:
+        """Bytes of `total` that are allocated before a video begins."""
+        later = ("archive", "checkpoint") if self.shared else ()
+        return self.total - sum(self.host[name] for name in later)
 
 
 def estimates(config: Config) -> dict[str, int]:
@@ -135,14 +163,14 @@ def make_plan(
     check_target(config.precision, target)
     device = device_rows(config, built)
     on_host = weight_bytes(config)["prompt"] + weight_bytes(config)["vae_encoder"]
-    blocks = config.blocks(config.frames(seconds))
+    blocks, shared = config.blocks(config.frames(seconds)), target in UNIFIED_TARGETS
     return Plan(
         config,
         target,
         device=device,
         host={
             "graphs": on_host,
-            "copies": host_bytes(config),
+            "copies": host_bytes(config, shared=shared),
             "archive": archive_bytes(config, blocks),
             "checkpoint": snapshot_bytes(config),
         },
@@ -151,8 +179,36 @@ def make_plan(
 
 
 def further_video(plan: Plan) -> int:
-    """Return the device memory of another video at once, in bytes: it shares all but buffers."""
-    return sum(device_bytes(plan.config).values())
+    """Return the bytes of `total` that another video at once takes: it shares all but buffers."""
+    own = ("copies", "archive", "checkpoint") if plan.shared else ()
+    return sum(device_bytes(plan.config).values()) + sum(plan.host[name] for name in own)
+
+
+def memory_budget(memory: int, target: str) -> int:
+    """Return the bytes of a GPU's memory that a plan may take: all but what others are known to.
+
+    Args:
+        memory: The GPU's, in bytes, or the module's where it shares it.
+        target: The GPU architecture.
+    """
+    return memory - CUDA_CONTEXT - (SYSTEM if target in UNIFIED_TARGETS else 0)
+
+
+def build_bytes(config: Config, graph: str, graph_bytes: int | None = None) -> int:
+    """Predict the memory in which an engine is built on a device that shares it with the host.
+
+    The builder's own, as measured with TensorRT-RTX, which uses no GPU; and what TensorRT has on
+    the GPU to try kernels: weights, the scratch of its calls, and the CUDA context.
+
+    Args:
+        config: The model.
+        graph: Its name in the contract.
+        graph_bytes: Size of the graph with its weights. None: estimated.
+    """
+    weights, (factor, base) = weight_bytes(config)[graph], BUILDER_MEMORY
+    scratch = max(size for call, size in scratch_bytes(config).items() if GPU_CALLS[call] == graph)
+    host = int(factor * (weights if graph_bytes is None else graph_bytes)) + base
+    return host + weights + scratch + CUDA_CONTEXT
 
 
 def videos_at_once(plan: Plan, budget: int) -> int:
@@ -302,9 +358,12 @@ def precisions(config: Config, target: str) -> list[Precision]:
 def stream(plan: Plan, budget: int) -> Plan:
     """Return a plan with as many of the denoiser's weights on the host as a budget needs.
 
-    At most the share `STREAMED` of them. They pass through two buffers on the GPU, each as large as
-    the largest matrix; the host then has all of the denoiser's weights.
+    At most the share `STREAMED` of them, and none where both have one memory. They pass through two
+    buffers on the GPU, each as large as the largest matrix; the host then has all of the denoiser's
+    weights.
     """
+    if plan.shared:
+        return plan
     weights = plan.device["weights.denoiser"]
     passing = 2 * max(matrix_bytes(plan.config))
     streamed = min(plan.total - budget + passing, int(STREAMED * weights))

@@ -217,7 +217,9 @@ def on_gpu(backend: Backend, cuda: Cuda) -> Backend:
 SCRATCH = 4096  # bytes that every emulated engine needs
 
 
-def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **changes) -> None:
+def build_engines(
+    bundle: Path, weights: int = 1000, scratch: int = SCRATCH, backend="tensorrt-rtx", **changes
+) -> None:
     """Write engines with records, as a build does.
 
     `TensorRT` loads them: it runs the graph that they name in ONNX Runtime.
@@ -226,12 +228,13 @@ def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **c
         bundle: The bundle to add them to.
         weights: What the builder reports, in bytes.
         scratch: What the builder reports, in bytes.
+        backend: Whose engines they are.
         changes: Parts of the engines' keys that differ from those of the bundle.
     """
     manifest = read_manifest(bundle)
     for graph in GPU_GRAPHS:
         calls = shapes(manifest.config, graph)
-        path = engine_file(bundle, "tensorrt-rtx", graph)
+        path = engine_file(bundle, backend, graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(str(bundle / graph_file(graph)))
         key = {
@@ -244,7 +247,7 @@ def build_engines(bundle: Path, weights: int = 1000, scratch: int = SCRATCH, **c
             key=Key(**{**key, **changes}), file=file_record(path), weights=weights,
             scratch=dict.fromkeys(calls, scratch), seconds=1, peak_memory=1, kernels=(),
         )  # fmt: skip
-        record_file(bundle, "tensorrt-rtx", graph).write_bytes(encode_record(record))
+        record_file(bundle, backend, graph).write_bytes(encode_record(record))
 
 
 class TensorRT:

@@ -243,7 +243,9 @@ DAMAGES = flip, truncate, swap, remove, link
 # What TensorRT-RTX's builder says of a graph, and how close the estimates come
 
 
-def builder_job(config: Config, path: Path, graph: str, *others: Config):
+def builder_job(
+    config: Config, path: Path, graph: str, *others: Config, targets: tuple[str, ...] = ()
+):
     """Describe the build of one engine, with profiles for `others` that it could serve too."""
     from packforcing.export.builder import BuildJob
     from packforcing.export.engines import RTX_TARGETS
@@ -254,7 +256,7 @@ def builder_job(config: Config, path: Path, graph: str, *others: Config):
         backend="tensorrt-rtx",
         graph=str(path),
         engine=str(path.with_suffix(".engine")),
-        targets=RTX_TARGETS,
+        targets=targets or RTX_TARGETS,
         calls=tuple(shapes(config, graph)) * (1 + len(others)),
         profiles=tuple(
             {
@@ -274,7 +276,7 @@ def builder_job(config: Config, path: Path, graph: str, *others: Config):
 
 
 def builder_figures(
-    config: Config, folder: Path, graph: str, *others: Config
+    config: Config, folder: Path, graph: str, *others: Config, targets: tuple[str, ...] = ()
 ) -> list[dict[str, int]]:
     """Build one engine; return the builder's weight and scratch bytes by name, per config."""
     pytest.importorskip("tensorrt_rtx")
@@ -287,7 +289,7 @@ def builder_figures(
 
     path = folder / graph_file(graph)
     save_graph(export_graph(config, random_weights(config), graph), path)
-    built = build_engine(builder_job(config, path, graph, *others))
+    built = build_engine(builder_job(config, path, graph, *others, targets=targets))
     calls = [f"scratch.{call}" for call in shapes(config, graph)]
     scratch = iter(built.scratch)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cache, lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,11 @@ def plan_frame_rate(
     """
     from packforcing.app.reports import realtime as report
     from packforcing.runtime.gpus import known_gpus
-    from packforcing.runtime.plan import CUDA_CONTEXT, TARGETS, check_target
+    from packforcing.runtime.nvml import UNIFIED_TARGETS
+    from packforcing.runtime.plan import JETSON_TARGETS, TARGETS, check_target, memory_budget
     from packforcing.runtime.realtime import (
         EFFICIENCY,
+        Candidate,
         candidates,
         first_candidate,
         left_out,
@@ -77,11 +80,29 @@ def plan_frame_rate(
     if not unmeasured and "precision" in free and config.precision.compute == "fp16":
         named = map(left_out, [one_gpu.target] if one_gpu else TARGETS)
         lacking = list(dict.fromkeys(chain.from_iterable(named)))
+
+    @cache
+    def options_on(target: str) -> list[Candidate]:
+        """Return the candidates for a target, with what the host takes where they share memory."""
+        if target not in UNIFIED_TARGETS:
+            return options
+        return [
+            one._replace(total=one.total + _host_bytes(one.config))
+            for one in options
+            if not (target in JETSON_TARGETS and one.config.precision.weights == "int8")
+        ]
+
     if one_gpu is None:
         rows = [
             (
                 each,
-                first_candidate(options, each, fps, each.memory_bytes - CUDA_CONTEXT, efficiency),
+                first_candidate(
+                    options_on(each.target),
+                    each,
+                    fps,
+                    memory_budget(each.memory_bytes, each.target),
+                    efficiency,
+                ),
             )
             for each in known_gpus().values()
         ]
@@ -91,9 +112,9 @@ def plan_frame_rate(
         else:
             print_tables(*report.all_gpus_table(rows, fps, efficiency, lacking))
         return
-    budget_bytes = budget[0] if budget else one_gpu.memory_bytes - CUDA_CONTEXT
+    budget_bytes = budget[0] if budget else memory_budget(one_gpu.memory_bytes, one_gpu.target)
     try:
-        chosen = trade_offs(options, one_gpu, fps, budget_bytes, efficiency)
+        chosen = trade_offs(options_on(one_gpu.target), one_gpu, fps, budget_bytes, efficiency)
     except PlanError as error:
         if lacking:
             raise PlanError(f"{error}; or allow {report.allow(lacking)}", error.smallest) from None
@@ -103,6 +124,29 @@ def plan_frame_rate(
     else:
         tables = report.trade_off_table(chosen, one_gpu, fps, budget_bytes, efficiency, lacking)
         print_tables(*tables)
+
+
+def _host_bytes(config: Config) -> int:
+    """Return the bytes of the host beside a GPU that shares its memory, for a minute of video.
+
+    They depend on size, history and cache, not on the commit or the dtypes of weights and products.
+    """
+    import msgspec
+
+    from packforcing.config import Precision
+
+    precision = config.precision
+    plain = Precision(compute=precision.compute, weights=precision.compute, cache=precision.cache)
+    policy = msgspec.structs.replace(config.policy, commit="clean")
+    return _plain_host_bytes(msgspec.structs.replace(config, precision=plain, policy=policy))
+
+
+@lru_cache(4096)
+def _plain_host_bytes(config: Config) -> int:
+    from packforcing.runtime.nvml import UNIFIED_TARGETS
+    from packforcing.runtime.plan import make_plan
+
+    return sum(make_plan(config, UNIFIED_TARGETS[0]).host.values())  # the same on all of them
 
 
 def _chosen_gpu(

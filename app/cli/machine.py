@@ -93,8 +93,9 @@ def doctor(as_json: bool) -> None:
     "--budget",
     type=BUDGETS,
     metavar="GIB[,GIB...]",
-    help="GPU memory in GiB that driver and desktop leave free. --gpu allows 0.39 GiB for the "
-    "driver.  [default: as much as the model takes]",
+    help="GPU memory in GiB that driver and desktop leave free; on Jetson and DGX Spark, of GPU "
+    "and host together. --gpu allows 0.39 GiB for the driver, there 1.5 for the system as well.  "
+    "[default: as much as the model takes]",
 )
 @option(
     "--target",
@@ -170,7 +171,7 @@ def plan(
     fit a budget: it lowers precision first, then shortens history. A --bundle has its settings:
     plan shows whether they fit, by the builder's figures once engines are built, on a GPU with
     those of the loaded engines. Several budgets or targets make a table. Exit code 2 if a single
-    budget is too small.
+    budget is too small. Memory that GPU and host share is planned as one.
 
     With --fps, plan looks for settings that reach a frame rate: it lowers precision first, then
     history, steps and size. It shows the best trade-offs, predicted, and the commands that make the
@@ -182,6 +183,7 @@ def plan(
       packforcing plan --model wan-1.3b --budget 4,6,8,12 --target sm86,sm89,sm120
       packforcing plan --bundle my-bundle
       packforcing plan --gpu "RTX 4090" --fps 16
+      packforcing plan --gpu "AGX Orin 64GB 30W"
     """
     import msgspec
 
@@ -190,7 +192,7 @@ def plan(
     from packforcing.presets import model_config
     from packforcing.runtime.bundle import read_manifest
     from packforcing.runtime.gpus import find_gpu
-    from packforcing.runtime.plan import CUDA_CONTEXT, Plan, choose_plan
+    from packforcing.runtime.plan import Plan, choose_plan, memory_budget
 
     if precision is not None:
         if weight_dtype or cache_dtype:
@@ -231,7 +233,7 @@ def plan(
         gpus = [find_gpu(gpu)]
         targets = (gpus[0].target,)
         if budget is None:
-            budgets = (gpus[0].memory_bytes - CUDA_CONTEXT,)
+            budgets = (memory_budget(gpus[0].memory_bytes, gpus[0].target),)
     rows: list[tuple[int | None, str, Plan | PlanError]] = []
     for budget_bytes, name in product(budgets, targets):
         try:
@@ -276,10 +278,9 @@ def plan(
 @option(
     "--length",
     type=click.Choice(["input", "mask"]),
-    default="input",
-    show_default=True,
     help="How attention gets the length of the valid context. Use mask if `packforcing verify` "
-    "reports on your GPU that the denoiser reads beyond it.",
+    "reports on your GPU that the denoiser reads beyond it.  "
+    "[default: input; mask with TensorRT 10]",
 )
 @option(
     "--stream-weights",
@@ -292,7 +293,7 @@ def build(
     bundle: Path,
     target: tuple[str, ...] | None,
     backend: str,
-    length: Length,
+    length: Length | None,
     stream_weights: bool,
     as_json: bool,
 ) -> None:

@@ -12,6 +12,7 @@ from packforcing.app.reports.tables import model_rows
 from packforcing.checkpoints.published import PARTS, describe_differences
 from packforcing.extras import optional_imports
 from packforcing.origins import UNKNOWN, UNREAD, Origin
+from packforcing.runtime.nvml import UNIFIED_TARGETS
 from packforcing.runtime.plan import TARGETS, make_plan
 from packforcing.units import format_memory
 
@@ -140,7 +141,8 @@ def _memory_rows(
     records = next(iter(engines.values()), ())
     built = {name: size for record in records for name, size in record.figures.items()}
     needed = {config.precision.weights, config.precision.cache}
-    target = next(name for name, has in TARGETS.items() if needed <= {"fp32", "fp16", *has})
+    discrete = {name: has for name, has in TARGETS.items() if name not in UNIFIED_TARGETS}
+    target = next(name for name, has in discrete.items() if needed <= {"fp32", "fp16", *has})
     plan = make_plan(config, target, built=built)
     yield from ((ROWS[name], format_memory(size)) for name, size in plan.device.items())
     yield "total", format_memory(plan.total)

@@ -25,9 +25,12 @@ from packforcing.runtime.engine_records import (
 )
 from packforcing.runtime.estimate import seconds_per_block
 from packforcing.runtime.gpus import GpuFigures, known_gpus
+from packforcing.runtime.nvml import UNIFIED_TARGETS
 from packforcing.runtime.plan import (
     CUDA_CONTEXT,
+    SYSTEM,
     Plan,
+    build_bytes,
     describe,
     estimates,
     further_video,
@@ -64,7 +67,7 @@ ROWS = {
     "inputs_outputs": "other inputs and outputs",
     "reserve": "reserve",
     "graphs": "weights of graphs that run there",
-    "copies": "pinned copies of inputs and outputs",
+    "copies": "pinned copies, and arrays of the host",
     "archive": "archive of compressed blocks",
     "checkpoint": "a checkpoint, while it is made",
     "streamed_weights": "weights, to stream from",
@@ -204,25 +207,48 @@ def detail(
     yield f"{title(plan.config)}, on {plan.target}: {describe(plan)}"
     if (missing := needs(plan)) and engines is None:  # a bundle has it
         yield f"It needs {missing}."
-    rows = [*_rows(plan.device), _row("total", plan.total)]
+    device, host = sum(plan.device.values()), sum(plan.host.values())
+    rows, totals = [*_rows(plan.device), _row("total", device)], []
     if budget is not None:
-        rows.append(_row("budget", budget))
+        totals.append(_row("budget", budget))
         if engines is None and plan.config.wan_latents:
             larger = with_autoencoder(plan.config, "wan")
             if larger != plan.config:
-                total = make_plan(larger, plan.target).total
-                rows.append(_row("total with Wan's autoencoder", total))
-    rows.append(_row("each further video at once", further_video(plan)))
+                total = make_plan(larger, plan.target, seconds=seconds).total
+                totals.append(_row("total with Wan's autoencoder", total))
+    totals.append(_row("each further video at once", further_video(plan)))
     if budget is not None and (videos := videos_at_once(plan, budget)) > 1:
-        rows.append((f"videos at once within the budget: {videos}", "", ""))
-    rows.append(_row("beside it, the CUDA context (prediction)", CUDA_CONTEXT))
+        totals.append((f"videos at once within the budget: {videos}", "", ""))
+    totals.append(_row("beside it, the CUDA context (prediction)", CUDA_CONTEXT))
+    host_rows = [*_rows(plan.host), _row("total", host)]
+    host_heads = (f"host memory, for {seconds:g} s of video", "bytes", "GiB")
     yield ""
-    yield make_table(rows, ("device memory", "bytes", "GiB"), "lr")
+    if plan.shared:
+        yield "The GPU has the host's memory: both sides are planned as one."
+        yield ""
+        yield make_table(rows, ("on the GPU", "bytes", "GiB"), "lr")
+        yield ""
+        yield make_table(host_rows, ("beside it, " + host_heads[0], *host_heads[1:]), "lr")
+        pool = [_row("on the GPU", device), _row("beside it", host), _row("total", plan.total)]
+        totals.append(_row("beside it, system and Python (prediction)", SYSTEM))
+        yield ""
+        yield make_table([*pool, *totals], ("memory of both", "bytes", "GiB"), "lr")
+        yield ""
+        yield from _engine_table(plan.config, engines)
+        building = ((graph, build_bytes(plan.config, graph)) for graph in GPU_GRAPHS)
+        yield ""
+        yield make_table(
+            (_row(graph, size) for graph, size in building),
+            ("to build on the device, one at a time (prediction)", "bytes", "GiB"), "lr",
+        )  # fmt: skip
+        yield ""
+        yield from predictions(plan.config, gpus)
+        return
+    yield make_table([*rows, *totals], ("device memory", "bytes", "GiB"), "lr")
     yield ""
     yield from _engine_table(plan.config, engines)
-    host = [*_rows(plan.host), _row("total", sum(plan.host.values()))]
     yield ""
-    yield make_table(host, (f"host memory, for {seconds:g} s of video", "bytes", "GiB"), "lr")
+    yield make_table(host_rows, host_heads, "lr")
     loading = (
         _row("device, as later", plan.total),
         _row("host, with the largest engine's file", plan.host_loading),
@@ -260,7 +286,9 @@ def table(
         free: Plans could give up precision: show the least that the whole history takes.
         gpus: To predict times for.
     """
-    yield f"{title(config)}; GiB of device memory, without the CUDA context"
+    shared = sorted({target for _, target, _ in rows} & {*UNIFIED_TARGETS})
+    both = f"; of GPU and host together on {', '.join(shared)}" if shared else ""
+    yield f"{title(config)}; GiB of device memory, without the CUDA context{both}"
     yield ""
     heads = ("budget", "target", "sink + mid + recent", "weights", "cache", "streamed", "total",
              "autoencoder", "needs")  # fmt: skip
@@ -325,9 +353,10 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "config": msgspec.to_builtins(plan.config),
         "device": plan.device,
         "total": plan.total,
+        "shared_memory": plan.shared,
         "estimates": estimates(plan.config),
         "host": plan.host,
-        "loading": {"device": plan.total, "host": plan.host_loading},
+        "loading": {"device": sum(plan.device.values()), "host": plan.host_loading},
         "streamed": plan.streamed,
         "needs": needs(plan),
         "predicted_seconds_per_block": {

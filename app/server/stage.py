@@ -319,7 +319,8 @@ def _describe_memory(session: Session, video: Video | None) -> list[dict[str, An
     device = {"weights": weights[True], **device_bytes(config)}
     host = {"weights of prompt and encoder": weights[False]}
     if not on_host:
-        host["pinned copies"] = host_bytes(config)
+        shared = getattr(session.backend.device, "integrated", False)
+        host["pinned copies"] = host_bytes(config, shared=shared)
     if video is not None:
         request = video.request
         rows = stored_blocks(config, request.timeline.blocks, request.archive_limit)

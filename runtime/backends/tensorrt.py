@@ -36,6 +36,7 @@ from packforcing.runtime.engine_records import (
     shapes,
 )
 from packforcing.runtime.plan import RESERVE, Plan, make_plan, stream
+from packforcing.runtime.tensorrt_releases import find_release
 from packforcing.units import format_gib
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -83,6 +84,7 @@ class Engines:
     def __init__(self, name: str, directory: Path, config: Config, device: int = 0) -> None:
         self.name, self._directory = name, directory
         self._trt = trt = _library(name)
+        find_release(name, trt.__version__)
         self.device = CudaDevice(name, device)
         self._log = _logger(trt)
         self._runtime = trt.Runtime(self._log)
@@ -171,7 +173,7 @@ class Engines:
         figures = {name: size for r in self._records.values() for name, size in r.figures.items()}
         free_bytes, _ = self.device.free_memory()
         plan = stream(make_plan(config, self.device.target, built=figures), free_bytes)
-        self.device.require(plan.total, config.name)
+        self.device.require(plan.at_start, config.name)
         if plan.streamed and STREAMING not in self._records["denoiser"].key.flags:
             raise BackendError(
                 "the GPU has too little free memory for all weights of the denoiser, whose "

@@ -33,7 +33,7 @@ def test_the_readme_is_filled_in_and_its_links_lead_somewhere():
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OF_OTHER_PROGRAMS = {"--gpus"}  # docker's
+OF_OTHER_PROGRAMS = {"--gpus", "--system-site-packages"}  # docker's, venv's
 
 
 def shown_options(command: str) -> set[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import onnx
@@ -35,7 +36,8 @@ from packforcing.runtime.engine_records import (
     read_records,
     record_file,
 )
-from packforcing.runtime.plan import estimates
+from packforcing.runtime.estimate import scratch_bytes, weight_bytes
+from packforcing.runtime.plan import CUDA_CONTEXT, build_bytes, estimates
 from tests.emulated import Cuda
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX, which builds without a GPU")
@@ -250,6 +252,27 @@ def test_a_refusal_of_the_library_is_quoted(bundle):
     with pytest.raises(BackendError, match=r"builds no engine of vae_decoder: it says: .*Det"):
         engines.build_engines(bundle)
     assert {"denoiser", "compressor"} == {p.stem for p in (bundle / "engines").rglob("*.engine")}
+
+
+def test_a_build_on_the_device_counts_its_gpu_in_the_same_memory(tiny_half_bundle, monkeypatch):
+    """The builder's own, weights, scratch and the context; swap holds what the GPU does not use."""
+    config, path = read_manifest(tiny_half_bundle).config, tiny_half_bundle / "denoiser.onnx"
+    size = sum(file.stat().st_size for file in path.parent.glob("denoiser.onnx*"))
+    host, _ = engines.required_bytes(path)
+    whole = build_bytes(config, "denoiser", size)
+    scratch = max(n for call, n in scratch_bytes(config).items() if call.startswith("denoiser"))
+    assert whole == host + weight_bytes(config)["denoiser"] + scratch + CUDA_CONTEXT
+
+    def require(free, swap):
+        monkeypatch.setattr(engines, "free_memory", lambda: free)
+        monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(free=swap))
+        engines.require_resources(path, config)
+
+    require(whole, 0)
+    require(whole - host, 1 << 40)
+    for free, swap in ((whole - 1, 0), (whole - host - 1, 1 << 40)):
+        with pytest.raises(BackendError, match=r"on this device needs .* of swap are free"):
+            require(free, swap)
 
 
 def test_too_little_memory_or_disk_is_refused_before_a_build(bundle, monkeypatch):

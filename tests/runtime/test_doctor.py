@@ -176,6 +176,29 @@ def test_a_jetson_is_sent_to_tensorrt(doctor):
     assert able["run with tensorrt-rtx"]["detail"].endswith("sm120: use the backend tensorrt")
 
 
+def test_jetpack_6_is_refused_with_the_upgrade(doctor):
+    release = """
+from pathlib import Path
+from packforcing.runtime import tensorrt_releases
+tensorrt_releases.L4T = Path(__file__).with_name("nv_tegra_release")
+tensorrt_releases.L4T.write_text("# R36 (release), REVISION: 4.7, GCID: 1, BOARD: generic")
+"""
+    _, able = doctor({"tensorrt": "10.3.0"}, sitecustomize=release, pynvml=DRIVER)
+    for name in ("build with tensorrt", "run with tensorrt"):
+        assert able[name]["detail"].startswith(
+            "this is JetPack 6 (L4T 36.4.7: TensorRT 10.3, CUDA 12.6, Python 3.10); "
+            "upgrade the Jetson to JetPack 7.2 or later"
+        )
+
+
+def test_a_tensorrt_too_old_is_refused_elsewhere_too(doctor):
+    _, able = doctor({"tensorrt": "10.3.0"})
+    assert not able["run with tensorrt"]["able"]
+    assert able["run with tensorrt"]["detail"].startswith(
+        "tensorrt 10.3.0 is too old, 10.16 or newer is needed: install a newer one"
+    )
+
+
 def test_a_gpu_that_no_engine_can_be_built_for_is_reported(doctor):
     _, able = doctor(
         {"tensorrt-rtx": "1.7.1", "cuda-bindings": "13.5.0"},

@@ -178,7 +178,7 @@ def test_more_memory_never_gives_a_worse_plan(target, budgets):
         except PlanError:
             ranks.append((math.inf, 0))
             continue
-        assert plan.total == sum(plan.device.values()) <= budget
+        assert plan.total <= budget
         assert plan.streamed <= STREAMED * weight_bytes(plan.config)["denoiser"]
         ranks.append(rank(SMALL, target, plan))
     assert ranks[0] >= ranks[1]
@@ -337,6 +337,28 @@ def test_estimates_are_close_to_what_the_builder_says(tmp_path):
             is_close_estimate(f"small.{name}", expected[name], built, RESERVE)
             for name, built in figures.items()
         )
+
+
+@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.full)])
+def test_the_plan_of_a_dgx_spark_has_the_figures_of_its_engines(tmp_path, layers):
+    """Built for sm121, the plan of one memory has the builder's bytes, and all else as before."""
+    config = with_(WAN, layers=30)
+    if layers == 2:
+        config = with_(WAN, layers=2, dim=512, heads=4, ffn_dim=2048, height=256, width=256)
+    (figures,) = builder_figures(config, tmp_path, "denoiser", targets=("sm121",))
+    expected = estimates(config)
+    assert all(
+        is_close_estimate(f"sm121.{name}", expected[name], built, RESERVE)
+        for name, built in figures.items()
+    )
+    estimated, plan = make_plan(config, "sm121"), make_plan(config, "sm121", built=figures)
+    engines = {**expected, **figures}
+    scratch = max(size for name, size in engines.items() if name.startswith("scratch."))
+    assert plan.shared and plan.device["scratch"] == scratch
+    assert plan.device["weights.denoiser"] == figures["weights.denoiser"]
+    changed = ("scratch", "weights.denoiser")
+    difference = sum(plan.device[name] - estimated.device[name] for name in changed)
+    assert plan.total - estimated.total == difference
 
 
 @pytest.mark.full
