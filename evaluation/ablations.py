@@ -15,25 +15,6 @@ from packforcing.runtime.rollout import Rollout
 from packforcing.selection import likeness
 
 
-class FirstStepRollout(Rollout):
-    """Selects mid blocks again with the queries of each block's first step, as the paper does."""
-
-    selections = ("first-step",)
-
-    def denoise(self) -> None:
-        self._selected = False
-        super().denoise()
-
-    def predict_flow(self, timestep: float, where: str) -> np.ndarray:
-        flow = super().predict_flow(timestep, where)
-        if not self._selected:
-            self._selected = True
-            self.device.download(self.buffers.denoiser["q_pool"])
-            self.select_mids()
-            self.place()
-        return flow
-
-
 class LikenessRollout(Rollout):
     """Selects mid blocks by their keys' likeness to the newest block's."""
 
@@ -64,5 +45,4 @@ def make_rollout(config: Config, backend: Backend) -> Rollout:
     """
     if config.policy.branches != "both":
         return OneBranchRollout(config, backend)
-    classes = {"first-step": FirstStepRollout, "likeness": LikenessRollout}
-    return classes.get(config.policy.selection, Rollout)(config, backend)
+    return (LikenessRollout if config.policy.selection == "likeness" else Rollout)(config, backend)

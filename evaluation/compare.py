@@ -17,7 +17,7 @@ from packforcing.config import Config, Policy, Precision
 from packforcing.errors import BackendError, ConfigError, MissingDependency, OutputError
 from packforcing.evaluation.fidelity import Fidelity, video_fidelity
 from packforcing.evaluation.intervals import Estimate, estimate_mean
-from packforcing.evaluation.measures import Segment, Values
+from packforcing.evaluation.measures import COUNTS, WEIGHTS, Segment, Values
 from packforcing.evaluation.pairs import (
     Job,
     OnShare,
@@ -141,7 +141,7 @@ def run_comparison(
         policies = {**policies, **{name: _alike(path, config) for name, path in others.items()}}
     suffix = ".mkv" if others else ".mp4"
     for prompt in prompts:
-        check_request(config, prompt.content, seconds, prompt.seed)
+        check_request(config, prompt.followed(config), seconds, prompt.seed)
     videos = folder / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
@@ -313,12 +313,12 @@ def end_values(segments: Sequence[Segment], seconds: float) -> Values:
     means: Values = {}
     for name in segments[-1].values:
         parts = [
-            (segment.values[name], segment.values["returns"] if name == "loop_closure"
+            (segment.values[name], segment.values[WEIGHTS[name]] if name in WEIGHTS
              else segment.stop - segment.start)
             for segment in last
         ]  # fmt: skip
         measured = [(value, weight) for value, weight in parts if value is not None and weight]
-        if name == "returns":
+        if name in COUNTS:
             means[name] = sum(value for value, _ in measured)
         else:
             weights = sum(weight for _, weight in measured)

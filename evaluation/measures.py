@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import numpy as np
 
 from packforcing.errors import VideoError
 from packforcing.evaluation import demo_judge
+from packforcing.evaluation.recall import CHANCE, Visit, judge_recall
 from packforcing.evaluation.video_reader import probe_video, read_frames
 from packforcing.extras import optional_imports
 from packforcing.presets import model_config
@@ -110,7 +111,25 @@ DEMO_MEASURES = dict(
         "share of a place's landmarks that differ from the first visit's; 0 to 1",
     ),
 )  # fmt: skip
-ALL_MEASURES = {**MEASURES, **DEMO_MEASURES}
+RECALL_MEASURES = dict(
+    recall=Measure(
+        "recall", "recall", "higher", "share of the frames of returns to places that show the "
+        f"ground seen on the first visit, which the prompt does not tell; a guess has {CHANCE:.2f}",
+    ),
+    retrieved=Measure(
+        "retrieved", "retrieved", "higher", "share of returns whose first block read a block of "
+        "the first visit from the archive",
+    ),
+    revisits=Measure("returns to places", "revisits", "", "of which `retrieved` is a share"),
+    scored=Measure(
+        "returns that count", "scored", "", "those whose first visit showed the ground of its "
+        "prompt; `recall` is a mean over them",
+    ),
+)  # fmt: skip
+ALL_MEASURES = {**MEASURES, **DEMO_MEASURES, **RECALL_MEASURES}
+COUNTS = ("returns", "scored", "revisits")  # measures that are summed, not averaged
+# by measure, the count that its mean over several segments is weighted by, instead of their length
+WEIGHTS = {"loop_closure": "returns", "recall": "scored", "retrieved": "revisits"}
 Values = dict[str, float | None]  # by measure; None where there was nothing to measure
 
 
@@ -180,6 +199,43 @@ def evaluate_video(
     return Evaluation(str(path), prompt, fps, tally.frames, *size, tally.total(), tally.segments())
 
 
+def evaluate_recall(
+    video: str | os.PathLike[str],
+    world: Sequence[Visit],
+    read: Sequence[Collection[int]],
+    on_frame: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure the recall of a world's video, and whether color and shape stay right.
+
+    Args:
+        video: The file.
+        world: The visits that it follows (`packforcing.evaluation.recall`).
+        read: The archived blocks that each block read.
+        on_frame: Called with the number of frames read so far, and of all.
+
+    Raises:
+        VideoError: The file cannot be measured.
+    """
+    path, config = Path(video), model_config("demo")
+    fps, count, size = probe_video(path)
+    tally = Tally(fps, ["colour", "shape", *RECALL_MEASURES])
+    grounds, before = list[str](), None
+    for index, pixels in enumerate(read_frames(path)):
+        scene = demo_judge.read_scene(pixels)
+        values = _demo_values(scene, before, world[0].prompt, fps)
+        tally.add(index, {name: values[name] for name in ("colour", "shape")})
+        grounds.append(scene.ground)
+        before = scene
+        if on_frame:
+            on_frame(index + 1, max(index + 1, count))
+    for visit in judge_recall(config, world, grounds, read):
+        counts: Values = {"revisits": 1, "scored": int(visit.scored)}
+        recall = visit.share if visit.scored else None
+        tally.add(visit.frame, {**counts, "retrieved": float(visit.retrieved), "recall": recall})
+    prompt = world[0].prompt
+    return Evaluation(str(path), prompt, fps, tally.frames, *size, tally.total(), tally.segments())
+
+
 class Tally:
     """Sums of per-frame values by segment."""
 
@@ -216,7 +272,7 @@ class Tally:
         for name in self._names:
             pairs = [sums[name] for sums in segments if name in sums]
             total, count = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-            means[name] = total if name == "returns" else total / count if count else None
+            means[name] = total if name in COUNTS else total / count if count else None
         return means
 
 
@@ -230,7 +286,7 @@ def measure_frames(frames: Iterable[np.ndarray], fps: float, prompt: str | None 
         fps: Frames per second.
         prompt: What the demo model was prompted to show.
     """
-    tally = Tally(fps, MEASURES if prompt is None else ALL_MEASURES)
+    tally = Tally(fps, MEASURES if prompt is None else {**MEASURES, **DEMO_MEASURES})
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
 
     def flow(a: _Frame, b: _Frame) -> np.ndarray:

@@ -21,7 +21,7 @@ import psutil
 from packforcing import __version__
 from packforcing.config import Policy
 from packforcing.evaluation.ablations import make_rollout
-from packforcing.evaluation.measures import Evaluation, evaluate_video
+from packforcing.evaluation.measures import Evaluation, evaluate_recall, evaluate_video
 from packforcing.evaluation.prompt_sets import Prompt
 from packforcing.files import write_file
 from packforcing.presets import model_config
@@ -146,11 +146,18 @@ def _render(
 
     video = job.video
     discard(video)  # of a comparison that was interrupted: every block is to be measured
-    timeline = check_request(config, prompt.content, seconds, prompt.seed)
+    timeline = check_request(config, prompt.followed(config), seconds, prompt.seed)
     session.render(timeline, seconds, video, prompt.seed, on_block=on_block)
     # the detectors are of the demo model's world
     words = prompt.text if session.manifest.config.name == model_config("demo").name else None
-    evaluation = evaluate_video(video, words, lambda done, total: on_share(0.5 + done / total / 2))
+
+    def on_frame(done: int, total: int) -> None:
+        on_share(0.5 + done / total / 2)
+
+    if prompt.world:
+        evaluation = evaluate_recall(video, prompt.world, [b.read for b in blocks], on_frame)
+    else:
+        evaluation = evaluate_video(video, words, on_frame)
     return Pair(
         policy=job.policy,
         number=job.number,
@@ -175,7 +182,7 @@ def pair_key(bundle: Path, backend: str, policy: Policy, prompt: Prompt, seconds
     content = prompt.content
     words = content if isinstance(content, str) else content.tobytes().hex()
     inputs = [__version__, manifest, backend, words, prompt.text, prompt.seed, float(seconds)]
-    inputs.append(msgspec.to_builtins(policy))
+    inputs += [msgspec.to_builtins(policy), *prompt.world]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
 
 

@@ -15,7 +15,9 @@ from packforcing.errors import ConfigError
 
 TEMPORAL_FACTOR = 4  # pixel frames per latent frame, in Wan's VAE and in TAEHV alike
 WAN_CHANNELS = 16  # latent channels of Wan's VAE
-WORD_COUNT = 22  # words that the "words" text encoder knows, one channel of text_dim each
+# words that the "words" text encoder knows, one channel of text_dim each; the first demo models
+# knew no places, so that they have fewer channels
+WORD_COUNT, FIRST_WORD_COUNT = 30, 22
 
 # A bundle's config may come from anybody. Sizes that no model has are refused here, before any
 # arithmetic or allocation uses them.
@@ -34,8 +36,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sink: Blocks at the start of the video, read at full resolution.
         mid: Compressed blocks, selected from the archive.
         recent: Newest blocks, read at full resolution.
-        selection: How mid blocks are selected when a block is committed. "first-step" selects by
-            affinity once more, with the queries of the next block's first step, as the paper does.
+        selection: How mid blocks are selected when a block is committed. A block that follows
+            another prompt selects by affinity once more, with the queries of its first step;
+            under "first-step" every block does, as in the paper.
         positions: Temporal RoPE positions: counted over the blocks in context, or over the video.
         mid_span: Latent frames that a compressed block spans in packed positions, fractions
             allowed. None: as many as it stands for.
@@ -253,8 +256,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             f"at least 4x4, which is {4 * cell}x{4 * cell} pixels",
         )
         _require(
-            self.text_encoder != "words" or self.text_dim >= WORD_COUNT,
-            f"the words encoder needs a text_dim of at least {WORD_COUNT}",
+            self.text_encoder != "words" or self.text_dim >= FIRST_WORD_COUNT,
+            f"the words encoder needs a text_dim of at least {FIRST_WORD_COUNT}",
         )
         _require(len(self.timesteps) > 0, "timesteps must not be empty")
         for steps in filter(None, (self.timesteps, self.first_timesteps)):

@@ -29,7 +29,7 @@ from packforcing.model import Model
 from packforcing.prompts import History
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, denoising_steps
-from packforcing.selection import affinity, likeness, select
+from packforcing.selection import affinity, likeness, select, selects_at_first_step
 from packforcing.transformer import KV, Rope, patchify, unpatchify
 
 Noise = Callable[[int, int], np.ndarray]  # (block, step) to float32 [N, P]
@@ -118,7 +118,8 @@ def rollout(
             for step, (timestep, now, then) in enumerate(denoising_steps(config, generated)):
                 flow, full, step_query, _ = call(x, timestep, block_positions(config, start))
                 first_flow = flow[0] if step == 0 else first_flow
-                if step == 0 and policy.selection == "first-step" and replay is None:
+                selects = step == 0 and selects_at_first_step(policy, effect is not None)
+                if selects and replay is None:
                     selected = select_mid_blocks(
                         config, history, step_query[0].numpy(), seed, index
                     )

@@ -82,6 +82,20 @@ def select(
     return np.sort(candidates[np.argsort(scores, kind="stable")[len(candidates) - count :]])
 
 
+def selects_at_first_step(policy: Policy, switched: bool) -> bool:
+    """Tell whether a block selects mid blocks again, by the mean query of its first step.
+
+    The paper does so for every block. Here the selection is made while the block before is
+    committed, so that the upload is done when the next block begins; its queries cannot know a
+    prompt that is new, however.
+
+    Args:
+        policy: The policy.
+        switched: Whether the block is the first that follows another prompt.
+    """
+    return policy.selection == "first-step" or (policy.selection == "affinity" and switched)
+
+
 def evict(blocks: Sequence[int], needed: Collection[int]) -> int:
     """Choose the block that a full archive gives up: the one that leaves the smallest gap.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,17 +19,24 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "cyan")
 SHAPES = ("circle", "square", "triangle", "star")
 GROUNDS = ("navy", "forest", "sand", "gray", "maroon", "teal")
 PATTERNS = ("plain", "stripes", "checks", "dots")
-KINDS = {"color": COLORS, "shape": SHAPES, "ground": GROUNDS, "pattern": PATTERNS}
-VOCABULARY = COLORS + SHAPES + GROUNDS + PATTERNS
+PLACES = ("harbor", "tower", "garden", "cave", "market", "bridge", "island", "station")
+KINDS = {
+    "color": COLORS,
+    "shape": SHAPES,
+    "ground": GROUNDS,
+    "pattern": PATTERNS,
+    "place": PLACES,
+}
+VOCABULARY = tuple(word for words in KINDS.values() for word in words)  # new words at the end
 LONGEST = 10_000  # characters of a prompt
-FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and"))
+FILLERS = frozenset(("a", "an", "the", "on", "over", "with", "of", "and", "at"))
 
 
 def encode_words(prompt: str, config: Config) -> np.ndarray:
     """Encode a prompt of the demo's words.
 
     Args:
-        prompt: Words of `VOCABULARY` in any order; case and fillers like "a" do not matter.
+        prompt: Words of `known_words` in any order; case and fillers like "a" do not matter.
         config: A model with the text encoder "words".
 
     Returns:
@@ -47,44 +55,63 @@ def encode_words(prompt: str, config: Config) -> np.ndarray:
     if len(prompt) > LONGEST:
         raise PromptError(f"the prompt has {len(prompt)} characters; at most {LONGEST} can be read")
     words = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in FILLERS]
-    unknown = [word for word in words if word not in VOCABULARY]
+    known = known_words(config)
+    unknown = [word for word in words if word not in known]
     if unknown:
         raise PromptError(
-            f"the {config.name} model does not know {_suggest(unknown)}; {_grammar()}"
+            f"the {config.name} model does not know {_suggest(unknown, known)}; {_grammar(known)}"
         )
     if not words:
-        raise PromptError(f"the prompt names nothing to draw; {_grammar()}")
+        raise PromptError(f"the prompt names nothing to draw; {_grammar(known)}")
     if len(words) > config.text_len:
         raise PromptError(
             f"the prompt has {len(words)} words; at most {config.text_len} can be read"
         )
     rows = np.zeros((1, config.text_len, config.text_dim), np.float32)
-    rows[0, np.arange(len(words)), [VOCABULARY.index(word) for word in words]] = 1.0
+    rows[0, np.arange(len(words)), [known.index(word) for word in words]] = 1.0
     return rows
 
 
-def _suggest(unknown: list[str]) -> str:
+def known_words(config: Config) -> tuple[str, ...]:
+    """Return the words that a model knows: those of `VOCABULARY` that it has channels for."""
+    return VOCABULARY[: config.text_dim]
+
+
+def _suggest(unknown: Sequence[str], known: Sequence[str]) -> str:
     hints = []
     for word in dict.fromkeys(unknown):
-        near = difflib.get_close_matches(word, VOCABULARY, n=1)
+        near = difflib.get_close_matches(word, known, n=1)
         hints.append(f"'{word}'" + (f" (did you mean '{near[0]}'?)" if near else ""))
     return ", ".join(hints)
 
 
-def _grammar() -> str:
-    kinds = ", ".join(f"{kind} ({', '.join(words)})" for kind, words in KINDS.items())
+def _grammar(known: Sequence[str]) -> str:
+    kinds = ", ".join(
+        f"{kind} ({', '.join(words)})" for kind, words in KINDS.items() if words[-1] in known
+    )
     return f"say a subject over a ground, such as 'a red star over navy stripes': {kinds}"
 
 
 def make_prompt(
-    color: str, shape: str, ground: str, pattern: str, beyond: str | None = None
+    color: str,
+    shape: str,
+    ground: str | None = None,
+    pattern: str = "plain",
+    beyond: str | None = None,
+    place: str | None = None,
 ) -> str:
-    """The sentence that names the words: "a red star over navy stripes"; of a tour, whose other
-    ground is `beyond`, "a red star over plain navy and teal"."""
-    over = f"plain {ground}" if pattern == "plain" else f"{ground} {pattern}"
-    over += f" and {beyond}" if beyond else ""
-    article = "an" if color[0] in "aeiou" else "a"
-    return f"{article} {color} {shape} over {over}"
+    """Return the sentence that names the words: "a red star over navy stripes".
+
+    Of a tour, whose other ground is `beyond`, "a red star over plain navy and teal"; at a place, "a
+    red star at the harbor over navy stripes", or without its ground, "a red star at the harbor".
+    """
+    parts = [f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"]
+    if place:
+        parts.append(f"at the {place}")
+    if ground:
+        over = f"plain {ground}" if pattern == "plain" else f"{ground} {pattern}"
+        parts.append(f"over {over}" + (f" and {beyond}" if beyond else ""))
+    return " ".join(parts)
 
 
 def random_attributes(rng: np.random.Generator) -> dict[str, str]:

@@ -25,7 +25,7 @@ from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import Array
 from packforcing.runtime.encoder import bind_encoder
 from packforcing.sampler import advance, denoising_steps, draw_noise
-from packforcing.selection import affinity, select
+from packforcing.selection import affinity, select, selects_at_first_step
 
 
 class Hooks:
@@ -81,14 +81,11 @@ class Rollout:
         read: The archived blocks that the last block read, counted in the scene.
         hooks: Called while blocks are made.
 
-    Ablations (`packforcing.evaluation.ablations`) override `predict_flow`, `compress` and `score`.
+    Ablations (`packforcing.evaluation.ablations`) override `compress` and `score`.
     """
 
-    selections: ClassVar[tuple[str, ...]] = (
-        "affinity",
-        "recency",
-        "random",
-    )  # those of a policy that it follows
+    # those of a policy that it follows
+    selections: ClassVar[tuple[str, ...]] = ("affinity", "first-step", "recency", "random")
     branches: ClassVar[tuple[str, ...]] = ("both",)
 
     def __init__(self, config: Config, backend: Backend) -> None:
@@ -154,6 +151,7 @@ class Rollout:
         """
         self.archive = Archive(self.config, blocks, folder, archive_limit)
         self.seed = seed
+        self._switched = False  # whether the next block is the first under another prompt
         self.begin_scene(0)
         self._follow(text)
 
@@ -165,6 +163,7 @@ class Rollout:
             history: What later blocks read of the past; `packforcing.prompts` has the rules.
         """
         self._follow(text)
+        self._switched = True
         if history == "cut":
             self.begin_scene(self.scene + self.cache.committed)
         elif history == "recompute":
@@ -241,6 +240,7 @@ class Rollout:
             np.copyto(self.buffers.tokens_as_latents, self.buffers.latents_as_patches)
         self.decode()
         self.commit(generated=clean is None)
+        self._switched = False
 
     def place(self) -> None:
         """Write the position tables and lengths that every call of this block reads."""
@@ -261,13 +261,21 @@ class Rollout:
         )
 
     def denoise(self) -> None:
-        """Go from noise to a clean block in the `tokens` buffer, in a few steps. Reads only."""
+        """Go from noise to a clean block in the `tokens` buffer, in a few steps.
+
+        Reads the history only, and brings other mid blocks to the context after the first step
+        where the policy selects again.
+        """
         config, block = self.config, self.cache.committed
         x = self.buffers.denoiser["tokens"].host
         x[0] = draw_noise(config, self.seed, self.scene + block, 0)
         steps = denoising_steps(config, block - self.first_generated)
         for step, (timestep, now, then) in enumerate(steps):
             flow = self.predict_flow(timestep, f"step {step + 1} of {len(steps)}")
+            if step == 0 and selects_at_first_step(config.policy, self._switched):
+                self.device.download(self.buffers.denoiser["q_pool"])
+                self.select_mids()
+                self.place()
             fresh = None
             if config.sampler == "renoise" and then > 0:
                 fresh = draw_noise(config, self.seed, self.scene + block, step + 1)

@@ -52,11 +52,11 @@ POLICIES = {
     "sliding window": Policy(sink=0, mid=0, recent=3),
     "sink and window": Policy(sink=1, mid=0, recent=2),
     "full history": Policy(sink=0, mid=0, recent=12),
+    "first step": Policy(sink=1, mid=2, recent=1, selection="first-step"),
     "last step": Policy(sink=1, mid=3, recent=2, mid_span=2.5, commit="last-step"),
 }
 ABLATIONS = {
     "likeness": Policy(sink=1, mid=2, recent=1, selection="likeness"),
-    "first step": Policy(sink=1, mid=2, recent=1, selection="first-step"),
     "high branch": Policy(sink=1, mid=3, recent=1, branches="high"),
     "low branch": Policy(sink=1, mid=3, recent=1, branches="low"),
 }

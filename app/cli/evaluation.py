@@ -92,6 +92,14 @@ def evaluate(videos: tuple[str, ...], prompt: str | None, as_json: bool) -> None
 )
 @seconds_option(120.0, "Length of every video.")
 @option(
+    "--task",
+    type=click.Choice(["prompts", "recall"]),
+    default="prompts",
+    show_default=True,
+    help="recall: worlds of the demo model in which places come back that only the history knows; "
+    "--prompts is their number, --seed the first one's.",
+)
+@option(
     "--prompts",
     metavar="N|FILE",
     default="4",
@@ -109,6 +117,7 @@ def compare(
     policy: tuple[str, ...] | None,
     others: tuple[Path, ...],
     seconds: float,
+    task: str,
     prompts: str,
     seed: int,
     out: Path,
@@ -133,6 +142,7 @@ def compare(
     Examples:
       packforcing compare --policy packforcing,sliding-window --seconds 120 --prompts 16
       packforcing compare --bundle half --with eight --seconds 5 --prompts 16
+      packforcing compare --task recall --policy packforcing,sink-window --seconds 60 --prompts 48
     """
     with optional_imports("the comparison", "evaluate", "plot"):
         import matplotlib  # noqa: F401  # before hours of rendering
@@ -141,7 +151,7 @@ def compare(
         from packforcing.app.reports import compare as report
         from packforcing.evaluation.compare import run_comparison
         from packforcing.evaluation.policies import comparison_policies
-        from packforcing.evaluation.prompt_sets import draw_prompts, read_prompts
+        from packforcing.evaluation.prompt_sets import draw_prompts, draw_worlds, read_prompts
     from packforcing.runtime import demo_bundle
     from packforcing.runtime.bundle import read_manifest
 
@@ -157,7 +167,12 @@ def compare(
     if prompts.isdecimal():
         if not 0 < int(prompts) <= MAX_PROMPTS:
             raise ConfigError(f"--prompts takes 1 to {MAX_PROMPTS}; it is {prompts}")
-        inputs = draw_prompts(config, int(prompts), seed)
+        if task == "recall":
+            inputs = draw_worlds(config, int(prompts), seed, seconds)
+        else:
+            inputs = draw_prompts(config, int(prompts), seed)
+    elif task == "recall":
+        raise ConfigError("--task recall draws its own prompts: --prompts is a number of worlds")
     else:
         inputs = read_prompts(Path(prompts), seed)
     echo_error = partial(click.echo, err=True)

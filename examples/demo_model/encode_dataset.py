@@ -23,7 +23,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 from train_autoencoder import load_autoencoder
-from world import Clip, make_clip, make_tour
+from world import BLOCK, Clip, Visits, make_clip, make_tour, make_visits
 
 from packforcing import model_config
 from packforcing.compressor import Compressor
@@ -35,8 +35,9 @@ KINDS = {  # who draws them, latent frames, doubles
     "tour": (make_tour, 21, False),
     "short": (make_clip, 2, False),
     "short-tour": (make_tour, 2, False),
+    "visits": (lambda rng, frames: make_visits(rng, frames // BLOCK), 32, False),
 }
-BATCH = 4  # clips encoded together
+BATCH = 1  # clip encoded at a time: more of them leave the caches
 
 
 def draw_pair(make: Callable, rng: np.random.Generator, frames: int) -> tuple[Clip, Clip]:
@@ -47,7 +48,7 @@ def draw_pair(make: Callable, rng: np.random.Generator, frames: int) -> tuple[Cl
     return clip, make(again, frames, shape=str(rng.choice(others)))
 
 
-def encode_clips(compressor: Compressor, clips: Sequence[Clip]) -> dict[str, Tensor]:
+def encode_clips(compressor: Compressor, clips: Sequence[Clip | Visits]) -> dict[str, Tensor]:
     """latents fp16 [clips, T, C, h, w]; low fp16 [clips, T - 1, N_c, P], the low branch of the
     two latent frames from each on."""
     pixels = torch.from_numpy(np.stack([clip.frames for clip in clips])).permute(0, 1, 4, 2, 3)
@@ -66,8 +67,9 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
            ) -> dict[str, Tensor]:  # fmt: skip
     """Tensors of `clips` new clips of T latent frames: those of `encode_clips`;
     double_latents and double_low, of the doubles of long clips; words bool [clips, text_len,
-    text_dim]; cover and back uint8 [clips, T, grid rows, grid columns], the share of each token,
-    0 to 255, that the subject takes and that which came back into view.
+    text_dim], of visits [clips, blocks, text_len, text_dim]; cover and back uint8 [clips, T, grid
+    rows, grid columns], the share of each token, 0 to 255, that the subject takes and that which
+    came back into view; of visits also needed, bool [clips, blocks, blocks].
     """
     config = compressor.config
     make, latent_frames, doubles = KINDS[kind]
@@ -77,21 +79,31 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
         double = encode_clips(compressor, again)
     else:
         drawn, double = [make(rng, frames) for _ in range(clips)], {}
-    subject = np.stack([clip.masks for clip in drawn])
-    back = np.stack([255 * np.broadcast_to(clip.back[:, None], clip.masks.shape) for clip in drawn])
     cell = config.spatial_factor * config.patch
-    cover, back = (
-        F.avg_pool3d(torch.from_numpy(pixels)[:, None].float(), (TEMPORAL_FACTOR, cell, cell))
-        for pixels in (subject, back)
-    )
-    words = np.concatenate([encode_words(clip.prompt, config) for clip in drawn])
+
+    def share(pixels: list[np.ndarray]) -> torch.Tensor:
+        """Of each token, uint8, from uint8 [clips, frames, H, W] or what is as wide."""
+        wide = torch.from_numpy(np.stack(pixels))[:, None].float()
+        pooled = F.avg_pool3d(wide, (TEMPORAL_FACTOR, cell, cell))
+        return pooled[:, 0].round().to(torch.uint8)
+
+    if kind == "visits":
+        words = [[encode_words(p, config)[0] for p in clip.prompts] for clip in drawn]
+        back = [np.repeat(clip.needed.any(1), BLOCK)[:, None, None] for clip in drawn]
+        needed = {"needed": torch.from_numpy(np.stack([clip.needed for clip in drawn]))}
+    else:
+        words = [encode_words(clip.prompt, config)[0] for clip in drawn]
+        back = [clip.back[:, None] for clip in drawn]
+        needed = {}
     return {
         **encode_clips(compressor, drawn),
         **{f"double_{name}": tensor for name, tensor in double.items()},
-        "words": torch.from_numpy(words).bool(),
-        "cover": cover[:, 0].round().to(torch.uint8),
-        "back": back[:, 0].round().to(torch.uint8),
-    }
+        "words": torch.from_numpy(np.array(words)).bool(),
+        "cover": share([clip.masks for clip in drawn]),
+        "back": share([np.broadcast_to(np.uint8(255) * part, clip.masks.shape)
+                       for part, clip in zip(back, drawn)]),
+        **needed,
+    }  # fmt: skip
 
 
 def main() -> None:

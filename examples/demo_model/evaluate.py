@@ -23,14 +23,16 @@ from packforcing import model_config
 from packforcing.autoencoder import MemBlock
 from packforcing.config import Config
 from packforcing.evaluation import demo_judge
+from packforcing.evaluation.policies import comparison_policies
+from packforcing.evaluation.recall import Return, Visit, draw_world, judge_recall
 from packforcing.model import Model, load_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, denoising_steps, draw_noise
-from packforcing.selection import affinity, select
+from packforcing.selection import affinity, select, selects_at_first_step
 from packforcing.transformer import KV, unpatchify
 from packforcing.words import encode_words, make_prompt, random_attributes, random_tour
 
-PER_BATCH = 10  # prompts rolled out together, per worker
+PER_BATCH = 6  # prompts rolled out together, per worker
 
 
 class Verdict(NamedTuple):
@@ -42,6 +44,7 @@ class Verdict(NamedTuple):
     present: np.ndarray  # bool [T], whether the subject's color is seen
     shaped: np.ndarray  # bool [T], whether its shape is
     returns: list[float]  # loop-closure errors
+    revisits: list[Return]  # to places
     stills: np.ndarray  # uint8 [8, H, W, 3]
 
 
@@ -51,19 +54,30 @@ def rope(config: Config, positions: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Tensor:
-    """Videos of the prompts, uint8 [B, frames, H, W, 3]; the trimmed first frames are gone."""
+def roll(
+    model: Model, prompts: list[list[str]], seeds: list[int], blocks: int
+) -> tuple[Tensor, list[np.ndarray], dict[str, np.ndarray]]:
+    """Videos of the prompts, one for each block of each video, and what was selected by what.
+
+    Videos are uint8 [B, frames, H, W, 3], without the trimmed first frames; of every block, the
+    archived blocks that it read, [B, mid]; and [B, blocks, L, H, d] each, the mean queries of the
+    first step and of the commit, "first" and "commit", and the mean "keys".
+    """
     config, policy = model.config, model.config.policy
-    text = torch.from_numpy(np.concatenate([encode_words(prompt, config) for prompt in prompts]))
-    cross = model.transformer.cross_kv(text)
     batch, span = len(prompts), config.block_frames
+    read = []
+    first_queries, commit_queries = [], []
     decoder = StreamingDecoder(model, batch)
     full: list[list[KV]] = []  # of each block, per layer
     packed: list[list[KV]] = []
     pooled: list[np.ndarray] = []
     chosen = np.zeros((batch, 0), int)
     videos = []
-    for index in range(blocks):
+    followed: list[str] = []
+
+    def gather() -> tuple[list[KV], tuple[Tensor, Tensor], float]:
+        """What the next block reads, and its position."""
+        index = len(full)
         sink = list(range(min(policy.sink, index)))
         recent = list(range(max(policy.sink, index - policy.recent), index))
         places, start = [np.zeros((0, 3))], 0.0
@@ -90,13 +104,39 @@ def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Ten
                 empty = torch.zeros(batch, config.heads, 0, config.head_dim)
                 pair.append(torch.cat([empty, *parts], 2))
             context.append((pair[0], pair[1]))
+        return context, context_rope, start
 
-        def call(tokens, timestep, positions, extra=None, history=(context, context_rope)):
-            extra = torch.zeros(*tokens.shape[:2], config.dim) if extra is None else extra
-            return model.transformer(
-                tokens, extra, torch.full((batch,), float(timestep)), cross,
-                rope(config, positions), *history,
-            )  # fmt: skip
+    def select_by(query: Tensor) -> np.ndarray:
+        """Blocks to read after the last one, [B, mid], by a mean query [B, L, H, d]."""
+        if not policy.mid:
+            return np.zeros((batch, 0), int)
+        candidates = np.arange(policy.sink, max(policy.sink, len(full) - policy.recent))
+        scores: list = [None] * batch
+        if len(candidates):
+            keys = np.stack([pooled[i] for i in candidates], 1)  # [B, blocks, L, H, d]
+            scores = [affinity(query[b].numpy(), keys[b]) for b in range(batch)]
+        return np.stack([
+            select(policy, candidates, scores[b], seeds[b], len(full) - 1) for b in range(batch)
+        ])  # fmt: skip
+
+    def call(
+        cross: list[KV], context: list[KV], context_rope: tuple[Tensor, Tensor], tokens: Tensor,
+        timestep: float, positions: np.ndarray, extra: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV], Tensor, Tensor]:  # fmt: skip
+        extra = torch.zeros(*tokens.shape[:2], config.dim) if extra is None else extra
+        return model.transformer(
+            tokens, extra, torch.full((batch,), float(timestep)), cross, rope(config, positions),
+            context, context_rope,
+        )  # fmt: skip
+
+    for index in range(blocks):
+        now_followed = [prompt[index] for prompt in prompts]
+        changed = np.array([now != before for now, before in zip(now_followed, followed)], bool)
+        if now_followed != followed:
+            followed = now_followed
+            text = np.concatenate([encode_words(prompt, config) for prompt in followed])
+            cross = model.transformer.cross_kv(torch.from_numpy(text))
+        context, context_rope, start = gather()
 
         def noise(step, index=index):
             drawn = [draw_noise(config, seed, index, step) for seed in seeds]
@@ -105,27 +145,34 @@ def roll(model: Model, prompts: list[str], seeds: list[int], blocks: int) -> Ten
         places_now = block_positions(config, start)
         x = noise(0)
         for step, (timestep, now, then) in enumerate(denoising_steps(config, index)):
-            flow = call(x, timestep, places_now)[0]
+            flow, _, query, _ = call(cross, context, context_rope, x, timestep, places_now)
+            if step == 0:
+                first_queries.append(query)
+            again = np.array([selects_at_first_step(policy, new) for new in changed])
+            if step == 0 and again.any():
+                chosen = np.where(again[:, None], select_by(query), chosen)
+                context, context_rope, start = gather()
             x = advance(config, x, flow, noise(step + 1) if then else None, now, then)
-        _, new, query, _ = call(x, 0.0, places_now)
+        _, new, query, _ = call(cross, context, context_rope, x, 0.0, places_now)
         latents = unpatchify(x, config.grid, config.patch)
         pixels = decoder(latents)
         full.append(new)
         tokens, extra = model.compressor(latents, pixels)
         centers = compressed_positions(config, start, span)
-        _, small, _, key = call(tokens, 0.0, centers, extra)
+        _, small, _, key = call(cross, context, context_rope, tokens, 0.0, centers, extra)
         packed.append(small)
         pooled.append(key.numpy())
         videos.append((pixels * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2))
 
-        candidates = np.arange(policy.sink, max(policy.sink, index + 1 - policy.recent))
-        chosen = np.stack([
-            select(policy, candidates,
-                   affinity(query[b].numpy(), np.stack([pooled[i][b] for i in candidates]))
-                   if len(candidates) else None, seeds[b], index)
-            for b in range(batch)
-        ])  # fmt: skip
-    return torch.cat(videos, 1)[:, config.trimmed_frames :]
+        commit_queries.append(query)
+        read.append(chosen)
+        chosen = select_by(query)
+    pools = {
+        "first": torch.stack(first_queries, 1).numpy(),
+        "commit": torch.stack(commit_queries, 1).numpy(),
+        "keys": np.stack(pooled, 1),
+    }
+    return torch.cat(videos, 1)[:, config.trimmed_frames :], read, pools
 
 
 class StreamingDecoder:
@@ -161,16 +208,30 @@ def work(rank: int, args: argparse.Namespace) -> None:
         config = msgspec.structs.replace(config, shift=args.shift)
     if args.sampler:
         config = msgspec.structs.replace(config, sampler=args.sampler)
+    policy = comparison_policies(config)[args.policy]
+    config = msgspec.structs.replace(config, policy=policy)
     model = load_model(config, args.weights)
     model.autoencoder.requires_grad_(False)
     rng = np.random.default_rng(args.seed)
     draw = random_tour if args.tours else random_attributes
     prompts = [make_prompt(**draw(rng)) for _ in range(args.prompts)]
+    blocks = config.blocks(config.frames(args.seconds))
+    worlds: list[list[Visit]] = []
+    if args.recall:
+        worlds = [draw_world(args.seed + number, blocks) for number in range(args.prompts)]
+        prompts = [world[0].prompt for world in worlds]
     begun, results = time.monotonic(), []
     for first in range(rank * PER_BATCH, args.prompts, args.workers * PER_BATCH):
         numbers = list(range(first, min(first + PER_BATCH, args.prompts)))
         frames = config.frames(args.seconds)
-        videos = roll(model, [prompts[i] for i in numbers], numbers, config.blocks(frames))
+        told = [
+            [visit.prompt for visit in worlds[i] for _ in range(visit.blocks)] if worlds
+            else [prompts[i]] * blocks for i in numbers
+        ]  # fmt: skip
+        videos, read, pools = roll(model, told, numbers, blocks)
+        if args.pools:
+            np.savez(args.pools.with_suffix(f".{first}.npz"), numbers=args.seed + np.array(numbers),
+                     **pools)  # fmt: skip
         for i, video in zip(numbers, videos[:, :frames].numpy()):
             words = set(prompts[i].split())
             seen = demo_judge.read_words(video)
@@ -180,7 +241,18 @@ def work(rank: int, args: argparse.Namespace) -> None:
             right = demo_judge.matches(prompts[i], video, seen)
             returns = demo_judge.loop_closure(prompts[i], video)
             stills = video[:: max(1, frames // 8)][:8]
-            results.append(Verdict(i, prompts[i], right, present, shaped, returns, stills))
+            revisits = list[Return]()
+            if worlds:
+                mids = [blocks[i - first].tolist() for blocks in read]
+                grounds = [str(ground) for ground in seen["ground"]]
+                revisits = judge_recall(config, worlds[i], grounds, mids)
+                stills = video[[
+                    min(config.block_pixel_frames * (visit.block + visit.blocks) - 6, frames - 1)
+                    for visit in worlds[i] if visit.place
+                ]]  # fmt: skip
+            results.append(
+                Verdict(i, prompts[i], right, present, shaped, returns, revisits, stills)
+            )
     everyone: list = [None] * args.workers
     dist.gather_object(results, everyone if rank == 0 else None)
     if rank == 0:
@@ -208,6 +280,13 @@ def report(
         mean = f"{np.mean(errors):.3f}" if errors else "unknown"
         print(f"{len(errors)} returns in {sum(bool(r.returns) for r in results)} of the tours, "
               f"loop-closure error {mean}")  # fmt: skip
+    if args.recall:
+        shares = [np.mean([v.share for v in r.revisits if v.scored]) for r in results]
+        revisits = [visit for r in results for visit in r.revisits]
+        print(f"recall under {args.policy}: {np.mean(shares):.3f} "
+              f"(standard error {np.std(shares) / len(shares) ** 0.5:.3f}) of "
+              f"{sum(visit.scored for visit in revisits)} of {len(revisits)} returns; retrieved "
+              f"{np.mean([visit.retrieved for visit in revisits]):.3f}", flush=True)  # fmt: skip
     frames = {"color": [r.present for r in results], "shape": [r.shaped for r in results]}
     for what, seen in frames.items():
         parts = np.array_split(np.stack(seen).mean(0), 10)
@@ -240,6 +319,9 @@ def main() -> None:
     parser.add_argument("--shift", type=float, help="instead of the preset's")
     parser.add_argument("--sampler", choices=("euler", "renoise"), help="instead of the preset's")
     parser.add_argument("--tours", action="store_true", help="prompts of tours; loop closure")
+    parser.add_argument("--recall", action="store_true", help="worlds of visits; recall")
+    parser.add_argument("--pools", type=Path, help="files of mean queries and keys, a batch each")
+    parser.add_argument("--policy", default="packforcing", help="of packforcing compare")
     parser.add_argument("--sheet", type=Path, help="PNG of the first 24 videos, 8 frames each")
     parser.add_argument("--list", action="store_true", help="print the verdict of each prompt")
     parser.add_argument("--workers", type=int, default=2, help="one-thread processes")

@@ -66,7 +66,7 @@ def probe(weights: Path, tours: int, sink: int, seed: int = 777) -> dict[str, fl
         low = drawn["low"][:, ::span].float()
         x0 = patchify(clean.flatten(0, 1), config.patch)[None, :, None]
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(i))
-        text = torch.from_numpy(encode_words(tour.prompt, config))
+        text = torch.from_numpy(encode_words(tour.prompt, config)).expand(BLOCKS, -1, -1)[None]
         flow = clip_flow(model, layout, clean, clean, low, noise, torch.ones(x0.shape[:3]), text)
         error = (flow - (noise - x0)).square().mean(-1)[0, :, 0]
         tokens += error.numel()

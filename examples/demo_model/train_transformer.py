@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,10 @@ from train_autoencoder import load_autoencoder
 from packforcing import model_config
 from packforcing.compressor import Compressor
 from packforcing.config import Config
-from packforcing.model import Model, load_model, save_model
+from packforcing.model import Model, save_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.transformer import Transformer, patchify, rotate
+from packforcing.words import PLACES
 
 OUTLINE = (0.5, 0.95)  # noise levels: above, nothing is to be seen; below, all of the subject is
 KEEP = 0.995  # of the weights' average, per step
@@ -60,47 +61,51 @@ class Layout:
     recent: int
     rope: tuple[Tensor, Tensor]  # [G, 1, 1, size, d / 2]
     mask: Tensor  # bool [G, groups * size, keys]
+    source: Tensor  # int64 [G, keys], the block that a key is of; G where it is not of the past
 
     @classmethod
     def make(cls, config: Config, blocks: int, copies: int, sink: int, recent: int) -> Layout:
         n, m = config.block_tokens, config.compressed_tokens
-        size, groups, span = n + m, 1 + copies, config.block_frames
-        places = [
-            np.concatenate((block_positions(config, i * span),
-                            compressed_positions(config, i * span, span)))
-            for i in range(blocks)
-        ]  # fmt: skip
-        tables = [rope_table(p, config.head_dim) for p in places]
-        cos, sin = (torch.from_numpy(np.stack(t))[:, None, None] for t in zip(*tables))
-
+        size, groups = n + m, 1 + copies
+        rope = rope_tables(config, config.block_frames * np.arange(blocks))
+        source = torch.full((blocks, (sink + recent) * n + blocks * m + groups * size), blocks)
         mask = torch.zeros(blocks, groups * size, (sink + recent) * n + blocks * m + groups * size,
                            dtype=torch.bool)  # fmt: skip
         for i in range(blocks):
             for j in range(sink):
                 mask[i, :, j * n : (j + 1) * n] = j < i
+                source[i, j * n : (j + 1) * n] = j
             for j in range(1, recent + 1):
                 at = (sink + j - 1) * n
                 mask[i, :, at : at + n] = i - j >= sink
+                source[i, at : at + n] = max(i - j, 0)
             for j in range(sink, i - recent):
                 at = (sink + recent) * n + j * m
                 mask[i, :, at : at + m] = True
+                source[i, at : at + m] = j
             own = (sink + recent) * n + blocks * m
             for g in range(groups):
                 a = g * size
                 mask[i, a : a + n, own + a : own + a + n] = True
                 mask[i, a + n : a + size, own + a + n : own + a + size] = True
-        return cls(blocks, groups, size, n, sink, recent, (cos, sin), mask)
+        return cls(blocks, groups, size, n, sink, recent, rope, mask, source)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, reading: Reading | None = None
+    ) -> Tensor:
         """q, k, v [B G groups, H, size, d]; bias, the mask for all B. Returns what q is."""
 
         def split(x: Tensor) -> Tensor:
             return x.unflatten(0, (-1, self.blocks, self.groups))  # [B, G, groups, H, size, d]
 
-        q, k = rotate(split(q), self.rope), rotate(split(k), self.rope)
-        out = F.scaled_dot_product_attention(
-            q.transpose(2, 3).flatten(0, 1).flatten(2, 3), self._read(k), self._read(split(v)), bias
-        )
+        q, k, v = split(q), split(k), split(v)
+        if reading:
+            reading.select(self, q, k)
+        q, k = rotate(q, self.rope), rotate(k, self.rope)
+        queries, keys = q.transpose(2, 3).flatten(0, 1).flatten(2, 3), self._read(k)
+        if reading:
+            reading.attend(self, queries, keys)
+        out = F.scaled_dot_product_attention(queries, keys, self._read(v), bias)
         out = out.unflatten(2, (self.groups, self.size)).transpose(1, 2)
         return out.flatten(0, 1)
 
@@ -117,15 +122,76 @@ class Layout:
         return torch.cat(parts, 3).flatten(0, 1)
 
 
+def rope_tables(config: Config, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Tables of blocks and their compressed tokens, of blocks that start at `starts`, [G]."""
+    places = [
+        np.concatenate((block_positions(config, float(start)),
+                        compressed_positions(config, float(start), config.block_frames)))
+        for start in starts
+    ]  # fmt: skip
+    tables = [rope_table(place, config.head_dim) for place in places]
+    cos, sin = (torch.from_numpy(np.stack(table))[:, None, None] for table in zip(*tables))
+    return cos, sin
+
+
+class Reading:
+    """Whether the first block of a return reads the blocks that show the place, from pure noise.
+
+    Two losses, of copy 0: the share of its attention, in head `HEAD` of `LAYERS`, that goes to
+    them; and, block against block, the affinity of the selection (`packforcing.selection`), summed
+    over layers and heads.
+    """
+
+    HEAD, LAYERS = 0, (2, 4)
+
+    def __init__(self, needed: Tensor) -> None:
+        """`needed` is bool [B, G, G]."""
+        self.needed = needed
+        self.rows = needed.any(-1)
+        self.layer = 0
+        self.scores = torch.zeros(())
+        self.missed = torch.zeros(())
+
+    def select(self, layout: Layout, q: Tensor, k: Tensor) -> None:
+        """Adds a layer's affinities; q and k [B, G, groups, H, size, d], before RoPE."""
+        n = layout.tokens
+        query, key = q[:, :, 1, :, :n].mean(3), k[:, :, 0, :, n:].mean(3)  # [B, G, H, d]
+        score = torch.einsum("bihd,bjhd->bij", query, key) / q.shape[-1] ** 0.5
+        self.scores = self.scores + score
+
+    def attend(self, layout: Layout, q: Tensor, k: Tensor) -> None:
+        """Adds a layer's loss; q [B G, H, groups size, d] and k [B G, H, keys, d]."""
+        if self.layer in self.LAYERS and self.rows.any():
+            noisy = slice(layout.size, layout.size + layout.tokens)
+            which = self.rows.flatten()
+            logits = q[which, self.HEAD, noisy] @ k[which, self.HEAD].mT / q.shape[-1] ** 0.5
+            mask = layout.mask[:, noisy].repeat(len(self.needed), 1, 1)[which]
+            source = layout.source.repeat(len(self.needed), 1)[which]
+            wanted = F.pad(self.needed, (0, 1)).flatten(0, 1)[which].gather(1, source)[:, None]
+            logits = logits.masked_fill(~mask, -torch.inf)
+            found = logits.masked_fill(~(wanted & mask), -torch.inf).logsumexp(-1)
+            self.missed = self.missed + (logits.logsumexp(-1) - found).mean()
+        self.layer += 1
+
+    def loss(self) -> tuple[Tensor, Tensor]:
+        """Of attention and of selection."""
+        if not self.rows.any():
+            return self.missed, self.missed
+        past = torch.ones_like(self.needed[0]).tril(-1)
+        scores = self.scores.masked_fill(~past, -torch.inf)[self.rows]
+        found = scores.masked_fill(~self.needed[self.rows], -torch.inf).logsumexp(-1)
+        return self.missed / len(self.LAYERS), (scores.logsumexp(-1) - found).mean()
+
+
 def clip_flow(
     model: Model, layout: Layout, clean: Tensor, packed: Tensor, low: Tensor, noisy: Tensor,
-    sigma: Tensor, text: Tensor,
+    sigma: Tensor, text: Tensor, reading: Reading | None = None,
 ) -> Tensor:  # fmt: skip
     """Flow of every noised block of whole clips, [B, G, copies, N, P].
 
     clean [B, G, B_f, C, h, w] latents, the history; packed, the same, what stands compressed in
     the place of each, and low [B, G, N_c, P], its low branch; noisy [B, G, copies, N, P]; sigma
-    [B, G, copies]; text [B, T, text_dim].
+    [B, G, copies]; text [B, G, T, text_dim].
     """
     config, transformer = model.config, model.transformer
     n, m = config.block_tokens, config.compressed_tokens
@@ -135,13 +201,12 @@ def clip_flow(
     high = model.compressor.high_branch(packed.flatten(0, 1)).unflatten(0, clean.shape[:2])
     extra = F.pad(high[:, :, None], (0, 0, n, 0, 0, layout.groups - 1)).flatten(0, 2)
     timestep = 1000 * F.pad(sigma, (1, 0)).reshape(-1, 1)
-    count = layout.blocks * layout.groups
-    cross = [(k.repeat_interleave(count, 0), v.repeat_interleave(count, 0))
-             for k, v in transformer.cross_kv(text)]  # fmt: skip
+    cross = [(k.repeat_interleave(layout.groups, 0), v.repeat_interleave(layout.groups, 0))
+             for k, v in transformer.cross_kv(text.flatten(0, 1))]  # fmt: skip
     bias = layout.mask.repeat(clean.shape[0], 1, 1)[:, None]
     flow = transformer.run(
         x, extra, *transformer.embed_time(timestep), cross,
-        lambda q, k, v: layout.attend(q, k, v, bias),
+        lambda q, k, v: layout.attend(q, k, v, bias, reading),
     )  # fmt: skip
     return flow.unflatten(0, (-1, layout.blocks, layout.groups))[:, :, 1:, :n]
 
@@ -180,6 +245,8 @@ class Data:
         frames = blocks * span
         pick = rng.integers(len(clips["latents"]), size=count)
         starts = rng.integers(clips["latents"].shape[1] - frames + 1, size=count)
+        if "needed" in clips:  # what is read must have been shown
+            starts[:] = 0
         where = torch.from_numpy(starts[:, None] + np.arange(frames))
         rows = torch.from_numpy(pick)[:, None]
         out = {
@@ -192,9 +259,22 @@ class Data:
         for name in ("cover", "back"):
             out[name] = clips[name][rows, where].float().reshape(count, blocks, -1) / 255
         text = clips["words"][torch.from_numpy(pick)].float()
+        if "needed" in clips:  # one prompt per block
+            for clip in text:  # any place may have any name
+                names = rng.permutation(len(PLACES)) - len(PLACES)
+                clip[..., -len(PLACES) :] = clip[..., torch.from_numpy(names)]
+            needed = clips["needed"][torch.from_numpy(pick), :blocks, :blocks]
+            return {**out, "text": text[:, :blocks], "needed": needed}
         left_out = 0.0 if "tour" in kind else 0.1  # one that names a single ground must not pan
         keep = torch.from_numpy(rng.random(text.shape[:2]) >= left_out)
-        return {**out, "text": text * keep[..., None]}
+        return {**out, "text": (text * keep[..., None])[:, None].expand(-1, blocks, -1, -1)}
+
+
+def spread(config: Config, rng: np.random.Generator, blocks: int) -> np.ndarray:
+    """Positions of blocks with up to four gaps between them, as in a long history, [blocks]."""
+    gaps = np.zeros(blocks)
+    gaps[rng.integers(1, blocks, 4)] = rng.uniform(0, 60, 4) * rng.integers(2, size=4)
+    return config.block_frames * np.arange(blocks) + np.floor(gaps.cumsum())
 
 
 def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
@@ -218,7 +298,8 @@ def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
     latents = spoil(drawn["latents"], drawn.get("double_latents", drawn["latents"]))
     low = spoil(drawn["low"], drawn.get("double_low", drawn["low"]))
     older = rng.integers(np.arange(1, blocks + 1), size=(clips, blocks))
-    sources = np.where(rng.random((clips, 1)) < 0.5, older, np.arange(blocks))
+    often = 0.0 if "needed" in drawn else 0.5  # what a block needs must stay
+    sources = np.where(rng.random((clips, 1)) < often, older, np.arange(blocks))
     rows = np.arange(clips)[:, None]
     return latents, latents[rows, sources], low[rows, sources]
 
@@ -254,6 +335,21 @@ def initialise(transformer: Transformer) -> None:
             layer.modulation[:, [2, 5]] = 0.3
 
 
+def load_parts(model: Model, path: Path) -> None:
+    """Loads transformer and compressor, of a model that may know fewer words."""
+    saved = load_file(path)
+    for name in ("transformer", "compressor"):
+        part = getattr(model, name)
+        state = {key.removeprefix(f"{name}."): value.float() for key, value in saved.items()
+                 if key.startswith(f"{name}.")}  # fmt: skip
+        if name == "transformer":
+            words = part.text_embedding[0].weight.detach().clone()
+            known = state["text_embedding.0.weight"]
+            words[:, : known.shape[1]] = known
+            state["text_embedding.0.weight"] = words
+        part.load_state_dict(state)
+
+
 def train(rank: int, args: argparse.Namespace) -> None:
     config = model_config("demo")
     torch.manual_seed(args.seed)
@@ -261,9 +357,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     model = Model(config, Transformer(config), autoencoder, Compressor(config, autoencoder.encode))
     initialise(model.transformer)
     if args.start:
-        begun = load_model(config, args.start)
-        model.transformer.load_state_dict(begun.transformer.state_dict())
-        model.compressor.load_state_dict(begun.compressor.state_dict())
+        load_parts(model, args.start)
     parts = nn.ModuleDict({"transformer": model.transformer, "compressor": model.compressor})
     average = {name: p.detach().clone() for name, p in parts.named_parameters()}
     muon = [p for name, p in parts.named_parameters()
@@ -313,10 +407,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
             data.draw(rng, "short-tour", tours, 1),
             data.draw(rng, "short", fresh, 1),
             data.draw(rng, "long", count - tours - fresh, 1),
+            data.draw(rng, "visits", 2, 1),
         ]
         latents, text, cover = (
             torch.cat([part[name] for part in drawn]) for name in ("latents", "text", "cover")
         )
+        text, count = text[:, 0], len(text)
         x0 = patchify(latents.flatten(0, 1), config.patch)
         noise, sigma = torch.randn_like(x0), draw_sigma((count,), args.shift)
         noisy = torch.lerp(x0, noise, sigma[:, None, None])
@@ -327,28 +423,48 @@ def train(rank: int, args: argparse.Namespace) -> None:
 
         if with_clips:
             loss = lone * args.lone_share
-            key = int(rng.choice([0, 1, 1, 1, 2])), int(rng.choice([1, 2, 2, 3]))
+            kind = str(rng.choice(["visits", "tour", "long"], p=[args.visits, args.tours,
+                                  1 - args.visits - args.tours]))  # fmt: skip
+            blocks = KINDS["visits"][1] // config.block_frames if kind == "visits" else args.blocks
+            key = blocks, int(rng.choice([0, 1, 1, 1, 2])), int(rng.choice([1, 2, 2, 3]))
+            if kind == "visits" and rng.random() < args.whole:  # nothing is compressed
+                key = blocks, blocks, 1
             if key not in layouts:
-                layouts[key] = Layout.make(config, args.blocks, args.copies, *key)
-            kind = "tour" if rng.random() < args.tours else "long"
-            drawn_clips = data.draw(rng, kind, args.clips, args.blocks)
+                layouts[key] = Layout.make(config, blocks, args.copies, *key[1:])
+            layout, reading = layouts[key], None
+            drawn_clips = data.draw(rng, kind, args.clips, blocks)
+            if kind == "visits":
+                reading = Reading(drawn_clips["needed"])
+                if rng.random() < 0.5:
+                    layout = replace(layout, rope=rope_tables(config, spread(config, rng, blocks)))
             x0 = patchify(drawn_clips["latents"].flatten(0, 1), config.patch)
             x0 = x0.unflatten(0, (args.clips, -1))[:, :, None].expand(-1, -1, args.copies, -1, -1)
             weight = 1 + args.subject_weight * drawn_clips["cover"]
             weight = weight + args.back_weight * drawn_clips["back"]
             weight = weight[:, :, None].expand(-1, -1, args.copies, -1)
             noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3], args.shift)
-            if kind == "tour":
+            if kind != "long":
                 sigma[..., 0] = 1  # with any of it to be seen, a place need not be remembered
             noisy = torch.lerp(x0, noise, sigma[..., None, None])
             past = drawn_clips
-            if rng.random() < args.foreign:  # so that the prompt stays worth reading
-                past = data.draw(rng, kind, args.clips, args.blocks)
+            if kind != "visits" and rng.random() < args.foreign:
+                past = data.draw(rng, kind, args.clips, blocks)
             history = mistaken(past, rng, args.doubles)
-            flow = clip_flow(model, layouts[key], *history, noisy, sigma, drawn_clips["text"])
+            text = drawn_clips["text"]
+            flow = clip_flow(model, layout, *history, noisy, sigma, text, reading)
             error = weighted_error(flow, noise - x0, weight)
             loss = loss + error * (1 - args.lone_share)
-            shown["clip"] = 0.98 * shown.get("clip", error.item()) + 0.02 * error.item()
+            shown[kind] = 0.98 * shown.get(kind, error.item()) + 0.02 * error.item()
+            if reading and reading.rows.any():
+                missed, mistaken_for = reading.loss()
+                loss = loss + args.reading * (missed + mistaken_for)
+                square = (flow - (noise - x0)).square().mean((-1, -2))[:, :, 0]
+                for name, value in (
+                    ("attention", missed), ("selection", mistaken_for),
+                    ("recalled", square[reading.rows].mean()),
+                    ("others", square[~reading.rows].mean()),
+                ):  # fmt: skip
+                    shown[name] = 0.98 * shown.get(name, value.item()) + 0.02 * value.item()
 
         loss.backward()
         team.average_gradients(parts.parameters())
@@ -365,7 +481,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         team.add_up([clock], 1 / args.workers)
         seconds += clock.item()
         bar.update(task, completed=seconds)
-        if step % 25 == 0 and rank == 0:
+        if (step % 25 == 0 or step == 5) and rank == 0:
             print(f"step {step}, {seconds:.0f} s, {clock.item():.2f} s a step: "
                   + "".join(f"{name} {value:.3f}, " for name, value in shown.items())
                   + f"gradient {norm:.2f}", flush=True)  # fmt: skip
@@ -415,6 +531,11 @@ def main() -> None:
                         help="of what came back into view")  # fmt: skip
     parser.add_argument("--shift", type=float, default=3.0, help="of the noise levels drawn")
     parser.add_argument("--tours", type=float, default=0.3, help="share of tours")
+    parser.add_argument("--visits", type=float, default=0.0, help="share of visits to places")
+    parser.add_argument("--whole", type=float, default=0.1,
+                        help="share of visits with a history of whole blocks")  # fmt: skip
+    parser.add_argument("--reading", type=float, default=0.02,
+                        help="weight of attention to what has to be recalled")  # fmt: skip
     parser.add_argument("--foreign", type=float, default=0.1, help="share of foreign histories")
     parser.add_argument("--doubles", type=float, default=0.6,
                         help="share of histories that show the wrong shape at times")  # fmt: skip

@@ -17,7 +17,14 @@ import numpy as np
 
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.evaluation.demo_judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
-from packforcing.words import GROUNDS, PATTERNS, make_prompt, random_attributes, random_tour
+from packforcing.words import (
+    GROUNDS,
+    PATTERNS,
+    PLACES,
+    make_prompt,
+    random_attributes,
+    random_tour,
+)
 
 SIZE = 128  # pixels, both ways
 RADIUS = (22.0, 28.0)  # pixels; a subject covers about a tenth of the picture
@@ -29,6 +36,8 @@ HALT = 28  # frames at each place, more than a window of the same memory as Pack
 SKY = 56  # pixels, of a landmark's height
 TILT = 16  # pixels of it that the camera does not see at first
 AWAY = 4  # frames
+BLOCK = 8  # frames; prompts change between blocks
+STAY = (1, 2, 3)  # blocks of a visit
 
 _SHIFT = 6  # OpenCV's fractional bits
 
@@ -45,16 +54,24 @@ class Clip(NamedTuple):
     back: np.ndarray
 
 
+class Visits(NamedTuple):
+    """Drawn visits to places. `prompts` has one per block; `frames` and `masks` are those of a
+    `Clip`; `needed` is bool [blocks, blocks]: for the first block of every return, the earlier
+    blocks that show the place."""
+
+    prompts: list[str]
+    frames: np.ndarray
+    masks: np.ndarray
+    needed: np.ndarray
+
+
 def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
     """Draws a clip; attributes (color, shape, ground, pattern) not given are drawn by lot."""
     words = {**random_attributes(rng), **fixed}
     path = _subject_path(rng, frames)
-    drift = rng.uniform(*DRIFT) * rng.choice([-1, 1], 2)
-    offsets = (rng.uniform(0, PERIOD, 2) + drift * np.arange(frames)[:, None]) % PERIOD
-    tones = np.float32(GROUND_RGB[words["ground"]])
-    share = _second_tone(words["pattern"])[..., None]
-    tile = tones[0] * (1 - share) + tones[1] * share
-    pictures, masks = _film(tile, offsets, words, path)
+    start, drift = _drift(rng)
+    offsets = (start + drift * np.arange(frames)[:, None]) % PERIOD
+    pictures, masks = _film(_tile(words), offsets, words, path)
     camera = np.zeros(frames)
     return Clip(make_prompt(**words), pictures, masks, camera, came_back(camera))
 
@@ -69,6 +86,48 @@ def make_tour(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
     offsets = np.stack([camera, tilt], 1)
     pictures, masks = _film(scene, offsets, words, path)
     return Clip(make_prompt(**words), pictures, masks, camera, came_back(camera))
+
+
+def make_visits(rng: np.random.Generator, blocks: int) -> Visits:
+    """Draws visits: the ground changes between blocks, at once, to that of another place.
+
+    The prompt of the first visit names place, ground and pattern; when the subject comes back, the
+    place alone. Some grounds have no place's name: they are passed through once.
+    """
+    words = random_attributes(rng)
+    path = _subject_path(rng, BLOCK * blocks)
+    names = [str(name) for name in rng.permutation(PLACES)]
+    known: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    prompts, pictures, masks = list[str](), [], []
+    needed = np.zeros((blocks, blocks), bool)
+    shown: list[str | None] = []
+    while len(shown) < blocks:
+        at, away = len(shown), [name for name in known if name not in shown[-1:]]
+        kind = rng.choice(["new", "return", "unnamed"], p=[0.35, 0.5, 0.15])
+        name = None
+        if away and (kind == "return" or len(known) == len(names)):
+            name = str(rng.choice(away))
+            needed[at, :at] = [place == name for place in shown]
+            prompt = make_prompt(words["color"], words["shape"], place=name)
+        if name is None:
+            if kind != "unnamed":
+                name = names[len(known)]
+            ground = {**random_attributes(rng), "color": words["color"], "shape": words["shape"]}
+            tile, (start, drift) = _tile(ground), _drift(rng)
+            prompt = make_prompt(**ground, place=name)
+            if name:
+                known[name] = tile, start, drift
+        else:
+            tile, start, drift = known[name]
+        stop = min(at + int(rng.choice(STAY)), blocks)
+        times = np.arange(BLOCK * at, BLOCK * stop)
+        offsets = (start + drift * times[:, None]) % PERIOD
+        film = _film(tile, offsets, words, _Path(path.radius, path.centers[times]))
+        pictures.append(film[0])
+        masks.append(film[1])
+        prompts += [prompt] * (stop - at)
+        shown += [name] * (stop - at)
+    return Visits(prompts, np.concatenate(pictures), np.concatenate(masks), needed)
 
 
 def came_back(camera: np.ndarray) -> np.ndarray:
@@ -123,6 +182,19 @@ def _film(
         cover = masks[t][..., None].astype(np.float32) / 255
         pictures[t] = np.rint(ground + cover * (ink - ground))
     return pictures, masks
+
+
+def _drift(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Where a ground begins and how far it moves per frame, [2] pixels each."""
+    drift = rng.uniform(*DRIFT) * rng.choice([-1, 1], 2)
+    return rng.uniform(0, PERIOD, 2), drift
+
+
+def _tile(words: dict[str, str]) -> np.ndarray:
+    """A ground, float32 [SIZE + PERIOD, SIZE + PERIOD, 3]."""
+    tones = np.float32(GROUND_RGB[words["ground"]])
+    share = _second_tone(words["pattern"])[..., None]
+    return tones[0] * (1 - share) + tones[1] * share
 
 
 def skies(names: list[str]) -> dict[str, list[str]]:

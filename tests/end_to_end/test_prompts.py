@@ -566,7 +566,7 @@ def test_a_file_that_is_not_there_and_two_kinds_of_prompt_are_explained(tiny_bun
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | st.sampled_from(range(8)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(b"a=" + b"[" * 20_000)
 @example(b"switch=[{time=" + b"9" * 5000 + b"}]")
 @example(b"switch=[{time=1" + b"0" * 400 + b", prompt=''}]")

@@ -1,5 +1,6 @@
 """The demo model's text encoder."""
 
+import msgspec
 import pytest
 
 from packforcing import model_config
@@ -32,6 +33,14 @@ def test_prompts_become_one_hot_rows_in_any_order():
 def test_prompts_the_model_cannot_read_are_explained(prompt, message):
     with pytest.raises(PromptError, match=message):
         encode_words(prompt, model_config("demo"))
+
+
+def test_a_model_without_channels_for_places_does_not_know_them():
+    old = msgspec.structs.replace(model_config("demo"), text_dim=22)
+    rows = encode_words("a red star at the harbor", model_config("demo"))
+    assert VOCABULARY[rows[0, 2].argmax()] == "harbor"
+    with pytest.raises(PromptError, match=r"does not know 'harbor'; [^\d]*pattern \([^)]*\)$"):
+        encode_words("a red star at the harbor", old)
 
 
 def test_other_encoders_are_not_faked():

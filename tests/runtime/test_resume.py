@@ -80,6 +80,7 @@ POLICIES = {
     "full history": Policy(sink=0, mid=0, recent=1000),
     "late sink": Policy(sink=5, mid=2, recent=2),
     "last step": Policy(sink=1, mid=2, recent=2, commit="last-step"),
+    "first step": Policy(sink=1, mid=2, recent=2, selection="first-step"),
     "restarts": Policy(sink=1, mid=2, recent=1, restart=3),
     "restarts every block": Policy(sink=0, mid=0, recent=1, restart=2, positions="absolute"),
 }
