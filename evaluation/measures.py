@@ -126,6 +126,7 @@ RECALL_MEASURES = dict(
         "prompt; `recall` is a mean over them",
     ),
 )  # fmt: skip
+SUBJECT_MEASURES = tuple(DEMO_MEASURES)[:2]  # color and shape
 ALL_MEASURES = {**MEASURES, **DEMO_MEASURES, **RECALL_MEASURES}
 COUNTS = ("returns", "scored", "revisits")  # measures that are summed, not averaged
 # by measure, the count that its mean over several segments is weighted by, instead of their length
@@ -218,12 +219,12 @@ def evaluate_recall(
     """
     path, config = Path(video), model_config("demo")
     fps, count, size = probe_video(path)
-    tally = Tally(fps, ["colour", "shape", *RECALL_MEASURES])
+    tally = Tally(fps, [*SUBJECT_MEASURES, *RECALL_MEASURES])
     grounds, before = list[str](), None
     for index, pixels in enumerate(read_frames(path)):
         scene = demo_judge.read_scene(pixels)
         values = _demo_values(scene, before, world[0].prompt, fps)
-        tally.add(index, {name: values[name] for name in ("colour", "shape")})
+        tally.add(index, {name: values[name] for name in SUBJECT_MEASURES})
         grounds.append(scene.ground)
         before = scene
         if on_frame:

@@ -84,16 +84,16 @@ def draw_world(number: int, blocks: int) -> list[Visit]:
             else:
                 free = [ground for ground in GROUNDS if ground not in around]
                 ground, pattern = str(rng.choice(free)), str(rng.choice(PATTERNS))
-            told = {} if first is not None else {"ground": ground, "pattern": pattern}
-            prompt = make_prompt(color, shape, **told, place=place)
+            words = {} if first is not None else {"ground": ground, "pattern": pattern}
+            prompt = make_prompt(color, shape, **words, place=place)
             visits.append(Visit(start, length, prompt, place, ground, first))
         pairs = itertools.pairwise(visits)
         apart = [v.block - starts[v.first + 1] for v in visits if v.first is not None]
         if all(a.ground != b.ground for a, b in pairs) and min(apart, default=AWAY) >= AWAY:
             break
-    kept = [visit for visit in visits if visit.block < blocks]
-    last = kept[-1]
-    return [*kept[:-1], last._replace(blocks=blocks - last.block)]
+    visits = [visit for visit in visits if visit.block < blocks]
+    last = visits[-1]
+    return [*visits[:-1], last._replace(blocks=blocks - last.block)]
 
 
 def schedule(config: Config, world: Sequence[Visit]) -> list[Switch]:
@@ -146,9 +146,9 @@ def judge_recall(
         if visit.first is not None:
             before = world[visit.first]
             shown_by = range(before.block, before.block + before.blocks)
-            found = any(block in read[visit.block] for block in shown_by)
+            is_read = any(block in read[visit.block] for block in shown_by)
             frame = _first_frame(config, visit.block)
-            returns.append(Return(frame, share, shares[visit.first] > 0.5, found))
+            returns.append(Return(frame, share, shares[visit.first] > 0.5, is_read))
     return returns
 
 

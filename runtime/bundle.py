@@ -42,6 +42,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+# NumPy first: where C code imports it, an interrupt of that import prints a traceback
+import numpy  # noqa: F401  # isort: skip
 import ml_dtypes  # noqa: F401  makes float8_e4m3fn known to NumPy
 import msgspec
 

@@ -224,11 +224,11 @@ def work(rank: int, args: argparse.Namespace) -> None:
     for first in range(rank * PER_BATCH, args.prompts, args.workers * PER_BATCH):
         numbers = list(range(first, min(first + PER_BATCH, args.prompts)))
         frames = config.frames(args.seconds)
-        told = [
+        schedules = [
             [visit.prompt for visit in worlds[i] for _ in range(visit.blocks)] if worlds
             else [prompts[i]] * blocks for i in numbers
         ]  # fmt: skip
-        videos, read, pools = roll(model, told, numbers, blocks)
+        videos, read, pools = roll(model, schedules, numbers, blocks)
         if args.pools:
             np.savez(args.pools.with_suffix(f".{first}.npz"), numbers=args.seed + np.array(numbers),
                      **pools)  # fmt: skip

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from clip_pass import Layout, clip_flow
 from encode_dataset import encode_clips
 from torch import Tensor
-from train_transformer import Layout, clip_flow
 from world import in_view, make_tour, on_screen
 
 from packforcing import model_config

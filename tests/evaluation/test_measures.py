@@ -303,7 +303,7 @@ def test_the_command_prints_a_row_per_segment_or_json(world, tour, tmp_path):
     assert text[6] == "" and text[9].split()[0] == "0-1.25" and len(text) == 10
     printed = json.loads(run(short, "--prompt", drawn.prompt, "--json").stdout)
     (video,) = printed["videos"]
-    assert set(video["values"]) == set(printed["measures"]) == {*MEASURES, *DEMO_MEASURES}
+    assert set(video["values"]) == {*MEASURES, *DEMO_MEASURES} <= set(printed["measures"])
     assert video["values"]["loop_closure"] is None and video["values"]["returns"] == 0
 
 

@@ -37,14 +37,14 @@ def test_only_the_history_knows_what_a_return_shows(seconds):
         assert world[0].place is None  # so that the sink does not know it
         for visit, before in zip(world[1:], world):
             assert visit.block == before.block + before.blocks and visit.ground != before.ground
-            told = set(visit.prompt.split())
-            assert (visit.place is None) == ("at" not in told)
+            words = set(visit.prompt.split())
+            assert (visit.place is None) == ("at" not in words)
             if visit.first is None:
-                assert told & set(GROUNDS) == {visit.ground}
+                assert words & set(GROUNDS) == {visit.ground}
             else:
                 first = world[visit.first]
                 assert (first.place, first.ground, first.first) == (visit.place, visit.ground, None)
-                assert not told & {*GROUNDS, *PATTERNS}
+                assert not words & {*GROUNDS, *PATTERNS}
                 assert visit.block - first.block - first.blocks >= AWAY
         assert world[-1].block + world[-1].blocks == blocks_of(seconds)
         returns = [visit.place for visit in world if visit.first is not None]
@@ -70,8 +70,8 @@ def test_a_perfect_video_recalls_everything_and_one_that_stands_still_nothing():
     assert len(right) == 8 and all(v.share == 1 and v.scored and v.retrieved for v in right)
 
     def standing(visit):
-        told = [other for other in world[: world.index(visit) + 1] if other.first is None]
-        return told[-1].ground  # of the last prompt that named one
+        earlier = [other for other in world[: world.index(visit) + 1] if other.first is None]
+        return earlier[-1].ground  # of the last prompt that named one
 
     still = judge_recall(CONFIG, world, grounds_of(world, 60.0, standing), read)
     after_a_told_one = [

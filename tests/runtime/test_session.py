@@ -269,7 +269,7 @@ def test_a_closed_session_refuses_to_make_videos(tiny_bundle):
 def test_nothing_is_allocated_or_moved_in_a_hundred_blocks(tiny_bundle):
     """Once every partition is full, each block makes the same calls at the same addresses and
     copies the same bytes, but for the archived blocks that it brings back; no array is left.
-    A prompt switch on the way changes nothing of that."""
+    The block after a prompt switch selects once more; later ones are as before."""
     full, cuda = TINY.policy.capacity + 2, Cuda()
     with Session.open(tiny_bundle) as session:
         run = Rollout(TINY, on_gpu(session.backend, cuda))
@@ -304,7 +304,8 @@ def test_nothing_is_allocated_or_moved_in_a_hundred_blocks(tiny_bundle):
     assert not left.traces
     assert {entry[0] for entry in blocks[0]} == {"copy", "call", run.buffers.new.address}
     # the decoder's two sets of state take turns
-    assert all(block == blocks[index % 2] for index, block in enumerate(blocks))
+    others = [(index, block) for index, block in enumerate(blocks) if index != 50]
+    assert all(block == blocks[index % 2] for index, block in others)
     assert brought_back > 5
 
 
