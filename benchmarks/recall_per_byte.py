@@ -27,11 +27,11 @@ from packforcing.evaluation.prompt_sets import draw_worlds
 from packforcing.evaluation.recall import CHANCE, JUDGED
 from packforcing.presets import policies
 from packforcing.runtime import demo_bundle
+from packforcing.runtime.allocations import token_bytes
 from packforcing.runtime.bundle import read_manifest
 
 MIDS = (1, 2, 4, 6, 12, 24)  # blocks
 WINDOWS = (2, 3, 4, 6, 12, 24)  # blocks
-ITEM_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -78,11 +78,9 @@ def measure(folder: Path, worlds: int, seconds: float, seed: int) -> list[Point]
 
 
 def _point(config: Config, comparison: Comparison, name: str, curve: str, blocks: int) -> Point:
-    item = ITEM_BYTES[config.precision.cache]
-    token_bytes = 2 * config.layers * config.dim * item
     rows = comparison.whole[name]
     return Point(
-        curve, blocks, comparison.costs[name].tokens_read * token_bytes,
+        curve, blocks, comparison.costs[name].tokens_read * token_bytes(config),
         rows["recall"].value, rows["recall"].difference, rows["retrieved"].value,
     )  # fmt: skip
 

@@ -71,7 +71,10 @@ def draw_worlds(config: Config, count: int, seed: int, seconds: float) -> list[P
         ConfigError: The model does not know the names of places, or the video is too short.
     """
     if config.text_encoder != "words" or config.text_dim < WORD_COUNT:
-        raise ConfigError(f"recall is measured with the demo model alone; this is {config.name}")
+        older = ", exported before it knew places" * (config.text_encoder == "words")
+        raise ConfigError(
+            f"recall is measured with the demo model alone; this is {config.name}{older}"
+        )
     blocks = config.blocks(config.frames(seconds))
     if seconds < SHORTEST:
         raise ConfigError(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from packforcing import model_config
 from packforcing.config import TEMPORAL_FACTOR
 from packforcing.evaluation.demo_judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
 from packforcing.words import (
@@ -36,7 +37,7 @@ HALT = 28  # frames at each place, more than a window of the same memory as Pack
 SKY = 56  # pixels, of a landmark's height
 TILT = 16  # pixels of it that the camera does not see at first
 AWAY = 4  # frames
-BLOCK = 8  # frames; prompts change between blocks
+BLOCK = model_config("demo").block_pixel_frames  # prompts change between blocks
 STAY = (1, 2, 3)  # blocks of a visit
 
 _SHIFT = 6  # OpenCV's fractional bits
