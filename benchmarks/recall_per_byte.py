@@ -66,7 +66,7 @@ def measure(folder: Path, worlds: int, seconds: float, seed: int) -> list[Point]
         for curve, each in curves(config).items()
         for blocks, policy in each.items()
     }
-    with count_meter("recall", "frames") as on_frame:
+    with count_meter("recall", "frames", quiet=False) as on_frame:
         comparison = run_comparison(
             bundle, {name: policy for name, (_, _, policy) in by_name.items()},
             draw_worlds(config, worlds, seed, seconds), seconds, folder, progress=on_frame,
