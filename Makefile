@@ -18,8 +18,8 @@ live: $(INSTALLED)  ## open a page on which the demo model's video is steered wh
 test: $(INSTALLED)  ## a process for each core; the tests of a file stay together
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
-full: $(INSTALLED)  ## the long proofs as well, and how long each took
-	$(BIN)/python -m pytest -m "" -p tests.durations --durations=30
+full: $(INSTALLED)  ## the long proofs as well, hours; again: those that have not passed with this code
+	$(BIN)/python -m pytest -m "" -p tests.full_run --durations=30
 
 bench: $(INSTALLED)  ## the demo on this machine; with AGAINST=CHECKOUT, before and after in one run
 	$(if $(AGAINST),$(BIN)/python -m benchmarks.against $(AGAINST),$(BIN)/packforcing bench)

@@ -119,13 +119,19 @@ def write_documents() -> None:
             print(f"{path.relative_to(ROOT)} has new figures")
 
 
-def run_key(run: Run) -> str:
-    """Return a hash of all that decides about a run's values: code, weights and commands."""
+def code_digest(*folders: str) -> hashlib._Hash:
+    """Return a hash of the code and the weights in folders of the repository."""
     digest = hashlib.sha256()
-    for folder in map(ROOT.joinpath, ROOMS):
+    for folder in map(ROOT.joinpath, folders):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".py", ".safetensors", ".onnx", ".data", ".json", ".toml"):
                 digest.update(f"{path.relative_to(ROOT)} {file_sha256(path)}\n".encode())
+    return digest
+
+
+def run_key(run: Run) -> str:
+    """Return a hash of all that decides about a run's values: code, weights and commands."""
+    digest = code_digest(*ROOMS)
     for name in (*run.needs, None):
         digest.update(msgspec.json.encode((RUNS[name] if name else run).commands))
     return digest.hexdigest()[:16]
