@@ -1,5 +1,9 @@
 """Figures of GPUs: rates against what NVIDIA publishes, and the names by which people know them."""
 
+import tomllib
+from fractions import Fraction
+from pathlib import Path
+
 import pytest
 
 from packforcing.errors import BackendError, ConfigError
@@ -17,6 +21,48 @@ AI_TOPS = {
     "RTX 5050": 421, "RTX 5060": 614, "RTX 5060 Ti": 759, "RTX 5070": 988, "RTX 5070 Ti": 1406,
     "RTX 5080": 1801, "RTX 5090": 3352,
 }  # fmt: skip
+
+
+# Tensor cores per SM, and multiply-adds of each per clock in fp16
+TENSOR_CORES = {
+    "sm75": (8, 64), "sm86": (4, 128), "sm87": (4, 256), "sm89": (4, 128), "sm110": (4, 1024),
+    "sm120": (4, 128), "sm121": (4, 128),
+}  # fmt: skip
+TIMES_FP16 = {"fp16": 1, "int8": 2, "fp8": 2, "nvfp4": 4}
+HALVED = {"fp16", "fp8"}  # with sums in fp32, on GeForce
+
+TABLE = tomllib.loads(Path(gpus.__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
+ROWS = [(series, *row) for series in TABLE["series"] for row in series["gpus"]]
+
+
+def exact_rate(series, sms, mhz, dtype):
+    """Return TFLOPS from the number of tensor cores, without rounding."""
+    if dtype == "fp32":
+        lanes = 64 if series["target"] == "sm75" else 128
+        return Fraction(2 * sms * lanes * mhz, 10**6)
+    cores, multiply_adds = TENSOR_CORES[series["target"]]
+    rate = Fraction(2 * sms * cores * multiply_adds * TIMES_FP16[dtype] * mhz, 10**6)
+    return rate / 2 if series["name"].startswith("GeForce") and dtype in HALVED else rate
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[1]} {row[4]} GB {row[6:]}")
+def test_rates_are_those_of_the_tensor_cores_at_the_clock(row):
+    """At both ends of a laptop's power and in each mode of a module, to float64's rounding."""
+    series, name, sms, clocks, memory, bandwidth, *power = row
+    modes = power if power and isinstance(power[0], str) else [""]
+    ends = modes if isinstance(clocks, int) else [f"{watts}W" for watts in power[0]]
+    for end, mhz in zip(ends, [clocks] if isinstance(clocks, int) else clocks, strict=True):
+        gpu = find_gpu(f"{name} {memory} GB {end}")
+        assert (gpu.target, gpu.memory, gpu.bandwidth) == (series["target"], memory, bandwidth)
+        assert gpu.tflops.keys() == {*series["dtypes"], "fp32"}
+        for dtype, rate in gpu.tflops.items():
+            exact = float(exact_rate(series, sms, mhz, dtype))
+            assert rate == pytest.approx(exact, rel=1e-13), f"{gpu.name}: {dtype}"
+
+
+def test_every_series_has_a_source_that_was_read():
+    for series in TABLE["series"]:
+        assert any(source.endswith("(read)") for source in series["sources"]), series["name"]
 
 
 @pytest.mark.parametrize(("name", "tops"), AI_TOPS.items())
@@ -49,7 +95,71 @@ def test_rates_are_those_of_the_whitepapers(name, dtype, tflops):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "tflops"),
+    [  # what NVIDIA's data sheets state of Turing is dense, of the others sparse
+        ("Quadro RTX 5000", "fp16", 89.2),
+        ("RTX A400", "fp16", 21.7 / 2),
+        ("RTX A400", "int8", 43.3 / 2),
+        ("RTX A2000", "fp16", 63.9 / 2),
+        ("RTX A4000", "fp16", 153.4 / 2),
+        ("RTX A4500", "fp16", 189.2 / 2),
+        ("RTX A5000", "fp16", 222.2 / 2),
+        ("RTX A5500", "fp16", 272.8 / 2),
+        ("RTX A6000", "fp16", 309.7 / 2),
+        ("RTX 2000 Ada", "fp8", 191.9 / 2),
+        ("RTX 4000 SFF Ada", "fp8", 306.8 / 2),
+        ("RTX 4000 Ada", "fp8", 427.6 / 2),
+        ("RTX 4500 Ada", "fp8", 637.8 / 2),
+        ("RTX 5000 Ada", "fp8", 1044 / 2),
+        ("RTX 5880 Ada", "fp8", 1108 / 2),
+        ("RTX PRO 6000 Blackwell", "fp16", 503.8),
+        ("RTX PRO 5000 Blackwell", "nvfp4", 2064 / 2),
+    ],
+)
+def test_rates_are_those_of_the_data_sheets(name, dtype, tflops):
+    assert find_gpu(name).tflops[dtype] == pytest.approx(tflops, rel=7e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [  # products of large matrices with fp32 sums, measured by others; gpus.toml says by whom
+        ("RTX 2070", "fp16", 31.5),
+        ("RTX 2080", "fp16", 39.0),
+        ("RTX 2080 Ti", "fp16", 58.6),
+        ("RTX 3060", "fp16", 24.8),
+        ("RTX 3070", "fp16", 43.0),
+        ("RTX 3080", "fp16", 64.1),
+        ("RTX 3090", "fp16", 75.6),
+        ("RTX A2000 12 GB", "fp16", 36.0),
+        ("RTX A4000", "fp16", 65.4),
+        ("RTX A6000", "fp16", 120.5),
+        ("RTX 4060", "fp16", 32.6),
+        ("RTX 4080", "fp8", 209.4),
+        ("RTX 4080", "int8", 408.6),
+        ("RTX 4090", "fp16", 165.1),
+        ("RTX 5060", "fp16", 39.6),
+        ("RTX 5060 Ti", "fp16", 47.0),
+        ("RTX 5060 Ti", "nvfp4", 341.9),
+        ("RTX 5070", "fp16", 67.4),
+        ("RTX 5080", "fp16", 102.4),
+        ("RTX 5090", "fp16", 224.4),
+        ("RTX PRO 6000 Blackwell", "fp16", 315.5),
+        ("DGX Spark", "fp16", 96.8),
+        ("DGX Spark", "fp8", 188),
+        ("DGX Spark", "nvfp4", 356),
+        ("Orin Nano 8GB", "fp16", 10.2),
+    ],
+)
+def test_measured_rates_are_near_the_peak(name, dtype, tflops):
+    """A rate half or twice of what it should be would be outside; boards exceed stated clocks."""
+    assert 0.6 < tflops / find_gpu(name).tflops[dtype] < 1.2
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
     [  # what NVIDIA states is sparse: twice the dense rate
+        ("AGX Orin 64GB MAXN", "int8", 171 / 2),  # by mode, at clocks of JetPack 5: up to 2% higher
+        ("AGX Orin 64GB 50W", "int8", 109 / 2),
+        ("AGX Orin 64GB 30W", "int8", 41 / 2),
         ("Jetson Orin Nano 8 GB", "int8", 67 / 2),
         ("Jetson Orin Nano 4 GB", "int8", 34 / 2),
         ("Jetson AGX Orin 64 GB", "int8", 170 / 2),
@@ -58,7 +168,7 @@ def test_rates_are_those_of_the_whitepapers(name, dtype, tflops):
     ],
 )
 def test_rates_of_modules_are_half_of_what_nvidia_states(name, dtype, tflops):
-    assert find_gpu(name).tflops[dtype] == pytest.approx(tflops, rel=0.02)
+    assert find_gpu(name).tflops[dtype] == pytest.approx(tflops, rel=0.025)
 
 
 def test_a_power_mode_has_its_units_clock_and_bandwidth():
@@ -111,6 +221,8 @@ def test_gpus_are_known_by_the_names_that_tools_print(form):
         ("3060", "RTX 3060 12 GB"),
         ("NVIDIA GeForce RTX 4060, 8188 MiB", "RTX 4060"),  # --query-gpu=name,memory.total
         ("RTX 3060 8GB", "RTX 3060 8 GB"),
+        ("NVIDIA GeForce RTX 3050 Laptop GPU, 4096 MiB", "RTX 3050 Laptop 4 GB 35 W"),
+        ("RTX 3050 Laptop 6GB 75W", "RTX 3050 Laptop 6 GB 75 W"),
         ("NVIDIA GeForce RTX 3080, 12288 MiB", "RTX 3080 12 GB"),
         ("NVIDIA GeForce RTX 5090, 32607 MiB", "RTX 5090"),
         ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti 8 GB"),
