@@ -34,23 +34,7 @@ def test_the_readme_of_the_package_links_only_to_the_web(monkeypatch):
     assert re.findall("^#.*", page, re.MULTILINE) == re.findall("^#.*", source, re.MULTILINE)
 
 
-BUILD = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
 LARGEST_INSTALL = 345e6  # bytes on the disk, with what renders on the CPU
-
-
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory):
-    """The folder with the source distribution and the wheel, which build without a warning."""
-    copy = tmp_path_factory.mktemp("dist") / "copy"
-    left_out = shutil.ignore_patterns(".*cache", ".git", ".venv", "*.egg-info", "build", "out")
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    output = subprocess.check_output(
-        [sys.executable, "-c", BUILD], cwd=copy, stderr=subprocess.STDOUT, text=True
-    )
-    # one is said where the environment forbids compiled files
-    lines = [line for line in output.splitlines() if "byte-compiling" not in line]
-    assert not [line for line in lines if "warning" in line.lower()]
-    return copy / "dist"
 
 
 def test_the_source_distribution_has_the_tests_and_the_wheel_what_a_first_video_needs(dist):

@@ -26,7 +26,6 @@ from packforcing.reference import PastBlock, recompute_recent, rollout, rope_ten
 from packforcing.rope import block_positions, compressed_positions
 from packforcing.runtime import Session
 from packforcing.runtime.bundle import read_manifest, write_manifest
-from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import view
 from packforcing.runtime.rollout import Rollout
 from packforcing.sampler import draw_noise
@@ -147,35 +146,6 @@ def test_longlives_prompt_switch(tiny_bundle, monkeypatch):
         *((14, pytest.approx(timestep), at_14, 42) for timestep in steps),
         (14, 0, at_14, 42),
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "capacity", "sink", "by_hand"),
-    [
-        ("self-forcing", 21, 0, {0: [], 6: [(0, 17)], 7: [(3, 20)], 20: [(42, 59)]}),
-        ("longlive", 12, 3, {3: [(0, 8)], 4: [(0, 2), (6, 11)], 20: [(0, 2), (54, 59)]}),
-    ],
-)  # fmt: skip
-def test_rolling_windows_hold_the_published_frames(name, capacity, sink, by_hand):
-    """Which frames block n reads, at their absolute positions: some by hand, and 40 blocks by
-    Self-Forcing's rule, in frames: if a block does not fit, the oldest entries behind the sink
-    are dropped; then it is appended, and read together with what is there."""
-    config = MODELS[name]
-    cache, blocks_read = Cache(config), []
-    for block in range(40):
-        own = [*range(3 * block, 3 * block + 3)]
-        over = len(blocks_read) + 3 - capacity
-        if over > 0:
-            blocks_read = blocks_read[:sink] + blocks_read[sink + over :]
-        layout = cache.layout()
-        read = [int(slot.start) + frame for slot in layout.slots for frame in range(3)]
-        assert read == blocks_read and layout.start == own[0]
-        assert all(slot.start == 3 * slot.block for slot in layout.slots)
-        if block in by_hand:
-            spans = [range(first, last + 1) for first, last in by_hand[block]]
-            assert read == [frame for span in spans for frame in span]
-        blocks_read += own
-        cache.commit()
 
 
 # What: each effect, in the reference and the runtime

@@ -13,10 +13,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from packforcing import Config, Policy
+from packforcing import Policy
 from packforcing.config import Precision
 from packforcing.errors import BackendError, ConfigError
 from packforcing.model import Model
@@ -29,7 +27,6 @@ from packforcing.runtime.backends.onnxruntime import OnnxGraph
 from packforcing.runtime.blocks import to_bytes
 from packforcing.runtime.buffers import Buffers
 from packforcing.runtime.bundle import contract, graph_file
-from packforcing.runtime.cache import Cache
 from packforcing.runtime.device import HostDevice, view
 from packforcing.runtime.plan import make_plan
 from packforcing.runtime.rollout import Rollout
@@ -472,83 +469,6 @@ def test_graph_takes_any_block_and_context_size(tiny_bundle, tiny_model, n):
         np.testing.assert_allclose(
             arrays[tensor.name].host, truth.numpy(), atol=2e-5, err_msg=tensor.name
         )
-
-
-@given(
-    policy=st.builds(
-        Policy,
-        sink=st.integers(0, 3),
-        mid=st.integers(0, 4),
-        recent=st.integers(0, 3),
-        mid_span=st.floats(0.5, 4),
-        positions=st.sampled_from(["packed", "absolute"]),
-    ),
-    blocks=st.integers(0, 25),
-    data=st.data(),
-)
-def test_cache_keeps_its_promises(policy, blocks, data):
-    """For any policy and any selections: prefix, no block twice, no gap, bounded positions; also
-    while recent blocks are recomputed, from what stood before them."""
-    config: Config = msgspec.structs.replace(TINY, policy=policy)
-    cache = Cache(config)
-    at: dict[int, int] = {}  # token -> block, as a reader of the cache's answers would fill it
-
-    def check(oldest: int, index: int) -> None:
-        """The layout that block `index` reads, `oldest` being the first recent block."""
-        layout = cache.layout()
-        size = {
-            s: config.compressed_tokens if s.compressed else config.block_tokens
-            for s in layout.slots
-        }
-        covered = sorted(t for s in layout.slots for t in range(s.first, s.first + size[s]))
-        assert covered == list(range(layout.valid)) and layout.valid <= config.context_tokens
-        assert all(
-            at[t] == s.block for s in layout.slots for t in range(s.first, s.first + size[s])
-        )
-        in_context = [slot.block for slot in layout.slots]
-        assert in_context == sorted(set(in_context))
-        newest = range(oldest, index)
-        full = {slot.block for slot in layout.slots if not slot.compressed}
-        assert full == set(newest) | set(range(min(index, policy.sink)))
-        if policy.positions == "absolute":
-            assert all(slot.start == slot.block * config.block_frames for slot in layout.slots)
-            assert layout.start == index * config.block_frames
-        else:
-            ends = [
-                s.start + (config.mid_span if s.compressed else config.block_frames)
-                for s in layout.slots
-            ]
-            assert [slot.start for slot in layout.slots] + [layout.start] == [0.0, *ends]
-
-    def put(slots: list[tuple[int, int]], size: int) -> None:
-        at.update({t: block for block, first in slots for t in range(first, first + size)})
-
-    for index in range(blocks):
-        oldest = max(0, index - policy.recent)
-        check(oldest, index)
-        if data.draw(st.booleans()):
-            before, rewound = cache.layout(), list(cache.rewind())
-            assert rewound == list(range(max(policy.sink, oldest), index))
-            for block in rewound:
-                put(cache.mid_slots(), config.compressed_tokens)
-                check(rewound[0], block)
-                put([(block, cache.commit())], config.block_tokens)
-            put(cache.mid_slots(), config.compressed_tokens)
-            check(oldest, index)
-            after = cache.layout()
-            assert [s._replace(first=0) for s in after.slots] == [
-                s._replace(first=0) for s in before.slots
-            ]
-        assert cache.compresses() == (policy.mid > 0 and index >= policy.sink)
-
-        first = cache.commit()
-        if first is not None:
-            put([(index, first)], config.block_tokens)
-        candidates = list(cache.candidates())
-        count = min(policy.mid, len(candidates))
-        chosen = data.draw(st.permutations(candidates)) if candidates else []
-        put(cache.select_mids(sorted(chosen[:count])), config.compressed_tokens)
-        assert sorted(cache.mids) == sorted(chosen[:count])
 
 
 def test_videos_of_one_session_have_policies_of_their_own(tiny_bundle):
