@@ -110,6 +110,8 @@ def require_packages(extra: str) -> str:
     """
     from packaging.requirements import Requirement
 
+    if installed_version("packforcing") is None:  # its code is on the path alone
+        raise MissingDependency(f"packforcing is not installed: {install_command(extra)}")
     installed, problems = [], []
     for text in importlib.metadata.requires("packforcing") or ():
         requirement = Requirement(text)

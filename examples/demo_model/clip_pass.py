@@ -105,11 +105,11 @@ def rope_tables(config: Config, starts: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 class Reading:
-    """Whether the first block of a return reads the blocks that show the place, from pure noise.
+    """Whether the blocks of a return read the blocks that show the place.
 
-    Two losses, of copy 0: the share of its attention, in head `HEAD` of `LAYERS`, that goes to
-    them; and, block against block, the affinity of the selection (`packforcing.selection`), summed
-    over layers and heads.
+    Two losses: the share of their attention, in head `HEAD` of `LAYERS`, that goes to them; and,
+    block against block, the affinity of the selection (`packforcing.selection`) from pure noise,
+    which copy 0 is, summed over layers and heads.
     """
 
     HEAD, LAYERS = 0, (2, 4)
@@ -132,9 +132,10 @@ class Reading:
     def attend(self, layout: Layout, q: Tensor, k: Tensor) -> None:
         """Adds a layer's loss; q [B G, H, groups size, d] and k [B G, H, keys, d]."""
         if self.layer in self.LAYERS and self.rows.any():
-            noisy = slice(layout.size, layout.size + layout.tokens)
+            noisy = torch.arange(layout.size, layout.groups * layout.size)
+            noisy = noisy[noisy % layout.size < layout.tokens]  # of all copies
             which = self.rows.flatten()
-            logits = q[which, self.HEAD, noisy] @ k[which, self.HEAD].mT / q.shape[-1] ** 0.5
+            logits = q[which, self.HEAD][:, noisy] @ k[which, self.HEAD].mT / q.shape[-1] ** 0.5
             mask = layout.mask[:, noisy].repeat(len(self.needed), 1, 1)[which]
             source = layout.source.repeat(len(self.needed), 1)[which]
             target = F.pad(self.needed, (0, 1)).flatten(0, 1)[which].gather(1, source)[:, None]
@@ -143,13 +144,17 @@ class Reading:
             self.missed = self.missed + (logits.logsumexp(-1) - hit).mean()
         self.layer += 1
 
-    def loss(self) -> tuple[Tensor, Tensor]:
+    def loss(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """Of attention and of selection."""
         if not self.rows.any():
             return self.missed, self.missed
-        past = torch.ones_like(self.needed[0]).tril(-1)
-        scores = self.scores.masked_fill(~past, -torch.inf)[self.rows]
-        hit = scores.masked_fill(~self.needed[self.rows], -torch.inf).logsumexp(-1)
+        past = torch.ones_like(self.needed[0]).tril(-1 - layout.recent)
+        target = self.needed & past
+        rows = target.any(-1)
+        if not rows.any():
+            return self.missed / len(self.LAYERS), self.missed * 0
+        scores = self.scores.masked_fill(~past, -torch.inf)[rows]
+        hit = scores.masked_fill(~target[rows], -torch.inf).logsumexp(-1)
         return self.missed / len(self.LAYERS), (scores.logsumexp(-1) - hit).mean()
 
 

@@ -69,7 +69,7 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
     double_latents and double_low, of the doubles of long clips; words bool [clips, text_len,
     text_dim], of visits [clips, blocks, text_len, text_dim]; cover and back uint8 [clips, T, grid
     rows, grid columns], the share of each token, 0 to 255, that the subject takes and that which
-    came back into view; of visits also needed, bool [clips, blocks, blocks].
+    came back into view, of visits none: `train_transformer.py` reads it from their words.
     """
     config = compressor.config
     make, latent_frames, doubles = KINDS[kind]
@@ -89,20 +89,17 @@ def encode(compressor: Compressor, rng: np.random.Generator, kind: str, clips: i
 
     if kind == "visits":
         words = [[encode_words(p, config)[0] for p in clip.prompts] for clip in drawn]
-        back = [np.repeat(clip.needed.any(1), BLOCK)[:, None, None] for clip in drawn]
-        needed = {"needed": torch.from_numpy(np.stack([clip.needed for clip in drawn]))}
+        back = [np.uint8(0)] * clips
     else:
         words = [encode_words(clip.prompt, config)[0] for clip in drawn]
-        back = [clip.back[:, None] for clip in drawn]
-        needed = {}
+        back = [np.uint8(255) * clip.back[:, None] for clip in drawn]
     return {
         **encode_clips(compressor, drawn),
         **{f"double_{name}": tensor for name, tensor in double.items()},
         "words": torch.from_numpy(np.array(words)).bool(),
         "cover": share([clip.masks for clip in drawn]),
-        "back": share([np.broadcast_to(np.uint8(255) * part, clip.masks.shape)
+        "back": share([np.broadcast_to(part, clip.masks.shape)
                        for part, clip in zip(back, drawn)]),
-        **needed,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ import team
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from world import film_visits
 
 from packforcing import model_config
 from packforcing.autoencoder import MemBlock
@@ -29,7 +31,7 @@ from packforcing.model import Model, load_model
 from packforcing.rope import block_positions, compressed_positions, rope_table
 from packforcing.sampler import advance, denoising_steps, draw_noise
 from packforcing.selection import affinity, select, selects_at_first_step
-from packforcing.transformer import KV, unpatchify
+from packforcing.transformer import KV, patchify, unpatchify
 from packforcing.words import encode_words, make_prompt, random_attributes, random_tour
 
 PER_BATCH = 6  # prompts rolled out together, per worker
@@ -45,6 +47,8 @@ class Verdict(NamedTuple):
     shaped: np.ndarray  # bool [T], whether its shape is
     returns: list[float]  # loop-closure errors
     revisits: list[Return]  # to places
+    grounds: Counter[tuple[str, str]]  # frames of returns by the right ground and the one shown
+    early: list[bool]  # whether the second step of each of their blocks predicts the right ground
     stills: np.ndarray  # uint8 [8, H, W, 3]
 
 
@@ -55,18 +59,24 @@ def rope(config: Config, positions: np.ndarray) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def roll(
-    model: Model, prompts: list[list[str]], seeds: list[int], blocks: int
+    model: Model,
+    prompts: list[list[str]],
+    seeds: list[int],
+    blocks: int,
+    truth: Tensor | None = None,
 ) -> tuple[Tensor, list[np.ndarray], dict[str, np.ndarray]]:
     """Videos of the prompts, one for each block of each video, and what was selected by what.
 
+    Latents `truth`, [B, T, C, h, w], are the history instead of what was generated.
     Videos are uint8 [B, frames, H, W, 3], without the trimmed first frames; of every block, the
     archived blocks that it read, [B, mid]; and [B, blocks, L, H, d] each, the mean queries of the
-    first step and of the commit, "first" and "commit", and the mean "keys".
+    first step and of the commit, "first" and "commit", and the mean "keys"; and the last frame of
+    each block as its second step predicts it, "early", uint8 [B, blocks, H, W, 3].
     """
     config, policy = model.config, model.config.policy
     batch, span = len(prompts), config.block_frames
     read = []
-    first_queries, commit_queries = [], []
+    first_queries, commit_queries, early = [], [], []
     decoder = StreamingDecoder(model, batch)
     full: list[list[KV]] = []  # of each block, per layer
     packed: list[list[KV]] = []
@@ -148,21 +158,30 @@ def roll(
             flow, _, query, _ = call(cross, context, context_rope, x, timestep, places_now)
             if step == 0:
                 first_queries.append(query)
+            if step == 1:  # the first that reads what was selected for another prompt
+                state = [*decoder.state]
+                guess = decoder(unpatchify(x - now * flow, config.grid, config.patch))[:, -1]
+                early.append((guess * 255).round().to(torch.uint8).permute(0, 2, 3, 1))
+                decoder.state = state
             again = np.array([selects_at_first_step(policy, new) for new in changed])
             if step == 0 and again.any():
                 chosen = np.where(again[:, None], select_by(query), chosen)
                 context, context_rope, start = gather()
             x = advance(config, x, flow, noise(step + 1) if then else None, now, then)
-        _, new, query, _ = call(cross, context, context_rope, x, 0.0, places_now)
         latents = unpatchify(x, config.grid, config.patch)
-        pixels = decoder(latents)
+        state = [*decoder.state]
+        shown = pixels = decoder(latents)
+        if truth is not None:  # the history is not what was generated
+            latents, decoder.state = truth[:, span * index : span * (index + 1)], state
+            pixels, x = decoder(latents), patchify(latents, config.patch)
+        _, new, query, _ = call(cross, context, context_rope, x, 0.0, places_now)
         full.append(new)
         tokens, extra = model.compressor(latents, pixels)
         centers = compressed_positions(config, start, span)
         _, small, _, key = call(cross, context, context_rope, tokens, 0.0, centers, extra)
         packed.append(small)
         pooled.append(key.numpy())
-        videos.append((pixels * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2))
+        videos.append((shown * 255).round().to(torch.uint8).permute(0, 1, 3, 4, 2))
 
         commit_queries.append(query)
         read.append(chosen)
@@ -171,8 +190,17 @@ def roll(
         "first": torch.stack(first_queries, 1).numpy(),
         "commit": torch.stack(commit_queries, 1).numpy(),
         "keys": np.stack(pooled, 1),
+        "early": torch.stack(early, 1).numpy(),
     }
     return torch.cat(videos, 1)[:, config.trimmed_frames :], read, pools
+
+
+@torch.inference_mode()
+def film(model: Model, prompts: list[list[str]]) -> Tensor:
+    """Latents [B, T, C, h, w] of drawn videos that follow prompts."""
+    pictures = [film_visits(np.random.default_rng(0), each)[0] for each in prompts]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 1, 4, 2, 3).contiguous()
+    return torch.cat([model.compressor.encode(video[None].float() / 255) for video in pixels])
 
 
 class StreamingDecoder:
@@ -228,7 +256,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
             [visit.prompt for visit in worlds[i] for _ in range(visit.blocks)] if worlds
             else [prompts[i]] * blocks for i in numbers
         ]  # fmt: skip
-        videos, read, pools = roll(model, schedules, numbers, blocks)
+        truth = film(model, schedules) if args.true_history else None
+        videos, read, pools = roll(model, schedules, numbers, blocks, truth)
         if args.pools:
             np.savez(args.pools.with_suffix(f".{first}.npz"), numbers=args.seed + np.array(numbers),
                      **pools)  # fmt: skip
@@ -241,17 +270,37 @@ def work(rank: int, args: argparse.Namespace) -> None:
             right = demo_judge.matches(prompts[i], video, seen)
             returns = demo_judge.loop_closure(prompts[i], video)
             stills = video[:: max(1, frames // 8)][:8]
-            revisits = list[Return]()
+            revisits, confused, early = list[Return](), Counter[tuple[str, str]](), list[bool]()
             if worlds:
                 mids = [blocks[i - first].tolist() for blocks in read]
                 grounds = [str(ground) for ground in seen["ground"]]
                 revisits = judge_recall(config, worlds[i], grounds, mids)
+                for visit in worlds[i]:
+                    if visit.first is not None:
+                        start = visit.block * config.block_pixel_frames - config.trimmed_frames
+                        stop = start + visit.blocks * config.block_pixel_frames
+                        confused.update((visit.ground, shown) for shown in grounds[start:stop])
+                        guesses = pools["early"][i - first, visit.block :][: visit.blocks]
+                        early += [
+                            demo_judge.read_scene(guess).ground == visit.ground for guess in guesses
+                        ]
                 stills = video[[
                     min(config.block_pixel_frames * (visit.block + visit.blocks) - 6, frames - 1)
                     for visit in worlds[i] if visit.place
                 ]]  # fmt: skip
             results.append(
-                Verdict(i, prompts[i], right, present, shaped, returns, revisits, stills)
+                Verdict(
+                    i,
+                    prompts[i],
+                    right,
+                    present,
+                    shaped,
+                    returns,
+                    revisits,
+                    confused,
+                    early,
+                    stills,
+                )
             )
     everyone: list = [None] * args.workers
     dist.gather_object(results, everyone if rank == 0 else None)
@@ -287,6 +336,13 @@ def report(
               f"(standard error {np.std(shares) / len(shares) ** 0.5:.3f}) of "
               f"{sum(visit.scored for visit in revisits)} of {len(revisits)} returns; retrieved "
               f"{np.mean([visit.retrieved for visit in revisits]):.3f}", flush=True)  # fmt: skip
+        together = sum((r.grounds for r in results), Counter[tuple[str, str]]())
+        print("the second step of their blocks predicts the right ground: "
+              f"{np.mean([right for r in results for right in r.early]):.3f}")  # fmt: skip
+        wrong = Counter({pair: n for pair, n in together.items() if len(set(pair)) > 1})
+        print(f"{wrong.total()} of {together.total()} frames wrong: " + ", ".join(
+            f"{ground} as {shown} {count}" for (ground, shown), count in wrong.most_common(6)
+        ))  # fmt: skip
     frames = {"color": [r.present for r in results], "shape": [r.shaped for r in results]}
     for what, seen in frames.items():
         parts = np.array_split(np.stack(seen).mean(0), 10)
@@ -320,6 +376,8 @@ def main() -> None:
     parser.add_argument("--sampler", choices=("euler", "renoise"), help="instead of the preset's")
     parser.add_argument("--tours", action="store_true", help="prompts of tours; loop closure")
     parser.add_argument("--recall", action="store_true", help="worlds of visits; recall")
+    parser.add_argument("--true-history", action="store_true",
+                        help="of worlds: blocks read what was drawn, not generated")  # fmt: skip
     parser.add_argument("--pools", type=Path, help="files of mean queries and keys, a batch each")
     parser.add_argument("--policy", default="packforcing", help="of packforcing compare")
     parser.add_argument("--sheet", type=Path, help="PNG of the first 24 videos, 8 frames each")

@@ -40,9 +40,10 @@ from packforcing.config import Config
 from packforcing.model import Model, save_model
 from packforcing.rope import block_positions, rope_table
 from packforcing.transformer import Transformer, patchify, rotate
-from packforcing.words import PLACES
+from packforcing.words import GROUNDS, PLACES, VOCABULARY
 
 OUTLINE = (0.5, 0.95)  # noise levels: above, nothing is to be seen; below, all of the subject is
+BLUR = 5  # latent cells
 KEEP = 0.995  # of the weights' average, per step
 
 
@@ -80,7 +81,7 @@ class Data:
         frames = blocks * span
         pick = rng.integers(len(clips["latents"]), size=count)
         starts = rng.integers(clips["latents"].shape[1] - frames + 1, size=count)
-        if "needed" in clips:  # what is read must have been shown
+        if kind == "visits":  # what is read must have been shown
             starts[:] = 0
         where = torch.from_numpy(starts[:, None] + np.arange(frames))
         rows = torch.from_numpy(pick)[:, None]
@@ -94,15 +95,28 @@ class Data:
         for name in ("cover", "back"):
             out[name] = clips[name][rows, where].float().reshape(count, blocks, -1) / 255
         text = clips["words"][torch.from_numpy(pick)].float()
-        if "needed" in clips:  # one prompt per block
+        if kind == "visits":  # one prompt per block
             for clip in text:  # any place may have any name
                 names = rng.permutation(len(PLACES)) - len(PLACES)
                 clip[..., -len(PLACES) :] = clip[..., torch.from_numpy(names)]
-            needed = clips["needed"][torch.from_numpy(pick), :blocks, :blocks]
-            return {**out, "text": text[:, :blocks], "needed": needed}
+            text = text[:, :blocks]
+            needed = needed_blocks(text)
+            out["back"] = needed.any(-1)[..., None].float().expand_as(out["back"])
+            return {**out, "text": text, "needed": needed}
         left_out = 0.0 if "tour" in kind else 0.1  # one that names a single ground must not pan
         keep = torch.from_numpy(rng.random(text.shape[:2]) >= left_out)
         return {**out, "text": (text * keep[..., None])[:, None].expand(-1, blocks, -1, -1)}
+
+
+def needed_blocks(text: Tensor) -> Tensor:
+    """Of prompts [clips, blocks, text_len, text_dim], the earlier blocks at the same place of every
+    block whose prompt names no ground, bool [clips, blocks, blocks]."""
+    words = text.amax(2)
+    places = words[..., -len(PLACES) :]
+    same = (places @ places.mT > 0).tril(-1)
+    first = VOCABULARY.index(GROUNDS[0])
+    named = words[..., first : first + len(GROUNDS)].any(-1)
+    return same & ~named[..., None]
 
 
 def spread(config: Config, rng: np.random.Generator, blocks: int) -> np.ndarray:
@@ -121,7 +135,7 @@ def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
     clips, blocks = drawn["latents"].shape[:2]
     often = (rng.random(clips) < doubles) * rng.random(clips)
     wrong = (rng.random((clips, blocks)) < often[:, None]) * rng.uniform(0.3, 1, (clips, blocks))
-    strong = rng.random(clips) < 0.25
+    strong = rng.random(clips) < (0.1 if "needed" in drawn else 0.25)  # noise hides what is needed
     harm = np.where(strong, rng.uniform(0.2, 0.9, clips), rng.uniform(0, 0.2, clips))
 
     def spoil(clean: Tensor, double: Tensor) -> Tensor:
@@ -137,6 +151,26 @@ def mistaken(drawn: dict[str, Tensor], rng: np.random.Generator, doubles: float
     sources = np.where(rng.random((clips, 1)) < often, older, np.arange(blocks))
     rows = np.arange(clips)[:, None]
     return latents, latents[rows, sources], low[rows, sources]
+
+
+def mistaken_for(latents: Tensor, sigma: Tensor, patch: int) -> Tensor:
+    """What makes noised blocks show another block, blurred, more or less, [B, G, copies, N, P].
+
+    The first step of a rollout predicts muted colors, and half a pan where it does not know. What
+    is seen in drawn blocks is right, so that later steps trust it and turn it into another ground
+    that is in the history. They have to ask what the history and the prompt say.
+
+    `latents` is [B, G, B_f, C, h, w]; every second block at a noise level `sigma` [B, G, copies]
+    from 0.5 to below 1 changes.
+    """
+    clips, blocks = latents.shape[:2]
+    mean = F.avg_pool2d(latents.mean(2).flatten(0, 1), BLUR, 1, BLUR // 2, count_include_pad=False)
+    mean = mean.unflatten(0, (clips, blocks))
+    change = (mean[:, torch.randint(blocks, (blocks,))] - mean)[:, :, None].expand_as(latents)
+    tokens = patchify(change.flatten(0, 1), patch)
+    share = torch.rand(sigma.shape) * (torch.rand(sigma.shape) < 0.5)
+    share = share * ((sigma >= 0.5) & (sigma < 1))
+    return share[..., None, None] * tokens.unflatten(0, (clips, blocks))[:, :, None]
 
 
 def draw_sigma(shape: tuple[int, ...], shift: float) -> Tensor:
@@ -280,22 +314,26 @@ def train(rank: int, args: argparse.Namespace) -> None:
             noise, sigma = torch.randn_like(x0), draw_sigma(x0.shape[:3], args.shift)
             if kind != "long":
                 sigma[..., 0] = 1  # with any of it to be seen, a place need not be remembered
-            noisy = torch.lerp(x0, noise, sigma[..., None, None])
+            noisy, target = torch.lerp(x0, noise, sigma[..., None, None]), noise - x0
+            if kind != "long":  # the target is where x0 lies, as ever
+                wrong = mistaken_for(drawn_clips["latents"], sigma, config.patch)
+                wrong = wrong * (1 - sigma[..., None, None])
+                noisy, target = noisy + wrong, target + wrong / sigma[..., None, None]
             past = drawn_clips
             if kind != "visits" and rng.random() < args.foreign:
                 past = data.draw(rng, kind, args.clips, blocks)
             history = mistaken(past, rng, args.doubles)
             text = drawn_clips["text"]
             flow = clip_flow(model, layout, *history, noisy, sigma, text, reading)
-            error = weighted_error(flow, noise - x0, weight)
+            error = weighted_error(flow, target, weight)
             loss = loss + error * (1 - args.lone_share)
             shown[kind] = 0.98 * shown.get(kind, error.item()) + 0.02 * error.item()
             if reading and reading.rows.any():
-                missed, mistaken_for = reading.loss()
-                loss = loss + args.reading * (missed + mistaken_for)
-                square = (flow - (noise - x0)).square().mean((-1, -2))[:, :, 0]
+                missed, confused = reading.loss(layout)
+                loss = loss + args.reading * (missed + confused)
+                square = (flow - target).square().mean((-1, -2))[:, :, 0]
                 for name, value in (
-                    ("attention", missed), ("selection", mistaken_for),
+                    ("attention", missed), ("selection", confused),
                     ("recalled", square[reading.rows].mean()),
                     ("others", square[~reading.rows].mean()),
                 ):  # fmt: skip

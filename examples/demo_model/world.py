@@ -10,6 +10,8 @@ same generator state. The words are those of `packforcing.words`; nothing here n
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cv2
@@ -20,6 +22,7 @@ from packforcing.config import TEMPORAL_FACTOR
 from packforcing.evaluation.demo_judge import GROUND_RGB, SHAPE_OUTLINES, SUBJECT_RGB
 from packforcing.words import (
     GROUNDS,
+    KINDS,
     PATTERNS,
     PLACES,
     make_prompt,
@@ -57,13 +60,11 @@ class Clip(NamedTuple):
 
 class Visits(NamedTuple):
     """Drawn visits to places. `prompts` has one per block; `frames` and `masks` are those of a
-    `Clip`; `needed` is bool [blocks, blocks]: for the first block of every return, the earlier
-    blocks that show the place."""
+    `Clip`."""
 
     prompts: list[str]
     frames: np.ndarray
     masks: np.ndarray
-    needed: np.ndarray
 
 
 def make_clip(rng: np.random.Generator, frames: int, **fixed: str) -> Clip:
@@ -96,39 +97,42 @@ def make_visits(rng: np.random.Generator, blocks: int) -> Visits:
     place alone. Some grounds have no place's name: they are passed through once.
     """
     words = random_attributes(rng)
-    path = _subject_path(rng, BLOCK * blocks)
     names = [str(name) for name in rng.permutation(PLACES)]
-    known: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    prompts, pictures, masks = list[str](), [], []
-    needed = np.zeros((blocks, blocks), bool)
-    shown: list[str | None] = []
-    while len(shown) < blocks:
-        at, away = len(shown), [name for name in known if name not in shown[-1:]]
+    prompts, known, last = list[str](), list[str](), None
+    while len(prompts) < blocks:
+        away = [name for name in known if name != last]
         kind = rng.choice(["new", "return", "unnamed"], p=[0.35, 0.5, 0.15])
-        name = None
         if away and (kind == "return" or len(known) == len(names)):
-            name = str(rng.choice(away))
-            needed[at, :at] = [place == name for place in shown]
-            prompt = make_prompt(words["color"], words["shape"], place=name)
-        if name is None:
-            if kind != "unnamed":
-                name = names[len(known)]
-            ground = {**random_attributes(rng), "color": words["color"], "shape": words["shape"]}
-            tile, (start, drift) = _tile(ground), _drift(rng)
-            prompt = make_prompt(**ground, place=name)
-            if name:
-                known[name] = tile, start, drift
+            last = str(rng.choice(away))
+            prompt = make_prompt(words["color"], words["shape"], place=last)
         else:
-            tile, start, drift = known[name]
-        stop = min(at + int(rng.choice(STAY)), blocks)
+            last = None if kind == "unnamed" else names[len(known)]
+            known += [last] if last else []
+            ground = {**random_attributes(rng), "color": words["color"], "shape": words["shape"]}
+            prompt = make_prompt(**ground, place=last)
+        prompts += [prompt] * min(int(rng.choice(STAY)), blocks - len(prompts))
+    return Visits(prompts, *film_visits(rng, prompts))
+
+
+def film_visits(rng: np.random.Generator, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and masks of visits that follow a prompt per block."""
+    path = _subject_path(rng, BLOCK * len(prompts))
+    known: dict[str | None, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    pictures, masks, at = [], [], 0
+    for prompt, visit in itertools.groupby(prompts):
+        words = {kind: word for word in prompt.split() for kind in KINDS if word in KINDS[kind]}
+        if "ground" in words:
+            tile = _tile({"pattern": "plain", **words})
+            known[words.get("place")] = tile, *_drift(rng)
+        tile, start, drift = known[words.get("place")]
+        stop = at + len(list(visit))
         times = np.arange(BLOCK * at, BLOCK * stop)
         offsets = (start + drift * times[:, None]) % PERIOD
         film = _film(tile, offsets, words, _Path(path.radius, path.centers[times]))
         pictures.append(film[0])
         masks.append(film[1])
-        prompts += [prompt] * (stop - at)
-        shown += [name] * (stop - at)
-    return Visits(prompts, np.concatenate(pictures), np.concatenate(masks), needed)
+        at = stop
+    return np.concatenate(pictures), np.concatenate(masks)
 
 
 def came_back(camera: np.ndarray) -> np.ndarray:

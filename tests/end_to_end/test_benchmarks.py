@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import ablate_attention
+from benchmarks import ablate_attention, recall_per_byte
 from benchmarks.ablate_attention import Scheme as Attention
 from benchmarks.ablate_cache import SCHEMES, Scheme, measure_schemes
 from benchmarks.ablate_layers import measure_parts, measure_products
 from benchmarks.against import time_against
 from benchmarks.compare_quantizers import measure_tools
+from benchmarks.recall_per_byte import AveragedArchive, Result, differences, share_of_way
+from packforcing import model_config
 from packforcing.calibration.activations import calibrate, load_statistics
 from packforcing.calibration.output_error import measure_output_losses
 from packforcing.geometry import quantized_layers
@@ -77,6 +80,44 @@ def test_our_weights_are_no_worse_than_onnxruntimes():
     }
     for kind in ("int8", "int4"):
         assert means[kind, "ours"] >= means[kind, "onnxruntime"] - 0.05
+
+
+def recalled(recalls):
+    return [Result(recall, 1.0, 1000) for recall in recalls]
+
+
+def test_recall_is_compared_on_the_worlds_that_both_have():
+    own, window, full = ([0.6, 0.7, None, 0.8], [0.0, 0.1, 0.2, 0.1], [0.8, 0.8, 0.9, None])
+    assert differences(recalled(own), recalled(window)) == pytest.approx([0.6, 0.6, 0.7])
+    way = share_of_way(recalled(own), recalled(window), recalled(full))
+    assert (way.mean, way.prompts) == (pytest.approx((1.3 - 0.1) / (1.6 - 0.1)), 2)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_averaged_tokens_keep_the_mean_of_a_block(tokens):
+    config = model_config("demo")
+    stored = np.random.default_rng(0).normal(size=(6, 2, 1, 4, 4, 32)).astype(np.float32)
+    archive = AveragedArchive(config, 8)
+    archive.tokens = tokens
+    archive.put(1, stored, np.zeros((6, 4, 32), np.float32), ())
+    averaged = archive.get(1)
+    assert len(np.unique(averaged[0, 0, 0, 0], axis=0)) == tokens
+    np.testing.assert_allclose(averaged.mean(-2), stored.mean(-2), atol=1e-6)
+    assert tokens < 4 or np.array_equal(averaged, stored)
+
+
+@pytest.mark.full
+def test_recall_is_measured_once_for_each_world(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path), *(
+        ["--worlds", "2", "--others", "0", "--seconds", "20", "--seed", "1000"])])  # fmt: skip
+    recall_per_byte.main()
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "worlds").iterdir()}
+    assert len(files) == 2 * recall_per_byte.COMPARED
+    *_, first = capsys.readouterr().out.splitlines()
+    recall_per_byte.main()
+    *_, again = capsys.readouterr().out.splitlines()
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "worlds").iterdir()}
+    assert "of the way from sink and window to full history" in first and first == again
 
 
 def test_two_checkouts_are_timed_in_one_run():

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from click.testing import CliRunner
@@ -211,3 +212,14 @@ def test_a_gpu_that_no_engine_can_be_built_for_is_reported(doctor):
     assert unfit["detail"] == (
         "GPU A is sm90, which is not one of sm75, sm89, sm120: use another backend"
     )
+
+
+def test_code_that_is_on_the_path_alone_is_not_installed(monkeypatch):
+    def unknown(distribution):
+        raise metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(metadata, "version", unknown)
+    monkeypatch.setattr(metadata, "requires", unknown)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert "packforcing is not installed: pip install" in result.output
+    assert not result.exception or isinstance(result.exception, SystemExit)
